@@ -1,0 +1,21 @@
+"""Stepmark: how much quality does each inference step, millisecond, megabyte and joule buy?"""
+
+from stepmark.method import Claim, Method, Paper, skip
+from stepmark.task import Task
+
+__version__ = "0.1.0"
+__all__ = ["Claim", "Method", "Paper", "Session", "Task", "skip"]
+
+
+def __getattr__(name: str) -> object:
+    # Session imports torch, which takes seconds: only on first use, so that listing stays instant.
+    if name == "Session":
+        from stepmark.session import Session
+
+        return Session
+    raise AttributeError(f"module 'stepmark' has no attribute {name!r}")
+
+
+from stepmark.plugins import mount as _mount  # noqa: E402
+
+_mount()

@@ -1,0 +1,151 @@
+"""Catching plugins that look better than they are, on purpose or by accident.
+
+`Guard` watches one `run` call from outside the plugin: threads, processes, files, sockets and random numbers. The
+other audits compare calls with each other (`run.Bench.audit`): same seed same bits, nothing carried over between
+calls or rungs, the same work on inputs that nobody has seen. `static_findings` reads the source.
+
+This finds honest mistakes and the known cheats, not arbitrary native code: pull requests are read by people too.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import random
+import sys
+import sysconfig
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+PROCESS_EVENTS = {"subprocess.Popen", "os.system", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "pty.spawn"}
+THREAD_EVENTS = {"_thread.start_new_thread", "_thread.start_joinable_thread"}
+NETWORK_EVENTS = {"socket.connect", "socket.bind", "socket.getaddrinfo"}
+LIBRARIES = tuple({sysconfig.get_paths()[k] for k in ("stdlib", "platstdlib", "purelib", "platlib")} | {sys.prefix})
+
+_active: Guard | None = None
+_installed = False
+
+
+def _hook(event: str, arguments: tuple[Any, ...]) -> None:
+    if _active is not None:
+        _active.on_event(event, arguments)
+
+
+class Guard(TorchDispatchMode):
+    """While inside, notes in `flags` what a pure `run` does not do. `rng`/`seed` are the session's."""
+
+    def __init__(self, rng: torch.Generator, seed: int) -> None:
+        super().__init__()
+        self.flags: list[str] = []
+        self._allowed = {rng.initial_seed(), seed}
+        self._seed = seed
+
+    def _flag(self, text: str) -> None:
+        if text not in self.flags:
+            self.flags.append(text)
+
+    def on_event(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event in PROCESS_EVENTS:
+            self._flag(f"starts a process in run ({event}); the harness cannot count there")
+        elif event in THREAD_EVENTS:
+            self._flag("starts a thread in run; the harness cannot count there")
+        elif event in NETWORK_EVENTS:
+            self._flag(f"uses the network in run ({event})")
+        elif event == "open" and arguments and isinstance(arguments[0], (str, bytes)):
+            path = os.fsdecode(arguments[0])
+            mode = arguments[1] if len(arguments) > 1 else "r"
+            writes = isinstance(mode, str) and any(c in mode for c in "wax+")
+            code = path.endswith((".py", ".pyc", ".so")) or path.startswith((*LIBRARIES, "/proc/", "/sys/", "/dev/"))
+            if writes or not code:
+                self._flag(f"opens a file in run ({Path(path).name}); run is a pure function of its arguments")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(argument.name == "generator" for argument in func._schema.arguments):
+            generator = kwargs.get("generator")
+            if generator is None:
+                generator = next((a for a in args if isinstance(a, torch.Generator)), None)
+            if generator is not None and generator.initial_seed() not in self._allowed:
+                self._flag("draws from a generator of its own in run; use session.rng")
+        return func(*args, **kwargs)
+
+    def __enter__(self) -> Guard:
+        global _active, _installed
+        if not _installed:
+            sys.addaudithook(_hook)
+            _installed = True
+        self._global_state = _global_random_state()
+        self._default_rng = np.random.default_rng
+        np.random.default_rng = self._checked_default_rng
+        _active = self
+        super().__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _active
+        super().__exit__(kind, error, trace)
+        _active = None
+        np.random.default_rng = self._default_rng
+        if _global_random_state() != self._global_state:
+            self._flag("draws from a global random state in run; use session.rng or session.seed")
+
+    def _checked_default_rng(self, seed: Any = None) -> np.random.Generator:
+        first = seed[0] if isinstance(seed, (list, tuple)) and seed else seed
+        if isinstance(first, (int, np.integer)) and int(first) != self._seed or first is None:
+            self._flag("seeds numpy with something else than session.seed in run")
+        return self._default_rng(seed)
+
+
+def _global_random_state() -> tuple[bytes, str, str]:
+    return (
+        torch.random.get_rng_state().numpy().tobytes(),
+        repr(np.random.get_state(legacy=True)),
+        repr(random.getstate()),
+    )
+
+
+FORBIDDEN = {
+    "subprocess": "run must not start processes",
+    "multiprocessing": "run must not start processes",
+    "threading": "run must not start threads",
+    "concurrent": "run must not start threads or processes",
+    "socket": "methods have no network",
+    "requests": "methods have no network",
+    "urllib": "methods have no network",
+    "ctypes": "native code cannot be counted",
+    "pickle": "state is tensors, saved by the harness as safetensors",
+    "gc": "the harness's objects are out of reach",
+    "inspect": "the harness's objects are out of reach",
+}
+
+
+def static_findings(path: Path) -> list[str]:
+    """What the source alone shows to be against the contract, as `line N: ...` in plain words."""
+    findings: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""] + [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            root = name.split(".")[0]
+            if root in FORBIDDEN:
+                findings.append(f"line {node.lineno}: imports {name}: {FORBIDDEN[root]}")
+            if name.startswith(("stepmark.datasets", "sklearn.datasets", "stepmark.run", "stepmark.audit")):
+                findings.append(f"line {node.lineno}: imports {name}: data come from session.train and batch alone")
+        if isinstance(node, ast.Global):
+            findings.append(f"line {node.lineno}: global {', '.join(node.names)}: run keeps no state between calls")
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if node.func.attr in {"cuda"}:
+                findings.append(f"line {node.lineno}: .cuda(): the device is session.device")
+            if node.func.attr == "manual_seed" and ast.unparse(node.func.value) in {"torch", "torch.cuda"}:
+                findings.append(f"line {node.lineno}: torch.manual_seed: randomness comes from session.rng")
+    return sorted(set(findings))

@@ -1,0 +1,306 @@
+"""Language models of the decoding and reasoning tracks, their tokenizer and their recipes.
+
+One word-level tokenizer serves all of them; one mixture of the workloads sums, words, hops and stories trains them.
+They are transformers `LlamaForCausalLM`s, so that a checkpoint of the hub takes their place by a change of weights.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stepmark.backbones import Progress, Recipe
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import LlamaForCausalLM
+
+PAD, EOS, UNKNOWN = 0, 1, 2
+# Every word of the four grammars. The order fixes the token ids of the committed weights: never reorder, only append.
+VOCABULARY = tuple(
+    "<pad> <eos> <unk> <cot> <dir> <story> 0 1 2 3 4 5 6 7 8 9 + - * = ; . , ? ans "
+    "tom anna ben sue max lily sam rosa "
+    "has finds buys wins loses sells eats then the double how many does have pears coins shells cards stamps nuts "
+    "boss friend teacher doctor rival cousin "
+    "alma boris carlo dora edgar fiona gus hanna ivan jana kurt lena milo nora oscar petra quinn rita stefan tilda "
+    "ugo vera walter xenia yuri zoe adam bella cyrus delia enzo flora gino helga igor julia karim lotte marco nadia "
+    "otto paula remy sonja theo ursula viktor wanda yvonne zeno arno bianca cesar diana emil freya georg heidi ines "
+    "jonas "
+    "lives in one day early morning late evening went to near behind saw found met with dreamt of tripped over a "
+    "oh my what said home end "
+    "fox bear cat dog owl mouse frog duck goat hare forest valley village castle barn cave "
+    "river market hill lake garden beach bridge tower red blue green golden silver tiny old shiny "
+    "kite drum boat hat key lamp bell ring book ball "
+    # Absent from the training text: for methods that train a network of their own over this vocabulary.
+    "<mask> <pause> wait check yes no so let".split()
+)
+# Share of the training examples by workload, and how often a solution is written out rather than answered at once.
+MIXTURE = {"sums": 0.26, "words": 0.36, "hops": 0.24, "stories": 0.14}
+WRITTEN_OUT = 0.8
+
+
+@lru_cache(maxsize=1)
+def tokenizer() -> Tokenizer:
+    """The tokenizer: one id per space-separated word of `VOCABULARY`, no special tokens added."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return words
+
+
+def encode(text: str) -> list[int]:
+    """Token ids of a text."""
+    return tokenizer().encode(text).ids
+
+
+def decode(ids: list[int]) -> str:
+    """Text of token ids, up to the first end-of-sequence token."""
+    ids = ids[: ids.index(EOS)] if EOS in ids else ids
+    return " ".join(VOCABULARY[i] if i < len(VOCABULARY) else "<unk>" for i in ids)
+
+
+def build(width: int, depth: int, seed: int) -> LlamaForCausalLM:
+    """An untrained Llama: head size 32, MLP of 8/3 the width, embeddings tied, weights N(0, 0.04) from `seed`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=width,
+        intermediate_size=8 * round(width / 3),
+        num_hidden_layers=depth,
+        num_attention_heads=width // 32,
+        max_position_embeddings=512,
+        initializer_range=0.04,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    # transformers draws from the global generator while building: keep that out of sight, then draw explicitly.
+    with torch.random.fork_rng(devices=[]):
+        model = LlamaForCausalLM(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, config.initializer_range, generator=generator)
+    return model
+
+
+def examples(seed: int, count: int) -> list[tuple[list[int], list[int]]]:
+    """`count` training examples (prompt ids, completion ids with EOS) of the mixture, shuffled."""
+    from stepmark.task import load_split
+
+    rng = random.Random(f"mixture {seed}")
+    rows = {name: load_split(name, "train") for name in MIXTURE}
+    used = dict.fromkeys(MIXTURE, 0)
+    chosen = []
+    for name in rng.choices(list(MIXTURE), list(MIXTURE.values()), k=count):
+        data, i = rows[name], used[name] % len(rows[name]["prompt"])
+        used[name] += 1
+        prompt, target = data["prompt"][i], data["target"][i]
+        if data["answer"][i] and rng.random() >= WRITTEN_OUT:
+            prompt, target = prompt.replace("<cot>", "<dir>"), f"ans {data['answer'][i]}"
+        chosen.append((encode(prompt), [*encode(target), EOS]))
+    return chosen
+
+
+def batches(rows: list[tuple[list[int], list[int]]], tokens: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless batches of about `tokens` tokens, of similar lengths each: (input ids, labels), both int64 [B, L].
+
+    Labels are the next tokens, -100 on the prompt and on the padding.
+    """
+    rng = random.Random(f"batches {seed}")
+    while True:
+        order = list(range(len(rows)))
+        rng.shuffle(order)
+        for start in range(0, len(order), 2048):
+            pool = sorted(order[start : start + 2048], key=lambda i: len(rows[i][0]) + len(rows[i][1]))
+            cut: list[list[int]] = [[]]
+            for i in pool:
+                length = len(rows[i][0]) + len(rows[i][1])
+                if cut[-1] and length * (len(cut[-1]) + 1) > tokens:
+                    cut.append([])
+                cut[-1].append(i)
+            rng.shuffle(cut)
+            for chosen in cut:
+                length = max(len(rows[i][0]) + len(rows[i][1]) for i in chosen) - 1
+                inputs = torch.full((len(chosen), length), PAD)
+                labels = torch.full((len(chosen), length), -100)
+                for row, i in enumerate(chosen):
+                    prompt, target = rows[i]
+                    whole = torch.tensor(prompt + target)
+                    inputs[row, : len(whole) - 1] = whole[:-1]
+                    labels[row, len(prompt) - 1 : len(whole) - 1] = whole[len(prompt) :]
+                yield inputs, labels
+
+
+def hidden_states(model: nn.Module, ids: Tensor, keep: list[bool]) -> Tensor:
+    """Final normalised hidden states [B, L, D] of right-padded `ids`, running only the layers marked in `keep`.
+
+    Causal attention never looks at the padding on the right, so that no mask is needed.
+    """
+    inner = model.model
+    hidden = inner.embed_tokens(ids)
+    rotary = inner.rotary_emb(hidden, torch.arange(ids.shape[1])[None])
+    for layer, kept in zip(inner.layers, keep, strict=True):
+        if kept:
+            hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
+    return inner.norm(hidden)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum with orthogonalised updates for matrices (Jordan et al. 2024), in float32 and batched by shape.
+
+    The same rule as `torch.optim.Muon` with Nesterov momentum 0.95, 4 Newton-Schulz steps and
+    `adjust_lr_fn="match_rms_adamw"`, which iterates in bfloat16, one matrix at a time: on processors without
+    bfloat16 arithmetic that takes ten times as long as the gradient itself.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float = 0.05) -> None:
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """One update of every matrix."""
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
+            for shape, matrices in by_shape.items():
+                updates = []
+                for parameter in matrices:
+                    momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+                    momentum.lerp_(parameter.grad, 1 - group["momentum"])
+                    updates.append(torch.lerp(parameter.grad, momentum, group["momentum"]))
+                update = orthogonalise(torch.stack(updates))
+                for parameter, direction in zip(matrices, update, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.add_(direction, alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+
+
+def orthogonalise(matrices: Tensor, steps: int = 4) -> Tensor:
+    """Nearly the nearest semi-orthogonal matrices of a stack [M, A, B], by a quintic Newton-Schulz iteration."""
+    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.transpose(1, 2)
+    x = wide / wide.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
+    for _ in range(steps):
+        gram = x @ x.transpose(1, 2)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x if matrices.shape[1] <= matrices.shape[2] else x.transpose(1, 2)
+
+
+def fit(
+    model: nn.Module,
+    progress: Progress,
+    *,
+    steps: int,
+    lr: float,
+    seed: int,
+    tokens: int = 1500,
+    drop: float = 0.0,
+    warmup: int = 40,
+) -> dict[str, float]:
+    """Train on completions with Muon (matrices of the layers) and AdamW (the rest), cosine schedule.
+
+    Args:
+        drop: greatest probability of leaving a layer out of a step; it grows linearly from 0 at the first layer
+            (stochastic depth, Huang et al. 2016, section 3), so that skipping layers stays possible at inference.
+
+    Returns: {"loss": mean loss of the last 50 steps, "tokens": tokens seen}.
+    """
+    model.train()
+    depth = len(model.model.layers)
+    layers = list(model.model.layers.parameters())
+    matrices = [p for p in layers if p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    optimisers: list[torch.optim.Optimizer] = [
+        Muon(matrices, lr=lr),
+        torch.optim.AdamW(
+            [p for p in model.parameters() if id(p) not in chosen], lr=lr, betas=(0.9, 0.98), weight_decay=0.0
+        ),
+    ]
+    generator = torch.Generator().manual_seed(seed)
+    stream = batches(examples(seed, 120_000), tokens, seed)
+    losses: list[float] = []
+    seen = 0
+    for step in progress(range(steps), "language model"):
+        rate = lr * min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        for optimiser in optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+        ids, labels = next(stream)
+        seen += ids.numel()
+        uniform = torch.rand(depth, generator=generator)
+        keep = [float(uniform[i]) >= drop * i / max(1, depth - 1) for i in range(depth)]
+        wanted = labels >= 0
+        logits = model.lm_head(hidden_states(model, ids, keep)[wanted])
+        loss = F.cross_entropy(logits, labels[wanted])
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad()
+        losses.append(float(loss.detach()))
+    model.eval()
+    return {"loss": sum(losses[-50:]) / len(losses[-50:]), "tokens": float(seen)}
+
+
+def split_depth(source: nn.Module, target: nn.Module) -> None:
+    """Initialise a deep model from a shallow one: each layer becomes r consecutive copies of itself.
+
+    The two projections that write into the residual stream are divided by r = depth(target) / depth(source), so that
+    r small steps replace one large step and no layer is idle.
+    """
+    times = len(target.model.layers) // len(source.model.layers)
+    with torch.no_grad():
+        target.model.embed_tokens.load_state_dict(source.model.embed_tokens.state_dict())
+        target.model.norm.load_state_dict(source.model.norm.state_dict())
+        for i, layer in enumerate(target.model.layers):
+            layer.load_state_dict(source.model.layers[i // times].state_dict())
+            layer.self_attn.o_proj.weight /= times
+            layer.mlp.down_proj.weight /= times
+
+
+def train_target(model: nn.Module, progress: Progress) -> dict[str, float]:
+    """About 6 minutes on one core."""
+    return fit(model, progress, steps=2300, lr=3e-3, seed=1)
+
+
+def train_draft(model: nn.Module, progress: Progress) -> dict[str, float]:
+    """About 2 minutes on one core."""
+    return fit(model, progress, steps=2300, lr=4e-3, seed=2)
+
+
+def train_deep(model: nn.Module, progress: Progress) -> dict[str, float]:
+    """About 13 minutes on one core, starting from the committed `lm_target`."""
+    from stepmark.backbones import load
+
+    split_depth(load("lm_target"), model)
+    return fit(model, progress, steps=1300, lr=2e-3, seed=3, drop=0.2)
+
+
+RECIPES: dict[str, Recipe] = {
+    "lm_target": Recipe(
+        build=lambda: build(128, 4, seed=1),
+        train=train_target,
+        summary="Llama, width 128, 4 layers, on sums, words, hops and stories",
+    ),
+    "lm_draft": Recipe(
+        build=lambda: build(64, 1, seed=2),
+        train=train_draft,
+        summary="Llama, width 64, 1 layer, same data: the draft model of speculative decoding",
+    ),
+    "lm_deep": Recipe(
+        build=lambda: build(128, 12, seed=3),
+        train=train_deep,
+        summary="Llama, width 128, 12 layers, grown from lm_target and trained on with stochastic depth",
+    ),
+}

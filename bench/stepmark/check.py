@@ -1,0 +1,201 @@
+"""`stepmark check`: the contract suite for one plugin, answering in plain words.
+
+What is read from the source comes first (it costs nothing), then the plugin runs at tier smoke, audited. `scaffold`
+writes the file that `stepmark new` starts an author with.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from stepmark import plugins
+from stepmark.audit import static_findings
+from stepmark.plugins import MethodInfo
+
+COUNTS = {
+    "nfe",
+    "nfe_equivalent",
+    "flops",
+    "latency_ms",
+    "memory_mib",
+    "speedup",
+}
+
+
+def static(info: MethodInfo) -> Iterator[str]:
+    """Faults that the source shows: names that do not exist, claims that cannot be evaluated, forbidden reach."""
+    from stepmark.claims import ClaimError, parse
+
+    tasks, methods = plugins.tasks(), plugins.methods()
+    if len(info.doc.strip().splitlines()) < 3:
+        yield "the docstring says too little: what the method does, its equations with their numbers, what differs and why"
+    for task in info.tasks:
+        if task not in tasks:
+            yield f"tasks: {task!r} is not there; known in track {info.track}: " + ", ".join(
+                t for t, (track, _) in tasks.items() if track == info.track
+            )
+        elif tasks[task][0] != info.track:
+            yield f"tasks: {task!r} belongs to track {tasks[task][0]}; move the file to methods/{tasks[task][0]}/"
+    for baseline in info.baselines:
+        if baseline not in methods:
+            yield f"baselines: there is no method {baseline!r} (stepmark list methods)"
+        elif not set(info.tasks) & set(methods[baseline].tasks):
+            yield f"baselines: {baseline} runs on none of this method's tasks"
+    if info.paper is not None and info.baselines and not info.claims:
+        yield "claims is empty; state what the paper claims, so that it can be checked"
+    for claim in info.claims:
+        task_id = claim.task or (info.tasks[0] if info.tasks else "")
+        if task_id not in tasks:
+            yield f"claim {claim.check!r}: there is no task {task_id!r}"
+            continue
+        task = tasks[task_id][1]
+        try:
+            references = parse(claim.check).references()
+        except ClaimError as error:
+            yield f"claim {claim.check!r}: {error}"
+            continue
+        for metric, method, rung in references:
+            if method not in methods:
+                yield f"claim {claim.check!r}: there is no method {method!r}"
+            elif task_id not in methods[method].tasks:
+                yield f"claim {claim.check!r}: {method} does not run on {task_id}"
+            if rung not in task.rungs:
+                yield f"claim {claim.check!r}: rung {rung} is not on the ladder of {task_id}: {task.rungs}"
+            if metric not in task.metrics and metric not in COUNTS and not metric.startswith(_handles(task_id)):
+                yield f"claim {claim.check!r}: {task_id} has no metric {metric!r}; it has {', '.join(task.metrics)}"
+    yield from static_findings(info.path)
+
+
+def _handles(task: str) -> tuple[str, ...]:
+    """Prefixes of per-item counts, `<handle>_evaluations` and the like."""
+    return tuple(f"{role}_" for role in plugins.tasks()[task][1].backbones) or ("simulator_",)
+
+
+def running(info: MethodInfo, device: str = "cpu", every_task: bool = True, fresh: bool = True) -> Iterator[str]:
+    """Faults that show when the plugin runs at tier smoke: failures, wrong outputs, and what the audit flags."""
+    from stepmark.run import Cell, measure
+
+    for task_id in info.tasks if every_task else info.tasks[:1]:
+        task = plugins.tasks()[task_id][1]
+        for rung in task.ladder("smoke"):
+            cell = Cell(info.id, task_id, rung, 0, "smoke")
+            record = measure(cell, device, timing=False, show_progress=False)
+            place = f"{task_id} at rung {rung}"
+            if record.status == "failed":
+                yield f"{place}: {record.message}"
+                break
+            yield from (f"{place}: {flag}" for flag in record.flags)
+        else:
+            if fresh and record.status != "skipped" and task_id == info.tasks[0]:
+                other = _fresh_outputs(cell, device)
+                if other != record.outputs:
+                    yield f"{place}: a fresh process gave other outputs ({other}); something is left over between runs"
+
+
+def _fresh_outputs(cell: object, device: str) -> str:
+    code = (
+        "import json, sys; from stepmark.run import Cell, measure; c = json.loads(sys.argv[1]); "
+        "print(measure(Cell(**c), sys.argv[2], False, False).outputs)"
+    )
+    environment = dict(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    arguments = [sys.executable, "-c", code, json.dumps(vars(cell)), device]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
+    return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr.strip()[-200:]
+
+
+def check(path: Path, device: str = "cpu", run: bool = True) -> list[str]:
+    """Everything wrong with the plugin at `path`, in plain words; [] when it keeps the contract."""
+    path = path.resolve()
+    if not path.exists():
+        return [f"{path} is not there; give the file of a method, methods/<track>/<id>.py"]
+    if path.parent.parent not in plugins.method_folders():
+        folders = [str(path.parent.parent), *filter(None, os.environ.get("STEPMARK_METHODS", "").split(os.pathsep))]
+        os.environ["STEPMARK_METHODS"] = os.pathsep.join(folders)
+    try:
+        info = plugins.read_method(path)
+        plugins.methods()
+    except plugins.PluginError as error:
+        return [str(error)]
+    findings = list(static(info))
+    if run and not any(finding.startswith(("tasks:", "baselines:")) for finding in findings):
+        findings += running(info, device)
+    return findings
+
+
+TEMPLATE = '''"""{title}."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from stepmark import Claim, Method, Paper
+from stepmark.session import Session
+
+
+class {name}(Method):
+    """{title}: one line that says what it does.
+
+    Algorithm: the update rule with the paper's equation or algorithm numbers.
+
+    Differs from the paper: what, and why (delete this line if nothing does).
+    """
+
+    paper = Paper(id="{id}", title="...", authors="...", year={year}, arxiv=None, code=None)
+    tasks = ("{task}",)
+    baselines = ("{baseline}",)
+    claims = (Claim("{metric}[{id},{rung}] {better} {metric}[{baseline},{rung}]", says="better at {rung} {unit}"),)
+
+    def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> {returns}:
+        """One call of the track: at most `rung` {unit} per item of `batch`."""
+        raise ValueError("fill in run; the inputs and outputs of the track are described in tracks/{track}.py")
+'''
+
+
+def scaffold(target: Path) -> Path:
+    """Write a new plugin for `methods/<track>/<id>.py` (suffix optional) that passes the check once `run` is filled in.
+
+    Raises:
+        ValueError: not such a path, an unknown track, a bad or taken id.
+    """
+    import datetime
+
+    target = target if target.suffix == ".py" else target.with_name(target.name + ".py")
+    track, name = target.parent.name, target.stem
+    if track not in plugins.tracks():
+        raise ValueError(f"{target}: the folder must be a track ({', '.join(plugins.tracks())}), such as methods/image/{name}")
+    if not re.fullmatch(r"[a-z][a-z0-9_]{1,63}", name):
+        raise ValueError(f"{name!r} is no id: use small letters, digits and _, such as my_sampler")
+    if target.exists() or name in plugins.methods():
+        raise ValueError(f"there is a method {name!r} already; choose another id")
+    task = next(t for owner, t in plugins.tasks().values() if owner == track)
+    metric, better = next(iter(task.metrics.items()))
+    baseline = next((m.id for m in plugins.methods().values() if m.track == track and task.id in m.tasks), "baseline")
+    text = TEMPLATE.format(
+        title=name.replace("_", " ").capitalize(),
+        name="".join(part.capitalize() for part in name.split("_")),
+        id=name,
+        year=datetime.date.today().year,
+        task=task.id,
+        baseline=baseline,
+        metric=metric,
+        better="<" if better == "lower" else ">",
+        rung=task.rungs[0],
+        unit=task.unit,
+        track=track,
+        returns={"image": "Tensor", "decoding": "list[list[int]]"}.get(track, "Any"),
+    )
+    if "-> Tensor" not in text:
+        text = text.replace("from torch import Tensor\n\n", "")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text)
+    return target

@@ -1,0 +1,337 @@
+"""The command line: `stepmark COMMAND --help` teaches each command. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from stepmark import __version__, plugins
+
+
+def results_folder(tier: str) -> Path:
+    """Where records go by default: the published folder for tiers embedded and hub, a private one for smoke."""
+    root = plugins.checkout()
+    if root is None:
+        return Path("stepmark-results")
+    return root / ".stepmark" / "results" if tier == "smoke" else root / "leaderboard" / "results"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit status: 0 fine, 1 something was found wrong, 2 wrong use."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.action(arguments)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on where it was", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if not _expected(error):
+            raise
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"stepmark: {' '.join(str(text).split())}", file=sys.stderr)
+        return 2
+
+
+def _expected(error: Exception) -> bool:
+    """Errors that say in one line what to mend; anything else is a fault of ours and shows its trace."""
+    return type(error).__name__ in {
+        "PluginError",
+        "RecordError",
+        "ClaimError",
+        "DeviceBusy",
+        "KeyError",
+        "ValueError",
+        "FileNotFoundError",
+        "ModuleNotFoundError",
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="stepmark",
+        description="How much quality does each inference step, millisecond, megabyte and joule buy?",
+        epilog="First steps: `stepmark list`, then `stepmark run --tier smoke --method ddim`, then `stepmark show`.",
+    )
+    parser.add_argument("--version", action="version", version=f"stepmark {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, action: object, text: str, more: str = "") -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name, help=text, description=f"{text[0].upper()}{text[1:]}. {more}", formatter_class=argparse.RawTextHelpFormatter
+        )
+        made.set_defaults(action=action)
+        return made
+
+    found = command("list", _list, "list methods, tasks, datasets, backbones or tracks")
+    found.add_argument("what", nargs="?", choices=["all", "methods", "tasks", "datasets", "backbones", "tracks"], default="all")
+
+    found = command(
+        "run",
+        _run,
+        "run cells of the suite and write their records",
+        "Cells that already have a record\nof the same digests are left alone, so a stopped run is resumed by repeating the command.",
+    )
+    _selection(found)
+    found.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1 ...")
+    found.add_argument("--engine", choices=["local", "ray"], default="local", help="where cells run")
+    found.add_argument("--address", help="of a running Ray cluster; without it a local one is started")
+    found.add_argument("--no-timing", action="store_true", help="skip latency, memory and energy")
+    found.add_argument("--again", action="store_true", help="run also what has a record already")
+    found.add_argument("--via", choices=["lm-eval"], help="run decoding methods under lm-eval on the same tasks instead")
+    found.add_argument("--limit", type=int, default=None, help="with --via: items per task")
+    found.add_argument("--quiet", action="store_true", help="no table at the end")
+
+    found = command("check", _check, "check one plugin against the contract and say what is wrong and where")
+    found.add_argument("path", type=Path, nargs="+", help="methods/<track>/<id>.py")
+    found.add_argument("--device", default="cpu")
+    found.add_argument("--no-run", action="store_true", help="read the source only")
+
+    found = command("new", _new, "start a new plugin from a template")
+    found.add_argument("path", type=Path, help="methods/<track>/<id>")
+
+    found = command("show", _show, "print the leaderboard as an aligned table")
+    _selection(found)
+    _results(found)
+
+    found = command("compare", _compare, "compare two methods by paired tests")
+    found.add_argument("a")
+    found.add_argument("b")
+    found.add_argument("--track", help="only this track")
+    found.add_argument("--tier", choices=["smoke", "embedded", "hub"], default="embedded")
+    _results(found)
+
+    found = command(
+        "verify", _verify, "run recorded cells again and say what agrees", "Exit status 1 when something does not."
+    )
+    found.add_argument("record", help="a record file, or FILE:LINE for one record of it")
+    found.add_argument("--device", default="cpu")
+
+    found = command("site", _site, "build the static site from the records")
+    _results(found)
+    found.add_argument("--out", type=Path, help="folder of the built site (default build/site)")
+    found.add_argument("--tier", choices=["smoke", "embedded", "hub"], default="embedded")
+
+    found = command("backbones", _backbones, "list or retrain the embedded reference models")
+    found.add_argument("do", choices=["list", "train"], nargs="?", default="list")
+    found.add_argument("id", nargs="*", help="with train: which (minutes each on one core)")
+    return parser
+
+
+def _selection(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tier", choices=["smoke", "embedded", "hub"], default="embedded", help="default: embedded")
+    for name, text in (("method", "ID"), ("track", "TRACK"), ("task", "KIND/NAME")):
+        parser.add_argument(f"--{name}", action="append", default=[], metavar=text, help="may be given several times")
+    parser.add_argument("--rung", action="append", type=int, default=[], metavar="N")
+    parser.add_argument("--seed", action="append", type=int, default=[], metavar="N")
+    if not any(action.dest == "results" for action in parser._actions):
+        parser.add_argument("--results", type=Path, help="folder of the records")
+
+
+def _results(parser: argparse.ArgumentParser) -> None:
+    if not any(action.dest == "results" for action in parser._actions):
+        parser.add_argument("--results", type=Path, help="folder of the records")
+
+
+def _columns(rows: list[tuple[str, ...]], indent: str = "  ") -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    wanted = arguments.what
+    blocks: list[str] = []
+    if wanted in {"all", "tracks"}:
+        rows = [
+            (track, f"{sum(m.track == track for m in plugins.methods().values())} methods") for track in plugins.tracks()
+        ]
+        blocks.append("tracks\n" + _columns(rows))
+    if wanted in {"all", "methods"} and plugins.methods():
+        order = sorted(plugins.methods().values(), key=lambda m: (m.track, bool(m.baselines), m.id))
+        blocks.append("methods\n" + _columns([(m.id, m.track, m.title[:90]) for m in order]))
+    if wanted in {"all", "tasks"} and plugins.tasks():
+        rows = [(t.id, track, f"v{t.version}", t.unit, t.summary[:80]) for track, t in plugins.tasks().values()]
+        blocks.append("tasks\n" + _columns(rows))
+    if wanted in {"all", "datasets"}:
+        rows = [(d.id, f"v{d.version}", d.summary[:90]) for d in plugins.datasets().values()]
+        blocks.append("datasets\n" + _columns(rows))
+    if wanted == "backbones":
+        return _backbones(argparse.Namespace(do="list", id=[]))
+    print("\n\n".join(blocks))
+    return 0
+
+
+def _chosen(arguments: argparse.Namespace) -> object:
+    from stepmark.suite import Selection
+
+    return Selection(
+        tier=arguments.tier,
+        methods=tuple(arguments.method),
+        tracks=tuple(arguments.track),
+        tasks=tuple(arguments.task),
+        rungs=tuple(arguments.rung),
+        seeds=tuple(arguments.seed),
+    )
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.via == "lm-eval":
+        return _run_lm_eval(arguments)
+    from tqdm import tqdm
+
+    from stepmark import suite
+
+    chosen = _chosen(arguments)
+    assert isinstance(chosen, suite.Selection)
+    results = arguments.results or results_folder(arguments.tier)
+    cells = suite.cells(chosen)
+    if not cells:
+        raise ValueError("the selection holds no cell; see: stepmark list")
+    todo = len(cells) if arguments.again else len(suite.pending(cells, results))
+    options = suite.Options(
+        results=results,
+        device=arguments.device,
+        engine=arguments.engine,
+        address=arguments.address,
+        timing=not arguments.no_timing,
+        again=arguments.again,
+        announce=lambda text: print(text, file=sys.stderr),
+    )
+    made = []
+    tqdm.monitor_interval = 0
+    with tqdm(total=todo, unit="cell", dynamic_ncols=True, smoothing=0.1) as bar:
+        for record in suite.walk(chosen, options):
+            made.append(record)
+            bar.set_postfix_str(f"{record.method} on {record.task}, rung {record.rung}")
+            bar.update()
+            if record.status in {"failed", "flagged"}:
+                text = record.message or "; ".join(record.flags)
+                bar.write(f"{record.status}: {record.method} on {record.task}, rung {record.rung}: {text}", file=sys.stderr)
+    if not arguments.quiet:
+        _show(arguments)
+    bad = [r for r in made if r.status == "failed"]
+    print(f"\n{len(made)} records written below {results}" + (f", {len(bad)} of them failed" if bad else ""))
+    return 1 if bad else 0
+
+
+def _run_lm_eval(arguments: argparse.Namespace) -> int:
+    from stepmark.via_lm_eval import run
+
+    methods = arguments.method or [m.id for m in plugins.methods().values() if m.track == "decoding"]
+    for method in methods:
+        print(run(method, tuple(arguments.task), arguments.tier, arguments.device, arguments.limit))
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from stepmark.check import check
+
+    wrong = 0
+    for path in arguments.path:
+        findings = check(path, arguments.device, not arguments.no_run)
+        wrong += bool(findings)
+        print(f"{path}: " + ("keeps the contract" if not findings else f"{len(findings)} to mend"))
+        for finding in findings:
+            print(f"  - {finding}")
+    return 1 if wrong else 0
+
+
+def _new(arguments: argparse.Namespace) -> int:
+    from stepmark.check import scaffold
+
+    path = scaffold(arguments.path)
+    print(f"wrote {path}; fill it in, then: stepmark check {path}")
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from stepmark.leaderboard import board
+    from stepmark.record import read_all
+
+    results = arguments.results or results_folder(arguments.tier)
+    records = [
+        r
+        for r in read_all(results)
+        if r.tier == arguments.tier
+        and (not arguments.method or r.method in arguments.method)
+        and (not arguments.track or r.track in arguments.track)
+        and (not arguments.task or r.task in arguments.task)
+    ]
+    print(board.show(records) if records else f"no records below {results}; write some with: stepmark run")
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from stepmark.leaderboard import board
+    from stepmark.record import read_all
+
+    results = arguments.results or results_folder(arguments.tier)
+    records = [r for r in read_all(results) if r.tier == arguments.tier]
+    print(board.compare(records, arguments.a, arguments.b, arguments.track))
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from stepmark import record
+    from stepmark.verify import verify
+
+    name, colon, line = arguments.record.rpartition(":")
+    path, number = (Path(name), int(line)) if colon and line.isdigit() else (Path(arguments.record), None)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there; records lie in leaderboard/results/<version>/<machine>/<track>/")
+    records = list(record.read(path))
+    if number is not None:
+        if not 1 <= number <= len(records):
+            raise ValueError(f"{path} has {len(records)} records; give a line between 1 and {len(records)}")
+        records = [records[number - 1]]
+    wrong = 0
+    for each in records:
+        found = verify(each, arguments.device)
+        wrong += bool(found.differs)
+        print(f"{each.method} on {each.task}, rung {each.rung}, seed {each.seed}: " + ("differs" if found.differs else "agrees"))
+        for text in found.differs:
+            print(f"  - {text}")
+        for text in (*found.agrees, *found.notes):
+            print(f"    {text}")
+    print(f"{len(records) - wrong} of {len(records)} records agree")
+    return 1 if wrong else 0
+
+
+def _site(arguments: argparse.Namespace) -> int:
+    from stepmark.leaderboard import site
+
+    results = arguments.results or results_folder(arguments.tier)
+    root = plugins.checkout() or Path.cwd()
+    page = site.build(results, arguments.out or root / "build" / "site")
+    print(f"the site is in {page}")
+    return 0
+
+
+def _backbones(arguments: argparse.Namespace) -> int:
+    from stepmark import backbones
+
+    if arguments.do == "list":
+        entries = backbones.manifest()
+        rows = [("id", "parameters", "trained in", "what")]
+        for name, recipe in sorted(backbones.recipes().items()):
+            entry = entries.get(name)
+            seconds = f"{entry['seconds']:.0f} s" if entry else ("analytic" if recipe.train is None else "not trained")
+            rows.append((name, f"{entry['params']:,}" if entry else "-", seconds, recipe.summary))
+        print(_columns(rows, ""))
+        return 0
+    if not arguments.id:
+        raise ValueError("name the backbones to train, such as: stepmark backbones train digits_flow_a")
+    for name in arguments.id:
+        print(f"{name}: {backbones.train(name)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

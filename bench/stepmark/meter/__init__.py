@@ -1,0 +1,1 @@
+"""The ruler: latency, memory, energy, counts and the machine they were read on."""

@@ -1,0 +1,226 @@
+"""Counts that the harness takes itself: network evaluations, simulator calls, positions, layers, FLOPs.
+
+Every costly thing a method can reach is watched by a `Ledger`. A network is counted by replacing `forward` on the
+instance, so that `net(x)`, `net.forward(x)` and a `deepcopy` of it all count; where a track names the layers of a
+network, an evaluation is all of them once, and a call that runs some of them costs its share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+class BudgetExceeded(Exception):
+    """A `run` call asked for more than its rung allows."""
+
+
+@dataclass
+class Entry:
+    """What was asked of one handle: calls, rows (items over all calls), positions (rows x sequence length)."""
+
+    calls: int = 0
+    rows: int = 0
+    positions: int = 0
+    layers: int = 0  # how many layers make one evaluation; 0: a call of `forward` is one
+    layer_calls: int = 0
+    layer_rows: int = 0
+    layer_positions: int = 0
+
+    @property
+    def evaluations(self) -> float:
+        """Evaluations, item by item: rows of `forward`, or layer rows / layers."""
+        return self.layer_rows / self.layers if self.layers else float(self.rows)
+
+    def as_dict(self) -> dict[str, float]:
+        """The figures that go into a record."""
+        positions = self.layer_positions / self.layers if self.layers else float(self.positions)
+        figures = {"calls": float(self.calls), "evaluations": self.evaluations, "positions": positions}
+        return figures | ({"layer_evaluations": float(self.layer_rows)} if self.layers else {})
+
+
+@dataclass
+class Ledger:
+    """The counts of one stage (a `run` call or a `prepare`), and the budget it must keep to.
+
+    `bounded` names the handles whose evaluations count against `limit`; `("*",)` is every network.
+    """
+
+    bounded: tuple[str, ...] = ("*",)
+    limit: float = float("inf")
+    entries: dict[str, Entry] = field(default_factory=dict)
+    networks: list[str] = field(default_factory=list)
+
+    def reset(self, limit: float = float("inf")) -> None:
+        """Start a stage: all counts to zero, a new limit in evaluations."""
+        self.limit = limit
+        for name, entry in self.entries.items():
+            self.entries[name] = Entry(layers=entry.layers)
+
+    @property
+    def spent(self) -> float:
+        """Evaluations of the bounded handles since `reset`."""
+        names = self.networks if self.bounded == ("*",) else self.bounded
+        return sum(self.entries[name].evaluations for name in names if name in self.entries)
+
+    def check(self) -> None:
+        """Raise `BudgetExceeded` once more was asked than the limit allows."""
+        if self.spent > self.limit + 1e-6:
+            raise BudgetExceeded(f"{self.spent:g} evaluations asked, the rung allows {self.limit:g} for this batch")
+
+    def snapshot(self) -> dict[str, dict[str, float]]:
+        """Counts by handle, handles never called left out."""
+        return {n: e.as_dict() for n, e in self.entries.items() if e.calls or e.layer_calls}
+
+
+def shape_of(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, int]:
+    """(rows, positions) of a call: first dimension of its first tensor; x sequence length for tokens and hidden states."""
+    for value in (*args, *(kwargs.get(k) for k in ("input_ids", "inputs_embeds", "hidden_states")), *kwargs.values()):
+        if isinstance(value, Tensor):
+            rows = value.shape[0] if value.ndim else 1
+            sequence = value.ndim == 3 or (value.ndim == 2 and not value.is_floating_point())
+            return rows, rows * value.shape[1] if sequence else rows
+    return 1, 1
+
+
+def _intercept(module: nn.Module, before: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> None:
+    original = type(module).forward
+
+    @functools.wraps(original)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        before(args, kwargs)
+        return original(self, *args, **kwargs)
+
+    module.forward = types.MethodType(forward, module)
+
+
+def watch(ledger: Ledger, name: str, module: nn.Module, layers: Sequence[nn.Module] = ()) -> nn.Module:
+    """Count every evaluation of `module` in `ledger` under `name`. Returns the module."""
+    if name in ledger.entries:
+        raise ValueError(f"two handles are called {name!r}; rename the one that the method adds")
+    ledger.entries[name] = Entry(layers=len(layers))
+    ledger.networks.append(name)
+
+    def on_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entry = ledger.entries[name]
+        rows, positions = shape_of(args, kwargs)
+        entry.calls += 1
+        entry.rows += rows
+        entry.positions += positions
+        if not layers:
+            ledger.check()
+
+    def on_layer(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entry = ledger.entries[name]
+        rows, positions = shape_of(args, kwargs)
+        entry.layer_calls += 1
+        entry.layer_rows += rows
+        entry.layer_positions += positions
+        ledger.check()
+
+    _intercept(module, on_call)
+    for layer in layers:
+        _intercept(layer, on_layer)
+    return module
+
+
+def watch_function(ledger: Ledger, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A counted form of a simulator, likelihood, verifier or retriever. One row per item of its first tensor."""
+    if name in ledger.entries:
+        raise ValueError(f"two handles are called {name!r}")
+    ledger.entries[name] = Entry()
+
+    @functools.wraps(function)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        entry = ledger.entries[name]
+        rows, positions = shape_of(args, kwargs)
+        entry.calls += 1
+        entry.rows += rows
+        entry.positions += positions
+        ledger.check()
+        return function(*args, **kwargs)
+
+    return counted
+
+
+def _mv_flops(matrix: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * matrix[0] * matrix[1]
+
+
+def _dot_flops(vector: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * vector[0]
+
+
+@dataclass
+class Flops:
+    """FLOPs of one call: all of them, those outside any watched network, and unwatched modules that were called."""
+
+    total: int = 0
+    outside: int = 0
+    strays: list[str] = field(default_factory=list)
+    threads: list[str] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def count_flops(watched: Sequence[nn.Module]) -> Iterator[Flops]:
+    """Count FLOPs (2 per multiply-add) of the calling thread while inside; never time under it.
+
+    `FlopCounterMode` misses the fused path of `nn.MultiheadAttention`, the mkldnn LSTM and matrix-vector products:
+    the first two are switched off while inside, the last are mapped. Modules with parameters that run without
+    belonging to a watched network, and modules that run in another thread, are named in the result.
+    """
+    import threading
+
+    known = {id(part) for network in watched for part in network.modules()}
+    result = Flops()
+    own = threading.get_ident()
+    depth = 0
+    entered = 0
+    inside = 0
+    counter = FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten.mv: _mv_flops, torch.ops.aten.dot: _dot_flops}
+    )
+
+    def before(module: nn.Module, args: Any) -> None:
+        nonlocal depth, entered
+        if threading.get_ident() != own:
+            result.threads.append(type(module).__name__)
+        elif id(module) in known:
+            if depth == 0:
+                entered = counter.get_total_flops()
+            depth += 1
+        elif depth == 0 and any(True for _ in module.parameters()):
+            result.strays.append(type(module).__name__)
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal depth, inside
+        if threading.get_ident() == own and id(module) in known:
+            depth -= 1
+            if depth == 0:
+                inside += counter.get_total_flops() - entered
+
+    hooks = [
+        nn.modules.module.register_module_forward_pre_hook(before),
+        nn.modules.module.register_module_forward_hook(after, always_call=True),
+    ]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    recurrent = any(isinstance(part, nn.LSTM) for network in watched for part in network.modules())
+    mkldnn = torch.backends.mkldnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with mkldnn, counter:
+            yield result
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for hook in hooks:
+            hook.remove()
+        result.total = counter.get_total_flops()
+        result.outside = result.total - inside

@@ -1,0 +1,85 @@
+"""What the author of a plugin sees: `Method`, the `Paper` it comes from, the `Claim`s that paper makes.
+
+A method is one file, `methods/<track>/<id>.py`, holding one subclass of `Method`. Its class attributes are plain
+literals: listing, the site and the coverage table read them with `ast` and never import the plugin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from stepmark.session import Session
+
+
+@dataclass(frozen=True)
+class Paper:
+    """The publication a method reimplements. `code` is `owner/repo` of the official code, where there is one."""
+
+    id: str
+    title: str
+    authors: str
+    year: int
+    arxiv: str | None = None
+    code: str | None = None
+    url: str | None = None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One checkable claim of a paper.
+
+    `check` is a sentence of the claim language (`stepmark.claims`), `says` the same for people, `task` the task it is
+    evaluated on (default: the method's first task).
+    """
+
+    check: str
+    says: str
+    task: str | None = None
+
+
+class Skip(Exception):
+    """Raised by `skip`: the method does not apply here. The reason is shown in the record and on the site."""
+
+
+def skip(reason: str) -> NoReturn:
+    """Say that this method does not apply to this task, tier or device, and why (one line)."""
+    raise Skip(reason)
+
+
+class Method:
+    """The plugin contract: three calls, of which only `run` is timed.
+
+    Instances hold no state of their own: what `prepare` computes travels as tensors in `session.state` and as weights
+    of the networks that `networks` declared, so that it can be cached, digested and loaded elsewhere.
+    """
+
+    paper: Paper | None = None
+    tasks: tuple[str, ...] = ()
+    baselines: tuple[str, ...] = ()
+    claims: tuple[Claim, ...] = ()
+
+    def networks(self, session: Session) -> dict[str, nn.Module]:
+        """Build, untrained, the networks that the method adds to those of the task.
+
+        The harness counts them like the task's own and caches their trained weights. Offline, not timed.
+        """
+        return {}
+
+    def prepare(self, session: Session) -> Mapping[str, Tensor] | None:
+        """Train, distil, calibrate or search, on `session.train` only. Offline; its cost is recorded, its result cached.
+
+        Trains `session.networks[...]` in place and returns further tensors, which `run` finds in `session.state`.
+        """
+        return None
+
+    def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> Any:
+        """Turn a batch of the track's inputs into its outputs within `rung` units per item. The only timed call.
+
+        A pure function of (state, networks, batch, rung, session.rng): no I/O, no global state, no threads.
+        """
+        raise TypeError(f"{type(self).__name__} does not define run(self, session, batch, rung)")

@@ -1,0 +1,248 @@
+"""Finding plugins without importing them, and mounting their folders.
+
+`methods`, `datasets`, `kernels` and `leaderboard` lie at the root of the checkout, outside the package, and hold no `__init__.py`: a
+top-level package called `datasets` would shadow Hugging Face's. They are mounted here as the namespace packages
+`stepmark.methods`, `stepmark.datasets` ...: from the checkout, else from inside the wheel, plus
+every folder in `$STEPMARK_METHODS` and every entry point of group `stepmark.methods`.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import sys
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from stepmark.method import Claim, Method, Paper
+from stepmark.task import Dataset, Task
+
+PACKAGE = Path(__file__).parent
+MOUNTS = ("methods", "datasets", "kernels", "leaderboard")
+
+
+class PluginError(Exception):
+    """A plugin cannot be read. One line that names the file, the line and the mend."""
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What a method's file says of it, read without importing it."""
+
+    id: str
+    track: str
+    path: Path
+    class_name: str
+    doc: str
+    paper: Paper | None
+    tasks: tuple[str, ...]
+    baselines: tuple[str, ...]
+    claims: tuple[Claim, ...]
+
+    @property
+    def title(self) -> str:
+        """First line of the docstring."""
+        return self.doc.strip().splitlines()[0] if self.doc else self.id
+
+
+def checkout() -> Path | None:
+    """Root of the checkout this package runs from, or None when it runs from a wheel."""
+    root = PACKAGE.parent.parent
+    return root if (root / "pyproject.toml").exists() and (root / "methods").is_dir() else None
+
+
+def method_folders() -> list[Path]:
+    """Every folder that holds `<track>/<id>.py`: in-tree first, then `$STEPMARK_METHODS`, then entry points."""
+    folders = [(checkout() or PACKAGE) / "methods"]
+    for item in filter(None, os.environ.get("STEPMARK_METHODS", "").split(os.pathsep)):
+        if not Path(item).is_dir():
+            raise PluginError(f"STEPMARK_METHODS names {item!r}, which is no folder; give folders that hold <track>/<id>.py")
+        folders.append(Path(item).resolve())
+    for point in entry_points(group="stepmark.methods"):
+        spec = importlib.util.find_spec(point.value)
+        if spec is None or not spec.submodule_search_locations:
+            raise PluginError(f"entry point {point.name} = {point.value!r} is no importable package of methods")
+        folders.extend(Path(p) for p in spec.submodule_search_locations)
+    return folders
+
+
+def mount() -> None:
+    """Make `stepmark.methods`, `.datasets` and `.kernels` importable. Called once, by `import stepmark`."""
+    root = checkout() or PACKAGE
+    for name in MOUNTS:
+        module = types.ModuleType(f"stepmark.{name}", f"Mounted from {name}/ (see stepmark.plugins).")
+        folders = method_folders() if name == "methods" else [root / name]
+        module.__path__ = [str(folder) for folder in folders]
+        sys.modules[module.__name__] = module
+        setattr(sys.modules["stepmark"], name, module)
+
+
+CONSTRUCTORS: dict[str, type] = {"Paper": Paper, "Claim": Claim, "Task": Task, "Dataset": Dataset}
+
+
+def _literal(node: ast.expr, path: Path) -> Any:
+    """Value of a plain literal, in which Paper(...), Claim(...), Task(...) and Dataset(...) may stand."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CONSTRUCTORS:
+        kind = CONSTRUCTORS[node.func.id]
+        names = [f.name for f in fields(kind)]
+        if len(node.args) > len(names) or any(k.arg not in names for k in node.keywords):
+            raise PluginError(f"{path}:{node.lineno}: {kind.__name__} takes {', '.join(names)}")
+        arguments = dict(zip(names, (_literal(a, path) for a in node.args), strict=False))
+        arguments |= {str(k.arg): _literal(k.value, path) for k in node.keywords}
+        try:
+            return kind(**arguments)
+        except TypeError as error:
+            raise PluginError(f"{path}:{node.lineno}: {error}") from None
+    if isinstance(node, (ast.Tuple, ast.List)):
+        items = [_literal(item, path) for item in node.elts]
+        return tuple(items) if isinstance(node, ast.Tuple) else items
+    if isinstance(node, ast.Dict) and None not in node.keys:
+        return {_literal(k, path): _literal(v, path) for k, v in zip(node.keys, node.values, strict=True) if k}
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise PluginError(f"{path}:{node.lineno}: write a plain literal here; it is read without running the file") from None
+
+
+def _parse(path: Path) -> ast.Module:
+    try:
+        return ast.parse(path.read_text(encoding="utf-8"))
+    except SyntaxError as error:
+        raise PluginError(f"{path}:{error.lineno}: {error.msg}") from None
+    except UnicodeDecodeError:
+        raise PluginError(f"{path}: not UTF-8 text") from None
+
+
+def _assigned(body: list[ast.stmt], path: Path, wanted: tuple[str, ...]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for statement in body:
+        target: ast.expr | None = None
+        if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+            target = statement.targets[0]
+        elif isinstance(statement, ast.AnnAssign):
+            target = statement.target
+        if isinstance(target, ast.Name) and target.id in wanted:
+            assert isinstance(statement, (ast.Assign, ast.AnnAssign))
+            assert statement.value is not None
+            found[target.id] = _literal(statement.value, path)
+    return found
+
+
+def read_method(path: Path) -> MethodInfo:
+    """Metadata of the one `Method` subclass in a file.
+
+    Raises:
+        PluginError: no such class, two of them, or an attribute that is no plain literal.
+    """
+    source = path / "__init__.py" if path.is_dir() else path
+    classes = [
+        node
+        for node in _parse(source).body
+        if isinstance(node, ast.ClassDef) and any(isinstance(b, ast.Name) and b.id == "Method" for b in node.bases)
+    ]
+    if len(classes) != 1:
+        raise PluginError(f"{source}: has {len(classes)} subclasses of Method, must have exactly one")
+    node = classes[0]
+    values = _assigned(node.body, source, ("paper", "tasks", "baselines", "claims"))
+    for name in ("tasks", "baselines"):
+        if not isinstance(values.get(name, ()), tuple) or not all(isinstance(v, str) for v in values.get(name, ())):
+            raise PluginError(f"{source}: {name} must be a tuple of strings, such as ('a', 'b') or ('a',)")
+    if not all(isinstance(c, Claim) for c in values.get("claims", ())):
+        raise PluginError(f"{source}: claims must be a tuple of Claim(...)")
+    if not values.get("tasks"):
+        raise PluginError(f"{source}: tasks is empty; name at least one task (stepmark list tasks)")
+    return MethodInfo(
+        id=path.stem,
+        track=path.parent.name,
+        path=source,
+        class_name=node.name,
+        doc=ast.get_docstring(node) or "",
+        paper=values.get("paper"),
+        tasks=values["tasks"],
+        baselines=values.get("baselines", ()),
+        claims=values.get("claims", ()),
+    )
+
+
+def _method_files() -> Iterator[Path]:
+    for folder in method_folders():
+        for track in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "_"))):
+            for path in sorted(track.iterdir()):
+                if path.name.startswith((".", "_")):
+                    continue
+                if path.suffix == ".py" or (path / "__init__.py").exists():
+                    yield path
+
+
+def methods() -> dict[str, MethodInfo]:
+    """Every method by id.
+
+    Raises:
+        PluginError: a file that cannot be read, or one id in two places.
+    """
+    found: dict[str, MethodInfo] = {}
+    for path in _method_files():
+        info = read_method(path)
+        if info.id in found:
+            raise PluginError(f"method id {info.id!r} stands in {found[info.id].path} and {info.path}; rename one")
+        found[info.id] = info
+    return found
+
+
+def tracks() -> list[str]:
+    """Names of the tracks."""
+    return sorted(p.stem for p in (PACKAGE / "tracks").glob("*.py") if p.stem != "__init__")
+
+
+@lru_cache(maxsize=1)
+def tasks() -> dict[str, tuple[str, Task]]:
+    """Task id -> (track, Task), read without importing the tracks."""
+    found: dict[str, tuple[str, Task]] = {}
+    for track in tracks():
+        path = PACKAGE / "tracks" / f"{track}.py"
+        for task in _assigned(_parse(path).body, path, ("TASKS",)).get("TASKS", ()):
+            if task.id in found:
+                raise PluginError(f"{path}: task {task.id!r} also stands in track {found[task.id][0]}; rename one")
+            found[task.id] = (track, task)
+    return found
+
+
+def datasets() -> dict[str, Dataset]:
+    """Every dataset by id, read without importing it."""
+    folder = (checkout() or PACKAGE) / "datasets"
+    found: dict[str, Dataset] = {}
+    for path in sorted(folder.glob("*.py")):
+        values = _assigned(_parse(path).body, path, ("DATASET",))
+        if "DATASET" in values:
+            found[path.stem] = values["DATASET"]
+    return found
+
+
+def load_class(info: MethodInfo) -> type[Method]:
+    """Execute a method's file as a new module and return its class.
+
+    A new module each time: globals that a plugin left behind in one cell are not there in the next.
+    """
+    name = f"stepmark.methods.{info.track}.{info.id}"
+    spec = importlib.util.spec_from_file_location(name, info.path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    previous = sys.modules.get(name)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise PluginError(f"{info.path}: {type(error).__name__} on import: {error}") from error
+    finally:
+        if previous is not None:
+            sys.modules[name] = previous
+        else:
+            sys.modules.pop(name, None)
+    return getattr(module, info.class_name)

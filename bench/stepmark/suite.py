@@ -1,0 +1,129 @@
+"""The matrix of cells, and walking it so that nothing is lost: a killed suite resumes at the next cell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stepmark import __version__, engine, plugins
+from stepmark import record as records
+from stepmark.meter import machine
+from stepmark.run import Cell, digests
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which cells to run; an empty tuple means all."""
+
+    tier: str = "embedded"
+    methods: tuple[str, ...] = ()
+    tracks: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    rungs: tuple[int, ...] = ()
+    seeds: tuple[int, ...] = ()
+
+
+@dataclass
+class Options:
+    """How to run them."""
+
+    results: Path
+    device: str = "cpu"
+    engine: str = "local"
+    address: str | None = None
+    timing: bool = True
+    again: bool = False
+    announce: Callable[[str], None] = field(default=print)
+
+
+def check_selection(selection: Selection) -> None:
+    """Raise `KeyError` with one line that lists what is known, if a name is not."""
+    known = {
+        "method": (selection.methods, plugins.methods()),
+        "task": (selection.tasks, plugins.tasks()),
+        "track": (selection.tracks, plugins.tracks()),
+    }
+    for kind, (names, have) in known.items():
+        for name in names:
+            if name not in have:
+                raise KeyError(f"no {kind} {name!r}; known: {', '.join(sorted(have))}")
+
+
+def cells(selection: Selection) -> list[Cell]:
+    """Every cell of the selection: methods by track, baselines (methods that no other is compared with) first.
+
+    Raises:
+        KeyError: a name that is not known. PluginError: a method names a task that is not there.
+    """
+    check_selection(selection)
+    known = plugins.methods()
+    order = sorted(known.values(), key=lambda m: (m.track, bool(m.baselines), m.id))
+    found: list[Cell] = []
+    for info in order:
+        if (selection.methods and info.id not in selection.methods) or (
+            selection.tracks and info.track not in selection.tracks
+        ):
+            continue
+        for task_id in info.tasks:
+            if task_id not in plugins.tasks():
+                raise plugins.PluginError(f"{info.path}: names task {task_id!r}, which is not there (stepmark list tasks)")
+            if selection.tasks and task_id not in selection.tasks:
+                continue
+            task = plugins.tasks()[task_id][1]
+            seeds = range(1 if selection.tier == "smoke" else task.seeds)
+            ladder = selection.rungs or task.ladder(selection.tier)
+            found += [
+                Cell(info.id, task_id, rung, seed, selection.tier)
+                for seed in seeds
+                if not selection.seeds or seed in selection.seeds
+                for rung in ladder
+            ]
+    return found
+
+
+def _file(cell: Cell, results: Path) -> Path:
+    track = plugins.methods()[cell.method].track
+    return results / __version__ / machine.machine_id() / track / f"{cell.method}.jsonl"
+
+
+def pending(wanted: Sequence[Cell], results: Path) -> list[Cell]:
+    """Cells without a record of the same digests on this machine. Failed ones are tried again."""
+    have: dict[tuple[str, str, int, int, str], records.Record] = {}
+    for path in {_file(cell, results) for cell in wanted}:
+        have |= records.keys(path)
+    known = plugins.methods()
+    current: dict[tuple[str, str], dict[str, str]] = {}
+    left: list[Cell] = []
+    for cell in wanted:
+        pair = (cell.method, cell.task)
+        if pair not in current:
+            current[pair] = digests(known[cell.method], plugins.tasks()[cell.task][1])
+        found = have.get(cell.key)
+        if found is None or found.digests != current[pair] or found.status == "failed":
+            left.append(cell)
+    return left
+
+
+def walk(selection: Selection, options: Options) -> Iterator[records.Record]:
+    """Run what is still to do, write each record as it arrives, and yield it.
+
+    Raises:
+        KeyError, PluginError: a wrong selection. DeviceBusy: somebody else is timing here.
+    """
+    wanted = cells(selection)
+    todo = wanted if options.again else pending(wanted, options.results)
+    if len(todo) < len(wanted):
+        options.announce(f"{len(wanted) - len(todo)} of {len(wanted)} cells are done already")
+    if not todo:
+        return
+    folder = options.results / __version__ / machine.machine_id()
+    folder.mkdir(parents=True, exist_ok=True)
+    machine.write_fingerprint(folder / "machine.json")
+    if options.engine == "ray":
+        stream = engine.ray(todo, options.device, options.timing, options.address)
+    else:
+        stream = engine.local(todo, options.device, options.timing)
+    for record in stream:
+        records.append(records.path_of(options.results, record), record)
+        yield record

@@ -1,0 +1,1 @@
+"""One module per track: its tasks, inputs, metrics and shared algorithms."""

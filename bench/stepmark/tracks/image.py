@@ -1,0 +1,638 @@
+"""Track image: how good are the images (or points) a generator draws from noise with a budget of network evaluations?
+
+A rung is a number of function evaluations (NFE) per item; classifier-free guidance evaluates two rows per item and
+counts twice. `run` receives {"noise": [B, ...], "condition": int64 [B] or [B, slots]} and returns samples shaped like
+the noise. All methods get the same noise for a seed, so that their figures are paired.
+
+Time runs from t = 1 (pure noise) to t = 0 (data): x_t = alpha(t) x0 + sigma(t) eps, with `Schedule` for alpha, sigma and
+log-SNR, grids of times for samplers (`uniform_times`, `karras_times`, ...), a `Denoiser` that turns one evaluation of
+any network into predictions of x0 and eps, and single steps of the standard solvers (`ddim_step`, `heun_step`,
+`dpm_solver_pp_step`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from stepmark.backbones.unet import TRAIN_TIMESTEPS, alphas_cumprod
+from stepmark.task import BadOutput, Score, Task, harness_only, load_split
+
+TASKS = (
+    Task(
+        id="sampling/mixtures_flow",
+        version=1,
+        summary="Sample two 2-D Gaussian mixtures with the exact velocity field",
+        dataset="mixtures",
+        backbones={"teacher": "mixtures_flow"},
+        reference="teacher",
+        unit="NFE",
+        rungs=(1, 2, 4, 8, 16, 32, 64),
+        metrics={"sliced_w2": "lower", "endpoint_error": "lower"},
+        n=2000,
+        batch=2000,
+        seeds=3,
+        smoke_n=64,
+        smoke_rungs=(2, 4),
+    ),
+    Task(
+        id="sampling/mixtures_eps",
+        version=1,
+        summary="Sample two 2-D Gaussian mixtures with the exact noise prediction, variance-preserving path",
+        dataset="mixtures",
+        backbones={"teacher": "mixtures_eps"},
+        reference="teacher",
+        unit="NFE",
+        rungs=(1, 2, 4, 8, 16, 32, 64),
+        metrics={"sliced_w2": "lower", "endpoint_error": "lower"},
+        n=2000,
+        batch=2000,
+        seeds=3,
+        smoke_n=64,
+        smoke_rungs=(2, 4),
+    ),
+    Task(
+        id="class_to_image/digits_flow",
+        version=1,
+        summary="8x8 digits by class, rectified-flow teacher",
+        dataset="digits",
+        backbones={"teacher": "digits_flow_a"},
+        judges={"classifier": "digits_classifier"},
+        reference="teacher",
+        unit="NFE",
+        rungs=(1, 2, 4, 8, 9, 16, 50),
+        metrics={"fd": "lower"},
+        n=2000,
+        batch=500,
+        seeds=3,
+        smoke_n=64,
+        smoke_rungs=(2, 4),
+    ),
+    Task(
+        id="class_to_image/digits_flow_b",
+        version=1,
+        summary="8x8 digits by class, rectified-flow teacher of a second training seed",
+        dataset="digits",
+        backbones={"teacher": "digits_flow_b"},
+        judges={"classifier": "digits_classifier"},
+        reference="teacher",
+        unit="NFE",
+        rungs=(1, 2, 4, 8, 9, 16, 50),
+        metrics={"fd": "lower"},
+        n=2000,
+        batch=500,
+        seeds=3,
+        smoke_n=64,
+        smoke_rungs=(2, 4),
+    ),
+    Task(
+        id="class_to_image/digits_eps",
+        version=1,
+        summary="8x8 digits by class, DDPM teacher (noise prediction)",
+        dataset="digits",
+        backbones={"teacher": "digits_eps_a"},
+        judges={"classifier": "digits_classifier"},
+        reference="teacher",
+        unit="NFE",
+        rungs=(1, 2, 4, 6, 8, 10, 16, 50),
+        metrics={"fd": "lower"},
+        n=2000,
+        batch=500,
+        seeds=3,
+        smoke_n=64,
+        smoke_rungs=(2, 4),
+    ),
+    Task(
+        id="class_to_image/digits_eps_b",
+        version=1,
+        summary="8x8 digits by class, DDPM teacher (noise prediction) of a second training seed",
+        dataset="digits",
+        backbones={"teacher": "digits_eps_b"},
+        judges={"classifier": "digits_classifier"},
+        reference="teacher",
+        unit="NFE",
+        rungs=(1, 2, 4, 6, 8, 10, 16, 50),
+        metrics={"fd": "lower"},
+        n=2000,
+        batch=500,
+        seeds=3,
+        smoke_n=64,
+        smoke_rungs=(2, 4),
+    ),
+    Task(
+        id="attributes_to_image/shapes16",
+        version=1,
+        summary="16x16 images of a shape of given form and colour, rectified-flow teacher, exact verifier",
+        dataset="shapes16",
+        backbones={"teacher": "shapes16_flow"},
+        judges={"classifier": "shapes16_classifier"},
+        reference="teacher",
+        unit="NFE",
+        rungs=(1, 2, 4, 8, 16),
+        metrics={"fd": "lower", "alignment": "higher"},
+        n=2000,
+        batch=500,
+        seeds=3,
+        smoke_n=64,
+        smoke_rungs=(2, 4),
+    ),
+)
+
+# --- schedules and predictions -------------------------------------------------------------------------------------
+
+
+class Schedule:
+    """alpha(t), sigma(t) of x_t = alpha x0 + sigma eps for t in [0, 1]; t = 0 is data, t = 1 noise.
+
+    "flow": alpha = 1 - t, sigma = t; the network's own time is t.
+    "epsilon": variance preserving, alpha^2 = abar. Timestep n of the training grid stands at t = (n + 1) / N, data at
+    t = 0, and log abar is linear in between (DPM-Solver, Lu et al. 2022, appendix D.4); the network's own time is
+    N t - 1, a timestep in 0..N - 1.
+
+    Every method takes a float and returns a float, or a tensor and returns a tensor of its shape.
+
+    Args:
+        prediction: "flow" or "epsilon".
+        abar: cumulative products of 1 - beta, [N], of an "epsilon" network; default: Stepmark's own (linear, N = 1000).
+    """
+
+    def __init__(self, prediction: str, abar: Tensor | None = None) -> None:
+        if prediction not in ("flow", "epsilon"):
+            raise ValueError(f'prediction {prediction!r} is not known; use "flow" or "epsilon"')
+        self.prediction = prediction
+        abar = alphas_cumprod() if abar is None else abar.double().cpu()
+        self.steps = len(abar)
+        self._log_abar = np.concatenate([[0.0], abar.log().numpy()])
+        self._places = np.arange(self.steps + 1) / self.steps
+
+    @property
+    def flow(self) -> bool:
+        """Whether paths are straight lines in t (rectified flow)."""
+        return self.prediction == "flow"
+
+    def alpha(self, t: Any) -> Any:
+        """Scale of the signal."""
+        if self.flow:
+            return 1 - t
+        half = 0.5 * self._interpolate(t, self._places, self._log_abar)
+        return half.exp() if isinstance(half, Tensor) else math.exp(half)
+
+    def sigma(self, t: Any) -> Any:
+        """Scale of the noise."""
+        if self.flow:
+            return t
+        log_abar = self._interpolate(t, self._places, self._log_abar)
+        return (-torch.expm1(log_abar)).sqrt() if isinstance(log_abar, Tensor) else math.sqrt(-math.expm1(log_abar))
+
+    def log_snr(self, t: Any) -> Any:
+        """lambda(t) = log(alpha / sigma): infinite at t = 0, and minus infinity at t = 1 of a flow."""
+        alpha, sigma = self.alpha(t), self.sigma(t)
+        if isinstance(alpha, Tensor):
+            return alpha.log() - sigma.log()
+        if alpha == 0 or sigma == 0:
+            return math.inf if sigma == 0 else -math.inf
+        return math.log(alpha) - math.log(sigma)
+
+    def time(self, log_snr: Any) -> Any:
+        """The inverse of `log_snr`."""
+        if self.flow:
+            return torch.sigmoid(-log_snr) if isinstance(log_snr, Tensor) else 1 / (1 + math.exp(log_snr))
+        if isinstance(log_snr, Tensor):
+            log_abar: Any = -torch.nn.functional.softplus(-2 * log_snr)
+        else:
+            log_abar = -float(np.logaddexp(0.0, -2 * log_snr))
+        return self._interpolate(log_abar, self._log_abar[::-1], self._places[::-1])
+
+    def network_time(self, t: Any) -> Any:
+        """What the network takes as its time argument."""
+        return t if self.flow else t * self.steps - 1
+
+    def _interpolate(self, at: Any, x: NDArray[np.float64], y: NDArray[np.float64]) -> Any:
+        if not isinstance(at, Tensor):
+            return float(np.interp(at, x, y))
+        found = np.interp(at.detach().cpu().double().numpy(), x, y)
+        return torch.as_tensor(found, dtype=at.dtype, device=at.device)
+
+
+@lru_cache(maxsize=8)
+def _default_schedule(prediction: str) -> Schedule:
+    return Schedule(prediction)
+
+
+def schedule_of(network: nn.Module) -> Schedule:
+    """The schedule a network was trained on, from its `prediction` and, where it has one, its own `alphas_cumprod`."""
+    own = getattr(network, "alphas_cumprod", None)
+    return _default_schedule(str(network.prediction)) if own is None else Schedule(str(network.prediction), own)
+
+
+def to_x0_eps(kind: str, output: Tensor, x: Tensor, alpha: Any, sigma: Any) -> tuple[Tensor, Tensor]:
+    """x0 and eps from a network's output at x = alpha x0 + sigma eps.
+
+    kind: "epsilon"; "sample" (x0); "v" (alpha eps - sigma x0, Salimans and Ho 2022); "flow" (eps - x0, which needs
+    alpha + sigma = 1). alpha and sigma are floats or tensors that broadcast against x.
+    """
+    if kind == "flow":
+        return x - sigma * output, x + alpha * output
+    if kind == "epsilon":
+        return (x - sigma * output) / alpha, output
+    if kind == "v":
+        return alpha * x - sigma * output, sigma * x + alpha * output
+    if kind == "sample":
+        return output, (x - alpha * output) / sigma
+    raise ValueError(f'prediction {kind!r} is not known; use "epsilon", "sample", "v" or "flow"')
+
+
+def from_x0_eps(kind: str, x0: Tensor, eps: Tensor, alpha: Any, sigma: Any) -> Tensor:
+    """The network output of the given kind that stands for (x0, eps): the inverse of `to_x0_eps`."""
+    targets = {"flow": eps - x0, "epsilon": eps, "v": alpha * eps - sigma * x0, "sample": x0}
+    if kind not in targets:
+        raise ValueError(f'prediction {kind!r} is not known; use "epsilon", "sample", "v" or "flow"')
+    return targets[kind]
+
+
+def add_noise(schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """x_t [B, ...] at times t [B]: the forward process."""
+    shape = (-1, *[1] * (x0.dim() - 1))
+    return schedule.alpha(t).view(shape) * x0 + schedule.sigma(t).view(shape) * eps
+
+
+class Denoiser:
+    """One network, its schedule and a batch's condition: `denoise(x, t)` -> (x0, eps) for one evaluation.
+
+    Args:
+        network: called as network(x, time, condition); has `prediction` and `null_condition`.
+        condition: int64 [B] or [B, slots].
+        guidance: w of classifier-free guidance, null + w (conditional - null) (Ho and Salimans 2022). 1 is the plain
+            conditional prediction and costs one row per item; any other w costs two, in one call.
+    """
+
+    def __init__(self, network: nn.Module, condition: Tensor, guidance: float = 1.0) -> None:
+        self.network, self.guidance = network, guidance
+        self.schedule = schedule_of(network)
+        self.condition = condition
+        if guidance != 1.0:
+            self.condition = torch.cat([network.null_condition(condition), condition])
+
+    def output(self, x: Tensor, t: float) -> Tensor:
+        """What the network itself predicts (eps or v), guided."""
+        rows = x if self.guidance == 1.0 else torch.cat([x, x])
+        time = torch.full((len(rows),), self.schedule.network_time(t), dtype=x.dtype, device=x.device)
+        out = self.network(rows, time, self.condition)
+        if self.guidance == 1.0:
+            return out
+        null, conditional = out.chunk(2)
+        return torch.lerp(null, conditional, self.guidance)
+
+    def __call__(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        """Predictions of x0 and eps [B, ...] at x [B, ...], t in (0, 1]."""
+        schedule = self.schedule
+        return to_x0_eps(schedule.prediction, self.output(x, t), x, schedule.alpha(t), schedule.sigma(t))
+
+
+# --- grids of times: n + 1 floats from the noisiest down to 0, one evaluation at each but the last ----------------------
+
+
+def uniform_times(n: int, start: float = 1.0) -> list[float]:
+    """Equal steps in t. On the training grid these are the "trailing" timesteps N, N - N/n, ... (Lin et al. 2024)."""
+    return [start * (1 - i / n) for i in range(n)] + [0.0]
+
+
+def leading_times(n: int, steps: int = TRAIN_TIMESTEPS) -> list[float]:
+    """The "leading" timesteps (n - 1) k, ..., k, 0 with k = N // n of DDIM (Song et al. 2021): never reaches t = 1."""
+    return [(i * (steps // n) + 1) / steps for i in reversed(range(n))] + [0.0]
+
+
+def quadratic_times(n: int, start: float = 1.0) -> list[float]:
+    """t proportional to the square of equal steps: dense near the data (DDIM's quadratic option)."""
+    return [start * (1 - i / n) ** 2 for i in range(n)] + [0.0]
+
+
+def log_snr_times(schedule: Schedule, n: int, start: float = 0.999, end: float = 0.001) -> list[float]:
+    """Equal steps in log-SNR between `start` and `end`, then 0 (DPM-Solver, Lu et al. 2022)."""
+    first, last = schedule.log_snr(start), schedule.log_snr(end)
+    return [schedule.time(first + (last - first) * i / max(n - 1, 1)) for i in range(n)] + [0.0]
+
+
+def karras_times(
+    schedule: Schedule, n: int, rho: float = 7.0, start: float = 0.999, end: float = 0.001
+) -> list[float]:
+    """Equal steps in (sigma / alpha)^(1 / rho), then 0 (Karras et al. 2022, equation 5)."""
+    high, low = (math.exp(-schedule.log_snr(t) / rho) for t in (start, end))
+    return [schedule.time(-rho * math.log(high + (low - high) * i / max(n - 1, 1))) for i in range(n)] + [0.0]
+
+
+def shift_times(times: Sequence[float], shift: float) -> list[float]:
+    """t -> s t / (1 + (s - 1) t): more steps near the noise for s > 1 (Esser et al. 2024, equation 23)."""
+    return [shift * t / (1 + (shift - 1) * t) for t in times]
+
+
+def snap_times(schedule: Schedule, times: Sequence[float]) -> list[float]:
+    """The nearest times of the training grid of an "epsilon" network; other schedules have none and keep theirs."""
+    if schedule.flow:
+        return list(times)
+    return [0.0 if t == 0 else max(round(t * schedule.steps), 1) / schedule.steps for t in times]
+
+
+# --- single steps of solvers: from x at time t to time s < t --------------------------------------------------------------
+
+
+def ddim_step(schedule: Schedule, x0: Tensor, eps: Tensor, s: float) -> Tensor:
+    """Deterministic DDIM: alpha_s x0 + sigma_s eps (Song et al. 2021, equation 12 with sigma = 0).
+
+    For flow networks this is the Euler step x + (s - t) v.
+    """
+    return schedule.alpha(s) * x0 + schedule.sigma(s) * eps
+
+
+def euler_step(x: Tensor, velocity: Tensor, t: float, s: float) -> Tensor:
+    """x + (s - t) dx/dt; velocity is what a flow network predicts."""
+    return torch.add(x, velocity, alpha=s - t)
+
+
+def heun_step(denoise: Denoiser, x: Tensor, t: float, s: float) -> Tensor:
+    """Heun's second-order step, two evaluations, for s > 0 (Karras et al. 2022, algorithm 1).
+
+    The ODE is taken where it is straightest: dx/dt = v for flow networks, and d(x / alpha) / d(sigma / alpha) = eps
+    for noise prediction.
+    """
+    schedule = denoise.schedule
+    if schedule.flow:
+        slope = denoise.output(x, t)
+        ahead = denoise.output(euler_step(x, slope, t, s), s)
+        return torch.add(x, slope + ahead, alpha=0.5 * (s - t))
+    scaled, level, level_s = x / schedule.alpha(t), *(schedule.sigma(u) / schedule.alpha(u) for u in (t, s))
+    eps = denoise(x, t)[1]
+    ahead = denoise((scaled + (level_s - level) * eps) * schedule.alpha(s), s)[1]
+    return (scaled + 0.5 * (level_s - level) * (eps + ahead)) * schedule.alpha(s)
+
+
+def dpm_solver_pp_step(
+    schedule: Schedule, x: Tensor, past: Sequence[tuple[float, Tensor]], s: float, order: int = 2
+) -> Tensor:
+    """DPM-Solver++ multistep update of order 1, 2 (2M) or 3 (3M) (Lu et al. 2022b, algorithm 2).
+
+    Args:
+        past: (time, prediction of x0) of the evaluations so far, the latest last; at least `order` of them are used,
+            and the order falls to their number.
+        s: the time to reach. At s = 0 the log-SNR is infinite and every order is the first.
+    """
+    lambda_s = schedule.log_snr(s)
+    t, x0 = past[-1]
+    h = lambda_s - schedule.log_snr(t)
+    decay = math.expm1(-h)  # e^-h - 1
+    base = (schedule.sigma(s) / schedule.sigma(t)) * x - schedule.alpha(s) * decay * x0
+    order = 1 if math.isinf(h) else min(order, len(past))
+    if order == 1:
+        return base
+    u, previous = past[-2]
+    r0 = (schedule.log_snr(t) - schedule.log_snr(u)) / h
+    first = (x0 - previous) / r0
+    if order == 2:
+        return base - 0.5 * schedule.alpha(s) * decay * first
+    w, oldest = past[-3]
+    r1 = (schedule.log_snr(u) - schedule.log_snr(w)) / h
+    bend = (first - (previous - oldest) / r1) / (r0 + r1)
+    first = first + r0 * bend
+    return (
+        base
+        + schedule.alpha(s) * (decay / h + 1) * first
+        - schedule.alpha(s) * ((decay + h) / h**2 - 0.5) * bend
+    )
+
+
+# --- metrics -------------------------------------------------------------------------------------------------------------
+
+
+def moments(features: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean [d] and unbiased covariance [d, d] of features [n, d]."""
+    return features.mean(0), np.cov(features, rowvar=False)
+
+
+def frechet_distance(
+    mean: NDArray[np.float64],
+    covariance: NDArray[np.float64],
+    other_mean: NDArray[np.float64],
+    other_covariance: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Squared Frechet distance between Gaussians (Dowson and Landau 1982; FID, Heusel et al. 2017).
+
+    |m1 - m2|^2 + tr C1 + tr C2 - 2 tr (C1 C2)^(1/2), the last as the sum of the square roots of the eigenvalues of
+    the symmetric matrix C2^(1/2) C1 C2^(1/2). mean [..., d] and covariance [..., d, d] may be stacked; returns [...].
+    """
+    values, vectors = np.linalg.eigh(other_covariance)
+    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    cross = np.linalg.eigvalsh(root @ covariance @ root)
+    trace = np.trace(covariance, axis1=-2, axis2=-1) + np.trace(other_covariance)
+    return ((mean - other_mean) ** 2).sum(-1) + trace - 2 * np.sqrt(cross.clip(min=0)).sum(-1)
+
+
+def frechet_resampled(
+    features: NDArray[np.float64],
+    reference: tuple[NDArray[np.float64], NDArray[np.float64]],
+    resample: NDArray[np.int64],
+) -> NDArray[np.float64]:
+    """Frechet distance to the reference moments of every resample [B, n] of features [n, d]: float64 [B]."""
+    n, d = features.shape
+    counts = np.stack([np.bincount(row, minlength=n) for row in resample]).astype(np.float64)
+    size = counts.sum(1, keepdims=True)
+    centre = features.mean(0)
+    shifted = features - centre
+    # second moments of all resamples in one matrix product: the distinct products of features as columns
+    rows, columns = np.triu_indices(d)
+    mean = counts @ shifted / size
+    packed = counts @ (shifted[:, rows] * shifted[:, columns])
+    second = np.empty((len(counts), d, d))
+    second[:, rows, columns] = packed
+    second[:, columns, rows] = packed
+    covariance = (second - size[:, :, None] * mean[:, :, None] * mean[:, None, :]) / (size[:, :, None] - 1)
+    return frechet_distance(mean + centre, covariance, *reference)
+
+
+def sliced_w2(
+    samples: NDArray[np.float64],
+    exact: NDArray[np.float64],
+    resample: NDArray[np.int64] | None = None,
+    directions: int = 32,
+) -> NDArray[np.float64]:
+    """Sliced 2-Wasserstein distance (Bonneel et al. 2015) from samples [n, 2] to exact samples [m, 2].
+
+    Root mean square over `directions` equally spaced directions of the half circle. Returns float64 [B], one for every
+    row of item indices of `resample`, or [1] without.
+    """
+    counts = np.ones((1, len(samples)), dtype=np.int64)
+    if resample is not None:
+        counts = np.stack([np.bincount(row, minlength=len(samples)) for row in resample])
+    angles = math.pi * np.arange(directions) / directions
+    axes = np.stack([np.cos(angles), np.sin(angles)])
+    ours, theirs = samples @ axes, np.sort(exact @ axes, axis=0)
+    order = np.argsort(ours, axis=0)
+    places = (np.arange(len(theirs)) + 0.5) / len(theirs)
+    total = np.zeros(len(counts))
+    for k in range(directions):
+        values = ours[order[:, k], k]
+        for b, row in enumerate(counts):
+            # quantiles of the resample by repetition in sorted order, those of the truth by interpolation
+            quantiles = np.repeat(values, row[order[:, k]])
+            truth = np.interp((np.arange(len(quantiles)) + 0.5) / len(quantiles), places, theirs[:, k])
+            total[b] += ((quantiles - truth) ** 2).mean()
+    return np.sqrt(total / directions)
+
+
+def exact_endpoints(network: nn.Module, noise: Tensor, condition: Tensor, steps: int = 256) -> Tensor:
+    """Where the probability-flow ODE of an exact network takes the noise: Heun in float64 on a dense grid, [B, 2]."""
+    denoise = Denoiser(network, condition)
+    x = noise.double()
+    times = quadratic_times(steps)
+    for t, s in pairwise(times[:-1]):
+        x = heun_step(denoise, x, t, s)
+    return ddim_step(denoise.schedule, *denoise(x, times[-2]), 0.0)
+
+
+# --- what the harness calls ----------------------------------------------------------------------------------------------
+
+
+def _item_shape(task: Task) -> tuple[int, ...]:
+    return {"mixtures": (2,), "digits": (1, 8, 8), "shapes16": (3, 16, 16)}[task.dataset]
+
+
+def _conditions(task: Task, n: int) -> Tensor:
+    """Balanced conditions of n items: every class (mixture, kind) in turn."""
+    index = torch.arange(n)
+    if task.dataset == "shapes16":
+        return torch.stack([index % 3, 3 + index // 3 % 4], 1)
+    return index % {"mixtures": 2, "digits": 10}[task.dataset]
+
+
+def inputs(task: Task, n: int, generator: torch.Generator, device: torch.device) -> dict[str, Tensor]:
+    """{"noise": [n, ...] standard normal, "condition": balanced}, drawn on the CPU so that devices agree."""
+    harness_only("the test inputs")
+    noise = torch.randn(n, *_item_shape(task), generator=generator)
+    return {"noise": noise.to(device), "condition": _conditions(task, n).to(device)}
+
+
+def check(task: Task, batch: Mapping[str, Tensor], outputs: Any) -> None:
+    """Samples must be one finite floating tensor shaped like the noise. Raises BadOutput."""
+    expected = tuple(batch["noise"].shape)
+    if not isinstance(outputs, Tensor):
+        raise BadOutput(f"run returned {type(outputs).__name__}; return one tensor of shape {expected}")
+    if tuple(outputs.shape) != expected:
+        raise BadOutput(f"run returned shape {tuple(outputs.shape)}; the noise has {expected}")
+    if not outputs.is_floating_point():
+        raise BadOutput(f"run returned {outputs.dtype}; return floating-point samples")
+    if not bool(torch.isfinite(outputs).all()):
+        raise BadOutput(f"{int((~torch.isfinite(outputs)).sum())} values of the samples are not finite")
+
+
+def score(
+    task: Task,
+    batch: Mapping[str, Tensor],
+    outputs: Tensor,
+    networks: Mapping[str, nn.Module],
+    resample: NDArray[np.int64],
+) -> dict[str, Score]:
+    """Metrics of the task over all items and over each bootstrap resample.
+
+    fd: Frechet distance between classifier features of the samples and of the dataset's reference split, clamped to
+    the range of the data. alignment: share of images whose shape and colour the exact verifier reads as asked.
+    sliced_w2: to exact samples, mean of the two mixtures. endpoint_error: mean distance to the exact solution of the
+    probability-flow ODE from the same noise.
+    """
+    harness_only("the metrics")
+    outputs = outputs.detach().float().cpu()
+    if task.dataset == "mixtures":
+        return _score_points(task, batch, outputs, resample)
+    classifier = networks["classifier"]
+    found = _features(classifier, outputs.clamp(-1, 1))
+    reference = _reference_moments(task.dataset, classifier)
+    value = float(frechet_distance(*moments(found), *reference))
+    scores = {"fd": Score(value, frechet_resampled(found, reference, resample).tolist())}
+    if "alignment" in task.metrics:
+        from stepmark.datasets import shapes16
+
+        read = shapes16.read_attributes(outputs)
+        right = (read == batch["condition"].cpu()).all(1).numpy().astype(np.float64)
+        scores["alignment"] = Score(float(right.mean()), right[resample].mean(1).tolist())
+    return scores
+
+
+def handles(task: Task, device: torch.device) -> dict[str, Callable[..., Any]]:
+    """Image tasks have no simulators."""
+    return {}
+
+
+def reference_call(task: Task, networks: Mapping[str, nn.Module], batch: Mapping[str, Tensor]) -> int:
+    """One evaluation of the teacher for every item of the batch; returns their number."""
+    teacher = networks["teacher"]
+    Denoiser(teacher, batch["condition"]).output(batch["noise"], 1.0)
+    return len(batch["noise"])
+
+
+def layers(task: Task, role: str, network: nn.Module) -> list[nn.Module]:
+    """Rows of the forward are counted, not layers."""
+    return []
+
+
+def _features(classifier: nn.Module, images: Tensor) -> NDArray[np.float64]:
+    device = next(classifier.parameters()).device
+    with torch.no_grad():
+        parts = [classifier.features(part.to(device)).double().cpu() for part in images.split(500)]
+    return torch.cat(parts).numpy()
+
+
+_MOMENTS: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
+
+
+def _reference_moments(dataset: str, classifier: nn.Module) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    sha = hashlib.sha256(dataset.encode())
+    for value in classifier.state_dict().values():
+        sha.update(value.detach().cpu().contiguous().numpy().tobytes())
+    key = sha.hexdigest()
+    if key not in _MOMENTS:
+        _MOMENTS[key] = moments(_features(classifier, load_split(dataset, "reference")["x0"]))
+    return _MOMENTS[key]
+
+
+_ENDPOINTS: dict[str, Tensor] = {}
+
+
+def _endpoints(task: Task, batch: Mapping[str, Tensor]) -> Tensor:
+    """Exact endpoints of the batch's noise, kept for the few seeds of a task: they cost 511 evaluations."""
+    from stepmark.backbones import load
+
+    noise, condition = batch["noise"].detach().cpu(), batch["condition"].cpu()
+    key = f"{task.id} {hashlib.sha256(noise.contiguous().numpy().tobytes()).hexdigest()}"
+    if key not in _ENDPOINTS:
+        with torch.no_grad():
+            _ENDPOINTS[key] = exact_endpoints(load(task.backbones["teacher"]), noise, condition)
+    return _ENDPOINTS[key]
+
+
+def _score_points(
+    task: Task, batch: Mapping[str, Tensor], outputs: Tensor, resample: NDArray[np.int64]
+) -> dict[str, Score]:
+    condition = batch["condition"].cpu().numpy()
+    points, exact = outputs.double().numpy(), load_split(task.dataset, "test")
+    truth, truth_condition = exact["x0"].double().numpy(), exact["condition"].numpy()
+    values, spread = [], []
+    for mixture in np.unique(condition):
+        inside = condition == mixture
+        place = np.cumsum(inside) - 1
+        target = truth[truth_condition == mixture]
+        values.append(sliced_w2(points[inside], target)[0])
+        rows = [place[row[inside[row]]] for row in resample]
+        counts = sliced_w2(points[inside], target, rows)
+        spread.append(counts)
+    distance = np.linalg.norm(points - _endpoints(task, batch).numpy(), axis=1)
+    return {
+        "sliced_w2": Score(float(np.mean(values)), np.mean(spread, axis=0).tolist()),
+        "endpoint_error": Score(float(distance.mean()), distance[resample].mean(1).tolist()),
+    }

@@ -1,0 +1,76 @@
+"""`stepmark verify`: run recorded cells again and say what agrees.
+
+On the machine that wrote a record, counts and outputs on the CPU must be equal; elsewhere quality must lie within the
+record's own bootstrap interval, and counts must still be equal. Timings are shown, never judged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from stepmark.record import Record
+from stepmark.run import Cell, measure
+from stepmark.stats import percentile_interval
+
+
+@dataclass
+class Agreement:
+    """What agrees between a record and its repetition, line by line; `differs` is empty when it is reproduced."""
+
+    record: Record
+    again: Record
+    agrees: list[str] = field(default_factory=list)
+    differs: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+# Counted in floating point or over the method's own adaptive path, so compared within a relative tolerance elsewhere.
+SAME_MACHINE, OTHER_MACHINE = 0.0, 0.02
+
+
+def compare(record: Record, again: Record) -> Agreement:
+    """Compare a record with its repetition, without running anything."""
+    found = Agreement(record, again)
+    changed = sorted(n for n in record.digests if again.digests.get(n) != record.digests[n])
+    if changed:
+        found.notes.append(f"changed since the record was written: {', '.join(changed)}")
+    same = record.machine == again.machine and record.environment == again.environment
+    on_cpu = record.environment.get("device") == again.environment.get("device") == "cpu"
+    exact = same and on_cpu
+    if record.status != again.status:
+        found.differs.append(f"status: {record.status} in the record, {again.status} now ({again.message or 'no message'})")
+    tolerance = SAME_MACHINE if exact else OTHER_MACHINE
+    counts = [n for n in record.counts if n in again.counts]
+    wrong = [
+        n for n in counts if abs(record.counts[n] - again.counts[n]) > tolerance * abs(record.counts[n]) + 1e-9
+    ]
+    for name in wrong:
+        found.differs.append(f"{name}: {record.counts[name]:g} in the record, {again.counts[name]:g} now")
+    if counts and not wrong:
+        found.agrees.append(f"{len(counts)} counts")
+    for name, quality in record.quality.items():
+        if name not in again.quality:
+            found.differs.append(f"{name}: in the record, not measured now")
+            continue
+        now = again.quality[name].value
+        if exact:
+            agrees = now == quality.value
+            wanted = f"{quality.value:g} exactly"
+        else:
+            low, high = percentile_interval(quality.resamples) if quality.resamples else (quality.value, quality.value)
+            margin = max(high - low, abs(quality.value) * 0.01, 1e-9)
+            agrees = low - margin <= now <= high + margin
+            wanted = f"{quality.value:g} within [{low - margin:g}, {high + margin:g}]"
+        (found.agrees if agrees else found.differs).append(name if agrees else f"{name}: wanted {wanted}, got {now:g}")
+    if exact and record.outputs is not None:
+        equal = record.outputs == again.outputs
+        (found.agrees if equal else found.differs).append("outputs, bit for bit" if equal else "outputs differ in some bit")
+    if record.latency and again.latency:
+        found.notes.append(f"latency {record.latency.median_ms:.3f} ms then, {again.latency.median_ms:.3f} ms now")
+    return found
+
+
+def verify(record: Record, device: str = "cpu", timing: bool = False) -> Agreement:
+    """Run the record's cell again here and compare."""
+    cell = Cell(record.method, record.task, record.rung, record.seed, record.tier)
+    return compare(record, measure(cell, device, timing, show_progress=False))

@@ -1,0 +1,59 @@
+"""Mean of a correlated Gaussian, standard normal prior: theta ~ N(0, I) in 2-D, x_j | theta ~ N(theta, Sigma) i.i.d.
+
+The Gaussian/Gaussian toy problem of compositional score modelling (Geffner et al. 2023), with correlation 0.8. The
+posterior of any number of observations is Gaussian and known (``stepmark.tracks.bayes`` computes it).
+
+``train`` holds four layouts of one simulation budget of 10 000 calls: ``theta_m`` float32 [10000 // m, 2] and ``x_m``
+float32 [10000 // m, m, 2] for m = 1, 5, 10, 30 observations of each parameter. A method uses one of them, so all spend
+the same. ``test`` holds ``theta`` float32 [256, 2] and ``x`` float32 [256, 100, 2]; tasks with n observations take the
+first n.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stepmark.task import Dataset
+
+DATASET = Dataset(
+    id="gaussian_mean",
+    version=1,
+    summary="parameters of a 2-D correlated Gaussian with a normal prior, and sets of i.i.d. observations",
+    licence="CC0-1.0",
+    digests={},
+)
+BUDGET = 10_000  # simulator calls in each training layout
+LAYOUTS = (1, 5, 10, 30)
+TEST_SETS, TEST_OBSERVATIONS = 256, 100
+# The prior as a mixture of spherical normals, and the covariance of one observation.
+PRIOR_WEIGHTS = (1.0,)
+PRIOR_MEANS = ((0.0, 0.0),)
+PRIOR_STD = 1.0
+NOISE_COVARIANCE = ((1.0, 0.8), (0.8, 1.0))
+
+
+def simulate_pairs(count: int, observations: int, seed: int) -> tuple[Tensor, Tensor]:
+    """``count`` draws theta [count, 2] of the prior with ``observations`` draws each, x [count, observations, 2]."""
+    rng = np.random.default_rng(seed)  # numpy: the same bits on every CPU, which torch does not promise
+    component = rng.choice(len(PRIOR_WEIGHTS), size=count, p=PRIOR_WEIGHTS)
+    theta = np.array(PRIOR_MEANS)[component] + PRIOR_STD * rng.standard_normal((count, 2))
+    (a, b), (_, d) = NOISE_COVARIANCE
+    first = a**0.5 * rng.standard_normal((count, observations))
+    second = b / a * first + (d - b * b / a) ** 0.5 * rng.standard_normal((count, observations))
+    x = theta[:, None] + np.stack([first, second], axis=-1)
+    return torch.from_numpy(theta.astype(np.float32)), torch.from_numpy(x.astype(np.float32))
+
+
+def split(name: str) -> dict[str, Tensor]:
+    """``train`` or ``test``. Raises KeyError for another name."""
+    if name == "test":
+        theta, x = simulate_pairs(TEST_SETS, TEST_OBSERVATIONS, seed=1_000)
+        return {"theta": theta, "x": x}
+    if name != "train":
+        raise KeyError(name)
+    data: dict[str, Tensor] = {}
+    for m in LAYOUTS:
+        data[f"theta_{m}"], data[f"x_{m}"] = simulate_pairs(BUDGET // m, m, seed=m)
+    return data

@@ -1,0 +1,60 @@
+"""Mean of a wide Gaussian, four-mode prior: theta ~ sum_k N(mu_k, 0.8^2 I) / 4 in 2-D, x_j | theta ~ N(theta, 9 I) i.i.d.
+
+The modes mu_k lie at (+-1.8, +-1.8). One observation says little, so even ten leave a posterior with several modes. It is
+again a mixture of Gaussians and known (``stepmark.tracks.bayes`` computes it), while neither the posterior of one
+observation nor that of a set is Gaussian.
+
+``train`` holds four layouts of one simulation budget of 10 000 calls: ``theta_m`` float32 [10000 // m, 2] and ``x_m``
+float32 [10000 // m, m, 2] for m = 1, 5, 10, 30 observations of each parameter. A method uses one of them, so all spend
+the same. ``test`` holds ``theta`` float32 [256, 2] and ``x`` float32 [256, 100, 2]; tasks with n observations take the
+first n.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stepmark.task import Dataset
+
+DATASET = Dataset(
+    id="mixture_mean",
+    version=1,
+    summary="parameters of a wide 2-D Gaussian with a four-mode prior, and sets of i.i.d. observations",
+    licence="CC0-1.0",
+    digests={},
+)
+BUDGET = 10_000  # simulator calls in each training layout
+LAYOUTS = (1, 5, 10, 30)
+TEST_SETS, TEST_OBSERVATIONS = 256, 100
+# The prior as a mixture of spherical normals, and the covariance of one observation.
+PRIOR_WEIGHTS = (0.25, 0.25, 0.25, 0.25)
+PRIOR_MEANS = ((-1.8, -1.8), (-1.8, 1.8), (1.8, -1.8), (1.8, 1.8))
+PRIOR_STD = 0.8
+NOISE_COVARIANCE = ((9.0, 0.0), (0.0, 9.0))
+
+
+def simulate_pairs(count: int, observations: int, seed: int) -> tuple[Tensor, Tensor]:
+    """``count`` draws theta [count, 2] of the prior with ``observations`` draws each, x [count, observations, 2]."""
+    rng = np.random.default_rng(seed)  # numpy: the same bits on every CPU, which torch does not promise
+    component = rng.choice(len(PRIOR_WEIGHTS), size=count, p=PRIOR_WEIGHTS)
+    theta = np.array(PRIOR_MEANS)[component] + PRIOR_STD * rng.standard_normal((count, 2))
+    (a, b), (_, d) = NOISE_COVARIANCE
+    first = a**0.5 * rng.standard_normal((count, observations))
+    second = b / a * first + (d - b * b / a) ** 0.5 * rng.standard_normal((count, observations))
+    x = theta[:, None] + np.stack([first, second], axis=-1)
+    return torch.from_numpy(theta.astype(np.float32)), torch.from_numpy(x.astype(np.float32))
+
+
+def split(name: str) -> dict[str, Tensor]:
+    """``train`` or ``test``. Raises KeyError for another name."""
+    if name == "test":
+        theta, x = simulate_pairs(TEST_SETS, TEST_OBSERVATIONS, seed=2_000)
+        return {"theta": theta, "x": x}
+    if name != "train":
+        raise KeyError(name)
+    data: dict[str, Tensor] = {}
+    for m in LAYOUTS:
+        data[f"theta_{m}"], data[f"x_{m}"] = simulate_pairs(BUDGET // m, m, seed=1_000 + m)
+    return data

@@ -1,0 +1,149 @@
+"""Ladder curves as SVG, drawn at build time with Altair: no script, no font and no network at reading time."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+
+import altair as alt
+import vl_convert
+
+from stepmark.leaderboard.board import Row, figure, front
+from stepmark.task import Task
+
+# Okabe and Ito's colours, told apart by most colour-blind readers on light and on dark ground, in two brightnesses.
+COLOURS = (
+    "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8a6d3b", "#7a5fb5", "#2f9e44", "#c2255c",
+    "#1098ad", "#b8860b",
+)  # fmt: skip
+SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
+MARKS = {"circle": "●", "square": "■", "triangle-up": "▲", "diamond": "◆", "cross": "✚", "triangle-down": "▼"}
+INK = "#010203"  # stands for the colour of the text around the chart until `_adapt` replaces it
+AXES = {"unit": "spent per item ({unit})", "nfe_equivalent": "NFE-equivalents per item", "latency_ms": "ms per item"}
+SHORT = {"unit": "budget", "nfe_equivalent": "NFE-equivalents", "latency_ms": "latency"}
+
+
+def style(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Method -> (colour, shape), the same in every chart of a task."""
+    return {name: (COLOURS[i % len(COLOURS)], SHAPES[i % len(SHAPES)]) for i, name in enumerate(methods)}
+
+
+def legend(styles: dict[str, tuple[str, str]], baselines: Sequence[str] = ()) -> str:
+    """The legend as HTML: a button per method (script dims the others), baselines marked."""
+    items = [
+        f'<button type="button" data-method="{html.escape(name)}"><span aria-hidden="true" style="color:{colour}">'
+        f"{MARKS[shape]}</span> {html.escape(name)}{' (baseline)' if name in baselines else ''}</button>"
+        for name, (colour, shape) in styles.items()
+    ]
+    return f'<div class="sm-legend" role="group" aria-label="Methods">{"".join(items)}</div>'
+
+
+def drawable(rows: Sequence[Row], axis: str, metric: str) -> list[Row]:
+    """Rows that have a place on a chart with a logarithmic cost axis."""
+    return [row for row in rows if metric in row.quality and (row.cost(axis) or 0) > 0]
+
+
+def curve(
+    rows: Sequence[Row], task: Task, axis: str, styles: dict[str, tuple[str, str]], name: str, metric: str | None = None
+) -> str:
+    """Quality against a cost axis for one place: a line per method, intervals, Pareto front; "" without two points.
+
+    Points off the front are faint, flagged ones hollow. `name` is a prefix for ids inside the page.
+    """
+    metric = metric or next(iter(task.metrics))
+    higher = task.metrics[metric] == "higher"
+    shown = drawable(rows, axis, metric)
+    if len(shown) < 2:
+        return ""
+    best = front(shown, axis, metric, higher)
+    on_front = {(row.method, row.rung) for row in best}
+    data = [
+        {
+            "method": row.method,
+            "cost": row.cost(axis),
+            "value": row.quality[metric].value,
+            "low": row.quality[metric].low,
+            "high": row.quality[metric].high,
+            "front": (row.method, row.rung) in on_front,
+            "flagged": not row.ranked,
+            "label": _label(row, task, axis, metric),
+        }
+        for row in shown
+    ]
+    logarithmic = min(d["low"] for d in data) > 0 and max(d["high"] for d in data) > 8 * min(d["low"] for d in data)
+    scale = alt.Scale(type="log", nice=False) if logarithmic else alt.Scale(zero=False, nice=True)
+    present = [m for m in styles if any(d["method"] == m for d in data)]
+    colour = alt.Color(
+        "method:N", legend=None, scale=alt.Scale(domain=present, range=[styles[m][0] for m in present])
+    )
+    shape = alt.Shape("method:N", legend=None, scale=alt.Scale(domain=present, range=[styles[m][1] for m in present]))
+    title = f"{metric} ({'higher' if higher else 'lower'} is better)"
+    x = alt.X(
+        "cost:Q",
+        title=AXES[axis].format(unit=task.unit),
+        scale=alt.Scale(type="log", nice=False, padding=12),
+        axis=alt.Axis(tickCount=5, format="~g", labelOverlap="greedy", grid=False),
+    )
+    y = alt.Y("value:Q", title=title, scale=scale, axis=alt.Axis(tickCount=6, format="~g", labelOverlap="greedy"))
+    base = alt.Chart(alt.Data(values=data))
+    faint = alt.when("datum.front").then(alt.value(1.0)).otherwise(alt.value(0.38))
+    layers = [
+        base.mark_line(strokeWidth=1.4, opacity=0.45).encode(
+            x=x, y=y, color=colour, order="cost:Q", description="method:N"
+        ),
+        base.mark_rule(strokeWidth=1.4).encode(
+            x=x, y=alt.Y("low:Q", title=title, scale=scale), y2="high:Q", color=colour, opacity=faint,
+            description="method:N",
+        ),
+        base.mark_point(size=62, strokeWidth=1.4).encode(
+            x=x, y=y, color=colour, shape=shape, opacity=faint, description="label:N",
+            fill=alt.when("datum.flagged").then(alt.value("transparent")).otherwise(colour),
+        ),
+    ]  # fmt: skip
+    if len(best) > 1:
+        steps = alt.Data(values=[{"cost": row.cost(axis), "value": row.quality[metric].value} for row in best])
+        layers.insert(
+            0,
+            alt.Chart(steps)
+            .mark_line(interpolate="step-after", strokeWidth=5, opacity=0.16, color=INK)
+            .encode(x=x, y=y, order="cost:Q"),
+        )
+    chart = alt.layer(*layers).properties(width=330, height=250, background="transparent")
+    chart = chart.configure(font="sans-serif").configure_view(stroke=None)
+    chart = chart.configure_axis(
+        labelColor=INK, titleColor=INK, domainColor=INK, tickColor=INK, gridColor=INK, gridOpacity=0.12,
+        domainOpacity=0.5, tickOpacity=0.5, labelFontSize=11, titleFontSize=12, titleFontWeight="normal",
+    )  # fmt: skip
+    text = f"{metric} against {SHORT[axis]} on {task.id}, {len(present)} methods"
+    return _adapt(vl_convert.vegalite_to_svg(chart.to_dict()), name, text)
+
+
+def _label(row: Row, task: Task, axis: str, metric: str) -> str:
+    e = row.quality[metric]
+    cost = f"{figure(row.cost(axis))} {task.unit if axis == 'unit' else SHORT[axis] if axis != 'latency_ms' else 'ms'}"
+    state = "" if row.ranked else f", {row.status}"
+    return f"{row.method}, rung {row.rung}: {metric} {figure(e.value)} ({figure(e.low)} to {figure(e.high)}) at {cost}{state}"
+
+
+def _adapt(svg: str, name: str, title: str) -> str:
+    """Make Vega's SVG fit a page: fluid width, text in the page's colour, unique ids, a title, tooltips."""
+    svg = svg.replace(INK, "currentColor")
+    svg = re.sub(r'\bid="(?!")', f'id="{name}-', svg)
+    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
+    # A point's label becomes its tooltip; the name of its method serves the legend.
+    svg = re.sub(
+        r'<path aria-label="(([a-z0-9_]+)[^"]*)"([^>]*?)(?:/>|></path>)',
+        r'<path data-method="\2" aria-label="\1"\3><title>\1</title></path>',
+        svg,
+    )
+    svg = re.sub(
+        r'<line aria-label="([a-z0-9_]+)"([^>]*?)(?:/>|></line>)', r'<line data-method="\1"\2></line>', svg
+    )
+    opening = re.match(r"<svg[^>]*>", svg)
+    assert opening is not None
+    box = re.search(r'viewBox="[^"]*"', opening[0])
+    assert box is not None
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {box[0]} role="img" aria-label="{html.escape(title)}">'
+    body = svg[opening.end() :].replace("\n", " ")
+    return f"{head}<title>{html.escape(title)}</title>{body}"

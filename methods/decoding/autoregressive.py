@@ -1,0 +1,41 @@
+"""Autoregressive decoding: one token per target forward, with a key/value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from stepmark.method import Method
+from stepmark.session import Session
+from stepmark.tracks.decoding import Decoder, speculate
+
+
+class Autoregressive(Method):
+    """Plain autoregressive decoding with a key/value cache: the floor of the track.
+
+    Prefill, then one token per forward of the target: the greatest logit at temperature 0, else a draw from the
+    softmax. It is draft-and-verify with an empty draft, so that every other method differs from it in its draft only.
+    """
+
+    tasks = (
+        "greedy/sums",
+        "greedy/words",
+        "greedy/hops",
+        "greedy/stories",
+        "greedy/sums_deep",
+        "greedy/words_deep",
+        "greedy/stories_deep",
+        "sampling/stories",
+    )
+
+    def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
+        """New token ids per prompt."""
+        outputs = []
+        for prompt, room, temperature in zip(
+            batch["prompt"], batch["max_new_tokens"], batch["temperature"], strict=True
+        ):
+            target = Decoder(session.networks["target"], len(prompt) + room)
+            outputs.append(
+                speculate(target, prompt, room, rung, temperature, lambda tokens, room: ([], None), session.rng)
+            )
+        return outputs
