@@ -21,7 +21,11 @@ DATASET = Dataset(
     version=1,
     summary="1797 real 8x8 grey images of handwritten digits, 10 classes",
     licence="CC-BY-4.0",
-    digests={},
+    digests={
+        "train": "a3219daefd9c072c727d6d617e8410e09c370f3f60aec18d8331939e80e1c433",
+        "test": "9b063695fe7776bae447aac5c56b4eeadad62fb194c4240e1d7e2846857b3407",
+        "reference": "b640ea9d007e6a2da0dccde238c690d640ca91bc8b6a310bf39a83809ae56c56",
+    },
 )
 CLASSES = 10
 SHAPE = (1, 8, 8)

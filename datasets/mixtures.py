@@ -19,7 +19,10 @@ DATASET = Dataset(
     version=1,
     summary="two Gaussian mixtures in 2-D with known density: eight on a circle, eight unequal",
     licence="Apache-2.0",
-    digests={},
+    digests={
+        "train": "52ce35acb166bbf409ba3411cb14b83222ba752fb01fc3c21b3dcace8a868a1f",
+        "test": "507a7fea5460b05f6f599fb139738dd8e8aaa372a95a5d3fb2079978857e50c2",
+    },
 )
 SHAPE = (2,)
 MIXTURES = 2

@@ -23,7 +23,11 @@ DATASET = Dataset(
     version=1,
     summary="16x16 RGB images of one coloured shape at a free position and size, rendered from a seed",
     licence="Apache-2.0",
-    digests={},
+    digests={
+        "train": "8f66a24109e9481c19fd54c031719b828846cf53824a9849c55c562bced03a63",
+        "test": "7b1cbfefe2e4825feb2ddd2094076ab4fce43fef9733047826b346cfa3e3b806",
+        "reference": "ed9d18df2c5d28698e72fdb6585f7487b9f1b1d3a6ddeea3973afad7a6c4aaf0",
+    },
 )
 SHAPE = (3, 16, 16)
 SIZE = 16

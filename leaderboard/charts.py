@@ -1,14 +1,13 @@
-"""Ladder curves as SVG, drawn at build time with Altair: no script, no font and no network at reading time."""
+"""Ladder curves as SVG, drawn at build time from Vega-Lite: no script, no font and no network at reading time."""
 
 from __future__ import annotations
 
 import html
 import re
 from collections.abc import Sequence
+from typing import Any
 
-import altair as alt
 import vl_convert
-
 from stepmark.leaderboard.board import Row, figure, front
 from stepmark.task import Task
 
@@ -72,58 +71,80 @@ def curve(
         for row in shown
     ]
     logarithmic = min(d["low"] for d in data) > 0 and max(d["high"] for d in data) > 8 * min(d["low"] for d in data)
-    scale = alt.Scale(type="log", nice=False) if logarithmic else alt.Scale(zero=False, nice=True)
     present = [m for m in styles if any(d["method"] == m for d in data)]
-    colour = alt.Color(
-        "method:N", legend=None, scale=alt.Scale(domain=present, range=[styles[m][0] for m in present])
-    )
-    shape = alt.Shape("method:N", legend=None, scale=alt.Scale(domain=present, range=[styles[m][1] for m in present]))
     title = f"{metric} ({'higher' if higher else 'lower'} is better)"
-    x = alt.X(
-        "cost:Q",
-        title=AXES[axis].format(unit=task.unit),
-        scale=alt.Scale(type="log", nice=False, padding=12),
-        axis=alt.Axis(tickCount=5, format="~g", labelOverlap="greedy", grid=False),
-    )
-    y = alt.Y("value:Q", title=title, scale=scale, axis=alt.Axis(tickCount=6, format="~g", labelOverlap="greedy"))
-    base = alt.Chart(alt.Data(values=data))
-    faint = alt.when("datum.front").then(alt.value(1.0)).otherwise(alt.value(0.38))
-    layers = [
-        base.mark_line(strokeWidth=1.4, opacity=0.45).encode(
-            x=x, y=y, color=colour, order="cost:Q", description="method:N"
-        ),
-        base.mark_rule(strokeWidth=1.4).encode(
-            x=x, y=alt.Y("low:Q", title=title, scale=scale), y2="high:Q", color=colour, opacity=faint,
-            description="method:N",
-        ),
-        base.mark_point(size=62, strokeWidth=1.4).encode(
-            x=x, y=y, color=colour, shape=shape, opacity=faint, description="label:N",
-            fill=alt.when("datum.flagged").then(alt.value("transparent")).otherwise(colour),
-        ),
+    x = {
+        "field": "cost",
+        "type": "quantitative",
+        "title": AXES[axis].format(unit=task.unit),
+        "scale": {"type": "log", "nice": False, "padding": 12},
+        "axis": {"tickCount": 5, "format": "~g", "labelOverlap": "greedy", "grid": False},
+    }
+    y = {
+        "field": "value",
+        "type": "quantitative",
+        "title": title,
+        "scale": {"type": "log", "nice": False} if logarithmic else {"zero": False, "nice": True},
+        "axis": {"tickCount": 6, "format": "~g", "labelOverlap": "greedy"},
+    }
+    by_method = {"field": "method", "type": "nominal", "legend": None}
+    colour = by_method | {"scale": {"domain": present, "range": [styles[m][0] for m in present]}}
+    shape = by_method | {"scale": {"domain": present, "range": [styles[m][1] for m in present]}}
+    faint = {"condition": {"test": "datum.front", "value": 1}, "value": 0.38}
+    hollow = {"condition": {"test": "datum.flagged", "value": "transparent"}, **colour}
+    layers: list[dict[str, Any]] = [
+        {
+            "mark": {"type": "line", "strokeWidth": 1.4, "opacity": 0.45},
+            "encoding": {"x": x, "y": y, "color": colour, "order": {"field": "cost"}, "description": {"field": "method"}},
+        },
+        {
+            "mark": {"type": "rule", "strokeWidth": 1.4},
+            "encoding": {
+                "x": x, "y": y | {"field": "low"}, "y2": {"field": "high"}, "color": colour, "opacity": faint,
+                "description": {"field": "method"},
+            },
+        },
+        {
+            "mark": {"type": "point", "size": 62, "strokeWidth": 1.4},
+            "encoding": {
+                "x": x, "y": y, "color": colour, "shape": shape, "fill": hollow, "opacity": faint,
+                "description": {"field": "label"},
+            },
+        },
     ]  # fmt: skip
     if len(best) > 1:
-        steps = alt.Data(values=[{"cost": row.cost(axis), "value": row.quality[metric].value} for row in best])
-        layers.insert(
-            0,
-            alt.Chart(steps)
-            .mark_line(interpolate="step-after", strokeWidth=5, opacity=0.16, color=INK)
-            .encode(x=x, y=y, order="cost:Q"),
-        )
-    chart = alt.layer(*layers).properties(width=330, height=250, background="transparent")
-    chart = chart.configure(font="sans-serif").configure_view(stroke=None)
-    chart = chart.configure_axis(
-        labelColor=INK, titleColor=INK, domainColor=INK, tickColor=INK, gridColor=INK, gridOpacity=0.12,
-        domainOpacity=0.5, tickOpacity=0.5, labelFontSize=11, titleFontSize=12, titleFontWeight="normal",
-    )  # fmt: skip
+        steps = {
+            "data": {"values": [{"cost": row.cost(axis), "value": row.quality[metric].value} for row in best]},
+            "mark": {"type": "line", "interpolate": "step-after", "strokeWidth": 5, "opacity": 0.16, "color": INK},
+            "encoding": {"x": x, "y": y, "order": {"field": "cost"}},
+        }
+        layers.insert(0, steps)
+    chart = {
+        "data": {"values": data},
+        "width": 330,
+        "height": 250,
+        "background": "transparent",
+        "layer": layers,
+        "config": {
+            "font": "sans-serif",
+            "view": {"stroke": None},
+            "axis": {
+                "labelColor": INK, "titleColor": INK, "domainColor": INK, "tickColor": INK, "gridColor": INK,
+                "gridOpacity": 0.12, "domainOpacity": 0.5, "tickOpacity": 0.5, "labelFontSize": 11,
+                "titleFontSize": 12, "titleFontWeight": "normal",
+            },
+        },
+    }  # fmt: skip
     text = f"{metric} against {SHORT[axis]} on {task.id}, {len(present)} methods"
-    return _adapt(vl_convert.vegalite_to_svg(chart.to_dict()), name, text)
+    return _adapt(vl_convert.vegalite_to_svg(chart), name, text)
 
 
 def _label(row: Row, task: Task, axis: str, metric: str) -> str:
     e = row.quality[metric]
-    cost = f"{figure(row.cost(axis))} {task.unit if axis == 'unit' else SHORT[axis] if axis != 'latency_ms' else 'ms'}"
+    unit = {"unit": task.unit, "latency_ms": "ms"}.get(axis, SHORT[axis])
     state = "" if row.ranked else f", {row.status}"
-    return f"{row.method}, rung {row.rung}: {metric} {figure(e.value)} ({figure(e.low)} to {figure(e.high)}) at {cost}{state}"
+    spread = f"{figure(e.value)} ({figure(e.low)} to {figure(e.high)})"
+    return f"{row.method}, rung {row.rung}: {metric} {spread} at {figure(row.cost(axis))} {unit}{state}"
 
 
 def _adapt(svg: str, name: str, title: str) -> str:
@@ -137,9 +158,7 @@ def _adapt(svg: str, name: str, title: str) -> str:
         r'<path data-method="\2" aria-label="\1"\3><title>\1</title></path>',
         svg,
     )
-    svg = re.sub(
-        r'<line aria-label="([a-z0-9_]+)"([^>]*?)(?:/>|></line>)', r'<line data-method="\1"\2></line>', svg
-    )
+    svg = re.sub(r'<line aria-label="([a-z0-9_]+)"([^>]*?)(?:/>|></line>)', r'<line data-method="\1"\2></line>', svg)
     opening = re.match(r"<svg[^>]*>", svg)
     assert opening is not None
     box = re.search(r'viewBox="[^"]*"', opening[0])

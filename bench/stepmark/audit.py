@@ -14,6 +14,7 @@ import os
 import random
 import sys
 import sysconfig
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -80,6 +81,14 @@ class Guard(TorchDispatchMode):
             sys.addaudithook(_hook)
             _installed = True
         self._global_state = _global_random_state()
+        self._start = threading.Thread.start
+        guard = self
+
+        def start(thread: threading.Thread) -> None:  # Python 3.11 raises no audit event for a thread
+            guard.on_event("_thread.start_new_thread", ())
+            guard._start(thread)
+
+        threading.Thread.start = start  # type: ignore[method-assign]
         self._default_rng = np.random.default_rng
         np.random.default_rng = self._checked_default_rng
         _active = self
@@ -93,6 +102,7 @@ class Guard(TorchDispatchMode):
         super().__exit__(kind, error, trace)
         _active = None
         np.random.default_rng = self._default_rng
+        threading.Thread.start = self._start  # type: ignore[method-assign]
         if _global_random_state() != self._global_state:
             self._flag("draws from a global random state in run; use session.rng or session.seed")
 

@@ -136,6 +136,16 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class First:
+    """The first call of a cell: digest of its outputs, what it spent, and what the method itself reported."""
+
+    outputs: str
+    spent: float
+    evaluations: dict[str, float]
+    reported: dict[str, float]
+
+
 class Bench:
     """One method on one task on one device, prepared. Holds no state that a later cell could feel."""
 
@@ -271,7 +281,7 @@ class Bench:
         if self.task.reference is None:
             return None
         self.ledger.reset()
-        with torch.no_grad(), count_flops(list(self.networks.values())) as flops:
+        with torch.no_grad(), count_flops(self.ledger, list(self.networks.values())) as flops:
             items = self.track.reference_call(self.task, self.networks, probe)
         return flops.total / items or None
 
@@ -279,19 +289,17 @@ class Bench:
         """One call under the FLOP counter and the guard."""
         self.begin(batch, rung, seed)
         guard = Guard(self.session.rng, self.session.seed)
-        with sealed(), torch.no_grad(), count_flops(list(self.networks.values())) as flops, guard:
+        with sealed(), torch.no_grad(), count_flops(self.ledger, list(self.networks.values())) as flops, guard:
             self.call(batch, rung)
         return flops, guard
 
     def audit(
-        self, batch: dict[str, Any], first: Any, rung: int, seed: int
+        self, batch: dict[str, Any], first: First, rung: int, seed: int
     ) -> tuple[list[str], dict[str, float]]:
-        """Compare calls with each other. `first` is what `run` gave for `batch`. Returns flags and FLOP counts."""
+        """Compare calls with each other. `first` is what the first call on `batch` gave. Returns flags, FLOP counts."""
         flags: list[str] = []
-        counts = {name: figures["evaluations"] for name, figures in self.ledger.snapshot().items()}
-        reported = dict(self.session.reported)
-        for name, value in reported.items():
-            own = self.ledger.spent if name == "nfe" else counts.get(name)
+        for name, value in first.reported.items():
+            own = first.spent if name == "nfe" else first.evaluations.get(name)
             if own is None:
                 flags.append(f"reports {name}, which the harness does not count; report nfe or a handle's name")
             elif abs(own - value) > 1e-6:
@@ -322,27 +330,33 @@ class Bench:
         with contextlib.suppress(Exception):  # that rung's own cell reports its faults
             self.run(probe, other, seed + 1)
         again = self.run(batch, rung, seed)
-        if fingerprint(again) != fingerprint(first):
+        if fingerprint(again) != first.outputs:
             flags.append("the same call with the same seed gave other bits after another rung had run: hidden state")
-        elif {n: f["evaluations"] for n, f in self.ledger.snapshot().items()} != counts:
+        elif self.ledger.evaluations() != first.evaluations:
             flags.append("the same call counted differently the second time: answers kept between calls?")
         figures = {"flops": flops.total / items, "flops_outside": flops.outside / items}
         if reference:
             figures["nfe_equivalent"] = flops.total / items / reference
         return flags, figures
 
-    def quality(self, n: int, rung: int, seed: int) -> tuple[dict[str, Any], Any, Any, dict[str, dict[str, float]]]:
-        """Run on all n items in batches: (inputs, outputs, outputs of the first batch, counts by handle)."""
+    def quality(self, n: int, rung: int, seed: int) -> tuple[dict[str, Any], Any, First, dict[str, dict[str, float]]]:
+        """Run on all n items in batches: (inputs, outputs, the first call, counts by handle)."""
         inputs = self.inputs(n, seed)
         parts: list[Any] = []
         totals: dict[str, dict[str, float]] = {}
+        first: First | None = None
         for index, start in enumerate(range(0, n, self.task.batch)):
             parts.append(self.run(cut(inputs, start, start + self.task.batch), rung, seed, index))
+            if first is None:
+                first = First(
+                    fingerprint(parts[0]), self.ledger.spent, self.ledger.evaluations(), dict(self.session.reported)
+                )
             for name, figures in self.ledger.snapshot().items():
                 total = totals.setdefault(name, dict.fromkeys(figures, 0.0))
                 for key, value in figures.items():
                     total[key] = total.get(key, 0.0) + value
-        return inputs, join(parts), parts[0], totals
+        assert first is not None
+        return inputs, join(parts), first, totals
 
     def judges(self) -> dict[str, nn.Module]:
         """Uncounted copies of the task's backbones and judges, for the metrics."""
@@ -363,7 +377,7 @@ def bench(method: str, task: str, tier: str, device: str, digest: str = "", show
     return Bench(known[method], task, tier, device, show_progress)
 
 
-def _time(mine: Bench, batch: dict[str, Any], first: Any, cell: Cell) -> tuple[records.Latency, list[str]]:
+def _time(mine: Bench, batch: dict[str, Any], first: First, cell: Cell) -> tuple[records.Latency, list[str]]:
     benches = {"method": mine}
     baseline = next((b for b in mine.info.baselines if cell.task in plugins.methods()[b].tasks), None)
     if baseline is not None:
@@ -381,7 +395,7 @@ def _time(mine: Bench, batch: dict[str, Any], first: Any, cell: Cell) -> tuple[r
             setups={name: partial(each.begin, batch, cell.rung, cell.seed) for name, each in benches.items()},
         )
     own = read["method"]
-    flags = [] if fingerprint(own.output) == fingerprint(first) else ["the timed call gave other outputs than the scored one"]
+    flags = [] if fingerprint(own.output) == first.outputs else ["the timed call gave other outputs than the scored one"]
     figures: dict[str, Any] = {}
     if baseline is not None:
         other_read = read["baseline"]
@@ -449,7 +463,6 @@ def _passes(cell: Cell, info: MethodInfo, device: str, timing: bool, show_progre
     n = task.items(cell.tier)
     inputs, outputs, first, handles = mine.quality(n, cell.rung, cell.seed)
     batch = cut(inputs, 0, task.batch)
-    reported = dict(mine.session.reported)
     resample = bootstrap_indices(n, RESAMPLES, derive_seed("resample", task.id, cell.seed) % 2**32)
     scores = mine.track.score(task, inputs, outputs, mine.judges(), resample)
     bounded = [*mine.ledger.networks] if task.bounded == ("*",) else list(task.bounded)
@@ -459,7 +472,7 @@ def _passes(cell: Cell, info: MethodInfo, device: str, timing: bool, show_progre
     found: dict[str, Any] = {
         "status": "ok",
         "handles": handles,
-        "reported": reported,
+        "reported": first.reported,
         "quality": {name: _quality(s.value, s.resamples) for name, s in scores.items()},
         "offline": mine.offline,
         "outputs": fingerprint(outputs),
@@ -467,7 +480,6 @@ def _passes(cell: Cell, info: MethodInfo, device: str, timing: bool, show_progre
     reasons: dict[str, str] = {}
     flags: list[str] = []
     if cell.seed == 0:
-        mine.run(batch, cell.rung, cell.seed)
         flags, figures = mine.audit(batch, first, cell.rung, cell.seed)
         counts |= figures
         if "nfe_equivalent" not in figures:
@@ -497,6 +509,8 @@ def _passes(cell: Cell, info: MethodInfo, device: str, timing: bool, show_progre
         reasons |= dict.fromkeys(("latency", "memory", "energy"), "read at seed 0; other seeds repeat the quality")
     else:
         reasons |= dict.fromkeys(("latency", "memory", "energy"), "run without timing")
+    if flags:
+        bench.cache_clear()  # whatever the plugin left behind must not reach the next cell
     return found | {"counts": counts, "reasons": reasons, "flags": flags, "status": "flagged" if flags else "ok"}
 
 

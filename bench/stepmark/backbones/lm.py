@@ -257,7 +257,8 @@ def split_depth(source: nn.Module, target: nn.Module) -> None:
     """Initialise a deep model from a shallow one: each layer becomes r consecutive copies of itself.
 
     The two projections that write into the residual stream are divided by r = depth(target) / depth(source), so that
-    r small steps replace one large step and no layer is idle.
+    r small steps replace one large step and no layer is idle. Only the first layer is split 8 : 1 : 1 (r = 3): its
+    input, the bare embedding, is so short that a third of its step would change what its own copies see.
     """
     times = len(target.model.layers) // len(source.model.layers)
     with torch.no_grad():
@@ -265,8 +266,9 @@ def split_depth(source: nn.Module, target: nn.Module) -> None:
         target.model.norm.load_state_dict(source.model.norm.state_dict())
         for i, layer in enumerate(target.model.layers):
             layer.load_state_dict(source.model.layers[i // times].state_dict())
-            layer.self_attn.o_proj.weight /= times
-            layer.mlp.down_proj.weight /= times
+            share = 1 / times if i >= times else 0.8 if i == 0 else 0.2 / (times - 1)
+            layer.self_attn.o_proj.weight *= share
+            layer.mlp.down_proj.weight *= share
 
 
 def train_target(model: nn.Module, progress: Progress) -> dict[str, float]:
@@ -280,11 +282,11 @@ def train_draft(model: nn.Module, progress: Progress) -> dict[str, float]:
 
 
 def train_deep(model: nn.Module, progress: Progress) -> dict[str, float]:
-    """About 13 minutes on one core, starting from the committed `lm_target`."""
+    """About 8 minutes on one core, starting from the committed `lm_target`."""
     from stepmark.backbones import load
 
     split_depth(load("lm_target"), model)
-    return fit(model, progress, steps=1300, lr=2e-3, seed=3, drop=0.2)
+    return fit(model, progress, steps=500, lr=1e-3, seed=3, drop=0.2)
 
 
 RECIPES: dict[str, Recipe] = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -58,6 +59,22 @@ class Ledger:
     limit: float = float("inf")
     entries: dict[str, Entry] = field(default_factory=dict)
     networks: list[str] = field(default_factory=list)
+    active: int = 0  # counted calls that are running, one inside the other
+    flops_now: Callable[[], int] | None = None  # set while FLOPs are counted
+    flops_inside: int = 0
+    entered: int = 0
+
+    def enter(self) -> None:
+        """A counted call begins."""
+        if self.active == 0 and self.flops_now is not None:
+            self.entered = self.flops_now()
+        self.active += 1
+
+    def leave(self) -> None:
+        """A counted call ends."""
+        self.active -= 1
+        if self.active == 0 and self.flops_now is not None:
+            self.flops_inside += self.flops_now() - self.entered
 
     def reset(self, limit: float = float("inf")) -> None:
         """Start a stage: all counts to zero, a new limit in evaluations."""
@@ -76,6 +93,10 @@ class Ledger:
         if self.spent > self.limit + 1e-6:
             raise BudgetExceeded(f"{self.spent:g} evaluations asked, the rung allows {self.limit:g} for this batch")
 
+    def evaluations(self) -> dict[str, float]:
+        """Evaluations by handle."""
+        return {name: entry.evaluations for name, entry in self.entries.items()}
+
     def snapshot(self) -> dict[str, dict[str, float]]:
         """Counts by handle, handles never called left out."""
         return {n: e.as_dict() for n, e in self.entries.items() if e.calls or e.layer_calls}
@@ -91,13 +112,19 @@ def shape_of(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, int]:
     return 1, 1
 
 
-def _intercept(module: nn.Module, before: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> None:
+def _intercept(
+    ledger: Ledger, module: nn.Module, before: Callable[[tuple[Any, ...], dict[str, Any]], None]
+) -> None:
     original = type(module).forward
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         before(args, kwargs)
-        return original(self, *args, **kwargs)
+        ledger.enter()
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            ledger.leave()
 
     module.forward = types.MethodType(forward, module)
 
@@ -126,9 +153,9 @@ def watch(ledger: Ledger, name: str, module: nn.Module, layers: Sequence[nn.Modu
         entry.layer_positions += positions
         ledger.check()
 
-    _intercept(module, on_call)
+    _intercept(ledger, module, on_call)
     for layer in layers:
-        _intercept(layer, on_layer)
+        _intercept(ledger, layer, on_layer)
     return module
 
 
@@ -146,7 +173,11 @@ def watch_function(ledger: Ledger, name: str, function: Callable[..., Any]) -> C
         entry.rows += rows
         entry.positions += positions
         ledger.check()
-        return function(*args, **kwargs)
+        ledger.enter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            ledger.leave()
 
     return counted
 
@@ -161,7 +192,7 @@ def _dot_flops(vector: Sequence[int], *_: Any, **__: Any) -> int:
 
 @dataclass
 class Flops:
-    """FLOPs of one call: all of them, those outside any watched network, and unwatched modules that were called."""
+    """FLOPs of one call: all of them, those outside any counted call, and uncounted modules that ran."""
 
     total: int = 0
     outside: int = 0
@@ -170,57 +201,42 @@ class Flops:
 
 
 @contextlib.contextmanager
-def count_flops(watched: Sequence[nn.Module]) -> Iterator[Flops]:
+def count_flops(ledger: Ledger, watched: Sequence[nn.Module]) -> Iterator[Flops]:
     """Count FLOPs (2 per multiply-add) of the calling thread while inside; never time under it.
 
     `FlopCounterMode` misses the fused path of `nn.MultiheadAttention`, the mkldnn LSTM and matrix-vector products:
-    the first two are switched off while inside, the last are mapped. Modules with parameters that run without
-    belonging to a watched network, and modules that run in another thread, are named in the result.
+    the first two are switched off while inside, the last are mapped. Modules with weights that run without belonging
+    to a watched network, and modules that run in another thread, are named in the result.
     """
-    import threading
-
     known = {id(part) for network in watched for part in network.modules()}
     result = Flops()
     own = threading.get_ident()
-    depth = 0
-    entered = 0
-    inside = 0
     counter = FlopCounterMode(
         display=False, custom_mapping={torch.ops.aten.mv: _mv_flops, torch.ops.aten.dot: _dot_flops}
     )
 
     def before(module: nn.Module, args: Any) -> None:
-        nonlocal depth, entered
         if threading.get_ident() != own:
             result.threads.append(type(module).__name__)
-        elif id(module) in known:
-            if depth == 0:
-                entered = counter.get_total_flops()
-            depth += 1
-        elif depth == 0 and any(True for _ in module.parameters()):
+        elif id(module) not in known and ledger.active == 0 and _has_weights(module):
             result.strays.append(type(module).__name__)
 
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        nonlocal depth, inside
-        if threading.get_ident() == own and id(module) in known:
-            depth -= 1
-            if depth == 0:
-                inside += counter.get_total_flops() - entered
-
-    hooks = [
-        nn.modules.module.register_module_forward_pre_hook(before),
-        nn.modules.module.register_module_forward_hook(after, always_call=True),
-    ]
+    hook = nn.modules.module.register_module_forward_pre_hook(before)
     fast = torch.backends.mha.get_fastpath_enabled()
     recurrent = any(isinstance(part, nn.LSTM) for network in watched for part in network.modules())
     mkldnn = torch.backends.mkldnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
+    ledger.flops_inside, ledger.flops_now = 0, counter.get_total_flops
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         with mkldnn, counter:
             yield result
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
+        ledger.flops_now = None
         result.total = counter.get_total_flops()
-        result.outside = result.total - inside
+        result.outside = result.total - ledger.flops_inside
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return next(module.parameters(), next(module.buffers(), None)) is not None

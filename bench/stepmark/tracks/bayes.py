@@ -730,3 +730,21 @@ def annealed_langevin(
             noise = torch.randn(theta.shape, generator=generator, device=theta.device, dtype=theta.dtype)
             theta = theta + delta * score_of(theta, t) + math.sqrt(2 * delta) * noise
     return theta
+
+def bridging_schedule(steps: int, variance: float, factors: int) -> tuple[list[float], list[float], int]:
+    """Times and step sizes from T = 1 down, and repeats at each, for `steps` Langevin steps over bridging densities.
+
+    Levels stand at t = u^3, u uniform. The step is a fraction (0.7 falling to 0.2) of the variance that `factors` composed
+    factors leave at t, each of undiffused variance `variance`: the density has the precision of all of them together.
+    Every level is repeated up to 5 times once there are more than 80.
+    """
+    repeats = min(5, max(1, steps // 80))
+    levels = max(1, steps // repeats)
+    times, sizes = [], []
+    for i in range(levels):
+        u = 1 - i / (levels - 1) if levels > 1 else 0.0
+        t = max(T_MIN, u**3)
+        a = alpha_bar(t)
+        times.append(t)
+        sizes.append((0.2 + 0.5 * u) * (a * variance + 1 - a) / factors)
+    return times, sizes, repeats

@@ -1,0 +1,47 @@
+# Two commands: `make bench` and `make test`. `make help` lists the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(shell grep '^uv==' requirements.lock)
+export HF_HUB_OFFLINE = 1
+export HF_DATASETS_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: help bench test lint format site lock clean
+
+help: ## this text
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+bench: $(VENV)/.installed ## the quick suite (all methods, tier smoke), the leaderboard table, the site
+	$(BIN)/stepmark run --tier smoke
+	$(BIN)/stepmark site
+
+test: $(VENV)/.installed ## every test, the ruler and the suite at tier smoke
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed ## ruff (lint and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed ## let ruff put the code in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+site: $(VENV)/.installed ## build the site from the published records
+	$(BIN)/stepmark site
+
+lock: $(VENV)/.installed ## resolve the lower bounds of pyproject.toml into requirements.lock
+	$(BIN)/uv pip compile --quiet --all-extras --no-header --no-annotate pyproject.toml -o requirements.lock
+
+clean: ## remove what the commands made, the environment included
+	rm -rf $(VENV) build dist .stepmark .pytest_cache .mypy_cache .ruff_cache
+
+$(VENV)/.installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Stepmark needs Python 3.11 or newer; try: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(UV)'
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@

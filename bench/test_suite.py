@@ -1,0 +1,49 @@
+"""The suite: every method on every task it names. `pytest bench/ --tier embedded` writes the published records."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stepmark import plugins, run, suite
+from stepmark.meter import latency
+from stepmark.task import sealed
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test for each (method, task) of the selection, baselines first."""
+    option = metafunc.config.getoption
+    chosen = suite.Selection(option("--tier"), methods=tuple(option("--method")), tracks=tuple(option("--track")))
+    pairs = list(dict.fromkeys((cell.method, cell.task) for cell in suite.cells(chosen)))
+    metafunc.parametrize(("method", "task"), pairs, ids=[f"{method}-{task}" for method, task in pairs])
+
+
+def test_cells(
+    method: str, task: str, results: Path, pytestconfig: pytest.Config, request: pytest.FixtureRequest, benchmark: Any
+) -> None:
+    """All rungs and seeds: each cell leaves a whole record, none fails, none is flagged."""
+    tier, device = pytestconfig.getoption("--tier"), pytestconfig.getoption("--device")
+    selection = suite.Selection(tier=tier, methods=(method,), tasks=(task,))
+    lines: list[str] = []
+    options = suite.Options(results=results, device=device, announce=lines.append)
+    made = list(suite.walk(selection, options))
+    assert made or lines, "no cell was run and none was done already"
+    assert not [f"rung {r.rung}, seed {r.seed}: {r.message}" for r in made if r.status == "failed"]
+    assert not [f"rung {r.rung}, seed {r.seed}: {r.flags}" for r in made if r.status == "flagged"]
+    if made and all(record.status == "skipped" for record in made):
+        pytest.skip(str(made[0].message))
+
+    info = plugins.methods()[method]
+    bench = run.bench(method, task, tier, device, run.source_digest(info.path))
+    rung = next(r.rung for r in reversed(made) if r.status == "ok") if made else bench.task.ladder(tier)[-1]
+    batch = bench.inputs(min(bench.task.batch, bench.task.items(tier)), 0)
+    call = partial(bench.call, batch, rung)
+    bench.begin(batch, rung, 0)
+    bench.ledger.limit = float("inf")  # the fixture repeats the call without a fresh budget
+    with sealed(), torch.no_grad():
+        latency.with_pytest_benchmark(benchmark, call, rounds=2, device=bench.device, warmup=1)
+    benchmark.extra_info.update(method=method, task=task, rung=rung)

@@ -1,0 +1,160 @@
+"""Small pieces of HTML. Every text that does not come from this repository's own code passes through `esc`."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from stepmark.leaderboard.board import Estimate, figure
+
+
+def esc(text: object) -> str:
+    """Text for HTML and for attributes. Control characters go: Markdown uses some of them as its own marks."""
+    clean = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]", "\N{REPLACEMENT CHARACTER}", str(text))
+    return html.escape(clean, quote=True).replace("\n", "&#10;")
+
+
+class Cell(NamedTuple):
+    """A table cell: HTML, the value it is sorted by (None: its text), whether it is a number."""
+
+    html: str
+    value: float | str | None = None
+    number: bool = False
+
+
+def number(x: float | None, why: str | None = None, unit: str = "") -> Cell:
+    """A figure, or a dash with the reason why it is null."""
+    if x is None:
+        return Cell(f'<span title="{esc(why)}">–</span>' if why else "–", "", True)
+    return Cell(figure(x) + unit, x, True)
+
+
+def estimate(e: Estimate | None, unit: str = "", why: str | None = None) -> Cell:
+    """A figure with its 95 % interval."""
+    if e is None:
+        return number(None, why)
+    return Cell(
+        f'{figure(e.value)}{unit} <span class="sm-range">[{figure(e.low)}, {figure(e.high)}]</span>', e.value, True
+    )
+
+
+def text(content: object) -> Cell:
+    """Plain text."""
+    return Cell(esc(content))
+
+
+class Line(NamedTuple):
+    """A table row: its cells (the first is its head), its rung for the filter, whether it is set back."""
+
+    cells: Sequence[Cell]
+    rung: int | None = None
+    weak: bool = False
+
+
+def table(head: Sequence[str], lines: Sequence[Line], label: str) -> str:
+    """A table that scrolls inside its box; the script makes it sortable and filterable. `head` is plain text."""
+    columns = [any(line.cells[i].number for line in lines) for i in range(len(head))]
+    top = "".join(f'<th scope="col"{_class(wide)}>{esc(name)}</th>' for name, wide in zip(head, columns, strict=True))
+    body = []
+    for line in lines:
+        cells = []
+        for i, cell in enumerate(line.cells):
+            value = "" if cell.value is None else f' data-v="{esc(cell.value)}"'
+            tag = 'th scope="row"' if i == 0 else "td"
+            cells.append(f"<{tag}{_class(cell.number)}{value}>{cell.html}</{tag.split()[0]}>")
+        rung = "" if line.rung is None else f' data-rung="{line.rung}"'
+        weak = ' class="sm-weak"' if line.weak else ""
+        body.append(f"<tr{rung}{weak}>{''.join(cells)}</tr>")
+    return (
+        f'<div class="sm-scroll" tabindex="0" role="region" aria-label="{esc(label)}" data-search-exclude>\n'
+        f'<table class="sm-table">\n<thead><tr>{top}</tr></thead>\n<tbody>\n' + "\n".join(body) + "\n</tbody>\n"
+        "</table>\n</div>"
+    )
+
+
+def _class(numeric: bool) -> str:
+    return ' class="n"' if numeric else ""
+
+
+def chip(word: str, mood: str = "", title: str = "") -> str:
+    """A short state. `mood` is good, bad, open or nothing."""
+    kind = f"sm-chip sm-{mood}" if mood else "sm-chip"
+    hint = f' title="{esc(title)}"' if title else ""
+    return f'<span class="{kind}"{hint}>{esc(word)}</span>'
+
+
+VERDICT_MOOD = {"reproduced": "good", "not reproduced": "bad", "inconclusive": "open", "not run": ""}
+TRUST_MOOD = {"claimed": "", "measured": "open", "reproduced": "good", "disputed": "bad"}
+STATUS_MOOD = {"ok": "good", "flagged": "bad", "failed": "bad", "skipped": ""}
+COVERAGE_MOOD = {"live": "good", "not run": "open", "no plugin yet": ""}
+
+
+def link(address: str, label: str) -> str:
+    """A link; only https and relative addresses become one."""
+    if not re.match(r"https://|[a-z0-9./_#-]+$", address):
+        return esc(label)
+    return f'<a href="{esc(address)}">{esc(label)}</a>'
+
+
+def definitions(pairs: Sequence[tuple[str, str]]) -> str:
+    """A list of (term, HTML)."""
+    return '<dl class="sm-dl">' + "".join(f"<dt>{esc(k)}</dt><dd>{v}</dd>" for k, v in pairs) + "</dl>"
+
+
+def code(content: str) -> str:
+    """A block of code with line breaks kept."""
+    return f"<pre><code>{esc(content)}</code></pre>"
+
+
+# docstrings ---------------------------------------------------------------------------------------
+
+
+def docstring(doc: str) -> str:
+    """A docstring as HTML: paragraphs, lists, ``code``, and indented blocks (equations) as they stand."""
+    blocks: list[str] = []
+    for part in re.split(r"\n[ \t]*\n", doc.strip("\n")):
+        lines = part.split("\n")
+        while lines:
+            kind = _kind(lines[0])
+            size = 1
+            while size < len(lines) and (_kind(lines[size]) == kind or (kind == "item" and lines[size][:1] == " ")):
+                size += 1
+            blocks.append(_block(kind, lines[:size]))
+            lines = lines[size:]
+    return '<div class="sm-doc">' + "\n".join(_joined(blocks)) + "</div>"
+
+
+def _kind(line: str) -> str:
+    if re.match(r"[-*] ", line):
+        return "item"
+    return "code" if line.startswith(("  ", "\t")) else "text"
+
+
+def _block(kind: str, lines: Sequence[str]) -> str:
+    if kind == "code":
+        least = min(len(line) - len(line.lstrip()) for line in lines)
+        return code("\n".join(line[least:] for line in lines))
+    if kind == "item":
+        items = re.split(r"\n[-*] ", "\n".join(lines)[2:])
+        return "<ul>" + "".join(f"<li>{_inline(' '.join(item.split()))}</li>" for item in items) + "</ul>"
+    paragraph = " ".join(" ".join(lines).split())
+    return f"<p>{_inline(re.sub(r'::$', ':', paragraph))}</p>"
+
+
+def _inline(content: str) -> str:
+    return re.sub(r"(`{1,2})([^`]+)\1", r"<code>\2</code>", esc(content))
+
+
+def _joined(blocks: Sequence[str]) -> list[str]:
+    """Neighbouring lists and neighbouring code blocks, parted by blank lines only, as one."""
+    found: list[str] = []
+    for block in blocks:
+        for end, start, between in (("</ul>", "<ul>", ""), ("</code></pre>", "<pre><code>", "&#10;&#10;")):
+            if found and found[-1].endswith(end) and block.startswith(start):
+                found[-1] = found[-1].removesuffix(end) + between + block.removeprefix(start)
+                break
+        else:
+            found.append(block)
+    return found

@@ -1,0 +1,62 @@
+"""Engines: the same records from this process and from a Ray cluster; a timed device is not shared."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+
+from stepmark import engine, suite
+from stepmark import record as records
+
+SELECTION = suite.Selection(tier="smoke", methods=("euler",), tasks=("sampling/mixtures_flow",))
+EQUAL = {"counts", "quality", "outputs", "flags", "status", "handles", "digests", "rung", "seed"}
+
+
+def content(results: Path) -> list[dict[str, object]]:
+    """What must not hang on the engine, in the order of the cells."""
+    found = sorted(records.read_all(results), key=lambda r: r.key)
+    return [r.model_dump(include=EQUAL) for r in found]
+
+
+def test_ray_writes_the_records_that_the_local_engine_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("STEPMARK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    options = suite.Options(results=tmp_path / "local", timing=False, announce=lambda text: None)
+    assert len(list(suite.walk(SELECTION, options))) == 2
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        options = suite.Options(results=tmp_path / "ray", engine="ray", timing=True, announce=lambda text: None)
+        made = list(suite.walk(SELECTION, options))
+    finally:
+        ray.shutdown()
+    assert len(made) == 2
+    assert all(record.latency is not None for record in made)
+    assert content(tmp_path / "ray") == content(tmp_path / "local")
+
+
+def _hold(ready: object, done: object) -> None:
+    with engine.device_lock("cpu"):
+        ready.set()  # type: ignore[attr-defined]
+        done.wait(30)  # type: ignore[attr-defined]
+
+
+def test_a_device_that_is_being_timed_is_not_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEPMARK_CACHE", str(tmp_path))
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    holder = context.Process(target=_hold, args=(ready, done))
+    holder.start()
+    try:
+        assert ready.wait(30)
+        with pytest.raises(engine.DeviceBusy, match=rf"process {holder.pid} is timing on cpu; wait"):
+            next(engine.local([], "cpu", timing=True), None)
+        assert list(engine.local([], "cpu", timing=False)) == []
+    finally:
+        done.set()
+        holder.join()
+    with engine.device_lock("cpu"):
+        assert (tmp_path / "timing-cpu.lock").read_text() == str(os.getpid())
