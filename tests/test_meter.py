@@ -89,6 +89,27 @@ def test_rounds_interleave_and_alternate():
     assert [read[name].rounds for name in "abc"] == [4, 4, 4]
 
 
+def test_setups_run_before_every_call_and_outside_the_clock(monkeypatch):
+    now, order = 0, []
+    monkeypatch.setattr(latency, "clock", lambda: now)
+
+    def step(name, ns):
+        nonlocal now
+        order.append(name)
+        now += ns
+
+    read = latency.measure(
+        {"a": lambda: step("a", 10), "b": lambda: step("b", 20)},
+        "cpu",
+        warmup=1,
+        min_rounds=2,
+        min_seconds=0,
+        setups={"a": lambda: step("A", 1000)},
+    )
+    assert "".join(order) == "Aab" + "Aab" + "bAa"
+    assert (read["a"].samples_ns, read["b"].samples_ns) == ((10, 10), (20, 20))
+
+
 def test_drift_falls_on_both(monkeypatch):
     """A clock of our own on which every call takes longer than the one before it."""
     now, calls = 0, 0

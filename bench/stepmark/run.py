@@ -377,7 +377,7 @@ def bench(method: str, task: str, tier: str, device: str, digest: str = "", show
     return Bench(known[method], task, tier, device, show_progress)
 
 
-def _time(mine: Bench, batch: dict[str, Any], first: First, cell: Cell) -> tuple[records.Latency, list[str]]:
+def _time(mine: Bench, batch: dict[str, Any], first: First, cell: Cell) -> tuple[records.Latency, list[str], str | None]:
     benches = {"method": mine}
     baseline = next((b for b in mine.info.baselines if cell.task in plugins.methods()[b].tasks), None)
     if baseline is not None:
@@ -417,7 +417,7 @@ def _time(mine: Bench, batch: dict[str, Any], first: First, cell: Cell) -> tuple
         cuda_ms=own.cuda_median_ms,
         **figures,
     )
-    return found, flags
+    return found, flags, own.note
 
 
 def measure(cell: Cell, device: str = "cpu", timing: bool = True, show_progress: bool = True) -> records.Record:
@@ -485,8 +485,9 @@ def _passes(cell: Cell, info: MethodInfo, device: str, timing: bool, show_progre
         if "nfe_equivalent" not in figures:
             reasons["nfe_equivalent"] = "the task has no network whose evaluation has countable FLOPs"
     if cell.seed == 0 and timing:
-        found["latency"], more = _time(mine, batch, first, cell)
+        found["latency"], more, note = _time(mine, batch, first, cell)
         flags += more
+        reasons |= {"latency": note} if note else {}
         mine.begin(batch, cell.rung, cell.seed)
         with sealed(), torch.no_grad():
             peak = memory.measure(lambda: mine.call(batch, cell.rung), mine.device)

@@ -31,13 +31,13 @@ class LookaheadDecoding(Method):
             and p is normalised anew; when none is kept, a draw from what is left of p ends the step (algorithm 4).
 
     Kept tokens are followed by one of the target's own, so that a step yields 1 to N tokens. Then the oldest row is
-    dropped and the window moves to the new last token. The cache keeps the kept tokens only.
+    dropped and the window stands at the new last token. The cache keeps the kept tokens only.
 
-    As in the official code the pool holds the G most recently seen n-grams per first token, trajectories are greedy
-    at every temperature, new and end-of-sequence cells are filled with tokens drawn from the text, and the pool is not
-    filled from the prompt. Differs from that code: after several kept tokens its window keeps its columns, which then
-    stand at wrong positions; here they move with the text. The window is random at the start rather than filled row by
-    row, and an n-gram that is kept whole is followed by a token of the target in sampling too.
+    As in the official code the pool holds the G most recently seen n-grams per first token and is not filled from the
+    prompt, trajectories are greedy at every temperature, end-of-sequence cells are replaced by tokens drawn from the
+    text, and the window goes back by one row also where several tokens were kept. Differs from that code: the window
+    is random at the start rather than filled row by row, and an n-gram kept whole is followed by a token of the
+    target's own in sampling too, as in greedy decoding.
     """
 
     paper = Paper(
@@ -122,9 +122,7 @@ class LookaheadDecoding(Method):
             if tokens[-1] == target.eos or len(tokens) >= end:
                 break
             self.remember(pool, window, new)
-            moved = min(len(kept) - 1, W)
-            fresh = [token if token != target.eos else drawn(1)[0] for token in new]
-            window = [row[moved:] + drawn(moved) for row in (*window[1:], fresh)]
+            window = [*window[1:], [token if token != target.eos else drawn(1)[0] for token in new]]
         return tokens[len(prompt) : end]
 
     @staticmethod

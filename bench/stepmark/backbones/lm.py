@@ -174,7 +174,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
             for parameter in group["params"]:
-                by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
+                if parameter.grad is not None:  # a layer left out of this step has none
+                    by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
             for shape, matrices in by_shape.items():
                 updates = []
                 for parameter in matrices:

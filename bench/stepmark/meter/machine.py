@@ -143,7 +143,6 @@ def _constant() -> dict[str, object]:
         "cpu_max_mhz": _mhz(cpufreq + "cpuinfo_max_freq"),
         "cpu_governor": _read(cpufreq + "scaling_governor"),
         "os": platform.system(),
-        "kernel": platform.release(),
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "libraries": _versions(),
         "lock": lock_digest(),
@@ -155,7 +154,7 @@ def fingerprint() -> dict[str, object]:
     """All that is known of the machine and the installation; fields that cannot be read are None or missing.
 
     Keys: cpu, logical_cores, physical_cores, usable_cores, ram_gib, architecture, cpu_max_mhz, cpu_governor,
-    gpus (list of names), gpu_driver, gpu_driver_cuda, gpu_max_mhz, gpu_mhz_at_start, os, kernel, python,
+    gpus (list of names), gpu_driver, gpu_driver_cuda, gpu_max_mhz, gpu_mhz_at_start, os, python,
     libraries (name -> version), lock (sha256), torch_cuda and torch_threads (None until torch is imported),
     machine (the id).
     """

@@ -546,8 +546,9 @@ def layers(task: Task, role: str, network: nn.Module) -> list[nn.Module]:
 # Conditional score models, shared by the amortised samplers ------------------------------------------------------------
 
 
+POWER=2
 BETA_MIN, BETA_MAX = 0.1, 20.0
-T_MIN = 0.003  # the networks are trained, and the samplers stop, at this time
+T_MIN = 0.01  # the networks are trained, and the samplers stop, at this time
 
 
 def beta(t: Any) -> Any:
@@ -621,7 +622,7 @@ def fit_score(
     steps: Iterable[int],
     total: int,
     random_size: bool = False,
-    batch: int = 256,
+    batch: int = 1_024,
     rate: float = 3e-3,
 ) -> float:
     """Train both networks in place by denoising score matching on theta [N, d], x [N, m, D]; returns the best loss.
@@ -653,15 +654,18 @@ def fit_score(
     def draw_size(count: int) -> Tensor | None:
         return torch.randint(1, size_limit + 1, (count,), generator=generator, device=device) if random_size else None
 
+    def draw_time(count: int) -> Tensor:
+        return T_MIN + (1 - T_MIN) * torch.rand(count, generator=generator, device=device) ** POWER
+
     repeats = max(1, 2_000 // held)
     fixed_theta, fixed_x = test_theta.repeat(repeats, 1), test_x.repeat(repeats, 1, 1)
-    fixed_t = T_MIN + (1 - T_MIN) * torch.rand(len(fixed_theta), generator=generator, device=device)
+    fixed_t = draw_time(len(fixed_theta))
     fixed_noise = torch.randn(fixed_theta.shape, generator=generator, device=device)
     fixed_size = draw_size(len(fixed_theta))
     every = max(1, total // 40)
     for step in steps:
         index = torch.randint(len(train_theta), (batch,), generator=generator, device=device)
-        t = T_MIN + (1 - T_MIN) * torch.rand(batch, generator=generator, device=device)
+        t = draw_time(batch)
         noise = torch.randn(batch, theta.shape[1], generator=generator, device=device)
         loss = loss_of(train_theta[index], train_x[index], t, noise, draw_size(batch))
         optimiser.zero_grad(set_to_none=True)
