@@ -2,7 +2,7 @@
 of Handwritten Digits, test part; Alpaydin and Kaynak 1998).
 
 ``split`` returns ``x0`` float32 [N, 1, 8, 8] in [-1, 1] and ``condition`` int64 [N] (the class). Every sixth image of
-each class is in ``test``, the rest in ``train``; ``reference`` is all of them and serves as the target of Frechet distances.
+each class is in ``test``, the rest in ``train``; ``reference`` is all of them, the target of Frechet distances.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _all() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def split(name: str) -> dict[str, Tensor]:
-    """``train`` (1494 images), ``test`` (303) or ``reference`` (all 1797). Raises KeyError for another name."""
+    """``train`` (1493 images), ``test`` (304) or ``reference`` (all 1797). Raises KeyError for another name."""
     images, labels, held_out = _all()
     keep = {"train": ~held_out, "test": held_out, "reference": torch.ones_like(held_out)}[name]
     return {"x0": images[keep].clone(), "condition": labels[keep].clone()}

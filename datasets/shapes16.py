@@ -85,7 +85,7 @@ def draw_conditions(count: int, rng: np.random.Generator) -> Tensor:
 
 
 def split(name: str) -> dict[str, Tensor]:
-    """``x0`` and ``condition`` of ``train`` (20 000), ``test`` (2 000) or ``reference`` (10 000, for Frechet distances).
+    """``x0`` and ``condition`` of ``train`` (20 000), ``test`` (2 000) or ``reference`` (10 000, for Frechet).
 
     Raises KeyError for another name.
     """
@@ -97,9 +97,9 @@ def split(name: str) -> dict[str, Tensor]:
 def read_attributes(images: Tensor) -> Tensor:
     """Shape and colour of the object in every image, int64 [N, 2] as in ``condition``; -1 where none can be read.
 
-    Rules: pixels are brightness times a colour; the colour is the one of the four that explains the image best, and must
-    leave little unexplained; the coverage map it gives has an area and a centroid; every shape is redrawn with these and
-    the best fit names the shape, if it misses less than TOLERANCE of the area.
+    Rules: pixels are brightness times a colour; the colour is the one of the four that explains the image best, and
+    must leave little unexplained; the coverage map it gives has an area and a centroid; every shape is redrawn with
+    these and the best fit names the shape, if it misses less than TOLERANCE of the area.
     """
     images = ((images.detach().cpu().float() + 1) / 2).clamp(0, 1)
     unit = RGB / RGB.norm(dim=1, keepdim=True)
@@ -111,11 +111,11 @@ def read_attributes(images: Tensor) -> Tensor:
     cover = torch.where(cover < 0.08, 0.0, cover.clamp(max=1))  # a faint haze is no part of an object
     area = cover.sum(dim=(1, 2))
     axis = torch.arange(SIZE) + 0.5
-    centre = torch.stack([(cover.sum(2) * axis).sum(1), (cover.sum(1) * axis).sum(1)], 1) / area.clamp(min=1e-6)[:, None]
+    mass = area.clamp(min=1e-6)[:, None]
+    centre = torch.stack([(cover.sum(2) * axis).sum(1), (cover.sum(1) * axis).sum(1)], 1) / mass
     radius = area.sqrt() / 2
-    misfit = torch.stack(
-        [(coverage(torch.full_like(colour, s), centre, radius) - cover).abs().sum(dim=(1, 2)) for s in range(3)], 1
-    ) / area.clamp(min=1e-6)[:, None]
+    redrawn = [coverage(torch.full_like(colour, shape), centre, radius) for shape in range(len(SHAPES))]
+    misfit = torch.stack([(image - cover).abs().sum(dim=(1, 2)) for image in redrawn], 1) / mass
     best, shape = misfit.min(1)
     found = torch.stack([shape, colour + len(SHAPES)], 1)
     legible = (explained > 0.9) & (area > 3 * RADIUS[0] ** 2) & (best < TOLERANCE)

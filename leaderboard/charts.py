@@ -13,7 +13,7 @@ from stepmark.task import Task
 
 # Okabe and Ito's colours, told apart by most colour-blind readers on light and on dark ground, in two brightnesses.
 COLOURS = (
-    "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8a6d3b", "#7a5fb5", "#2f9e44", "#c2255c",
+    "#2b8cc4", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#5c6bc0", "#8a6d3b", "#7a5fb5", "#2f9e44", "#c2255c",
     "#1098ad", "#b8860b",
 )  # fmt: skip
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
@@ -90,12 +90,14 @@ def curve(
     by_method = {"field": "method", "type": "nominal", "legend": None}
     colour = by_method | {"scale": {"domain": present, "range": [styles[m][0] for m in present]}}
     shape = by_method | {"scale": {"domain": present, "range": [styles[m][1] for m in present]}}
-    faint = {"condition": {"test": "datum.front", "value": 1}, "value": 0.38}
+    faint = {"condition": {"test": "datum.front", "value": 1}, "value": 0.45}
     hollow = {"condition": {"test": "datum.flagged", "value": "transparent"}, **colour}
     layers: list[dict[str, Any]] = [
         {
             "mark": {"type": "line", "strokeWidth": 1.4, "opacity": 0.45},
-            "encoding": {"x": x, "y": y, "color": colour, "order": {"field": "cost"}, "description": {"field": "method"}},
+            "encoding": {
+                "x": x, "y": y, "color": colour, "order": {"field": "cost"}, "description": {"field": "method"},
+            },
         },
         {
             "mark": {"type": "rule", "strokeWidth": 1.4},

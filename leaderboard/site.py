@@ -31,7 +31,6 @@ from stepmark.task import Task
 
 MARKER = ".stepmark-site"  # a folder that holds it was made here and may be cleared
 ASSETS = Path(__file__).with_name("assets")
-GUIDE = ("quickstart", "how-we-measure", "claims-and-trust", "add-a-method", "architecture")
 
 
 @dataclass
@@ -163,10 +162,8 @@ def write(found: Board, source: Path, root: Path) -> None:
     """Every page and data file, into `source`."""
     shutil.copytree(ASSETS, source / "assets")
     for path in sorted((root / "docs").iterdir()):
-        if path.suffix == ".md":
+        if path.suffix in {".md", ".svg"}:
             shutil.copy(path, source / path.name)
-        elif path.suffix == ".svg":
-            shutil.copy(path, source / "assets" / path.name)
     _page(source / "index.md", "Stepmark", _home(found), hide=("navigation", "toc"))
     _page(source / "tracks" / "index.md", "Tracks", _tracks(found), hide=("navigation",))
     for track in found.tracks():
@@ -256,7 +253,7 @@ def _home(found: Board) -> list[str]:
     )
     if states:
         counts = ", ".join(f"{n} {chip(state, markup.VERDICT_MOOD[state])}" for state, n in sorted(states.items()))
-        parts.append(_html("p", f"Of {states.total()} checked claims of these papers: {counts}."))
+        parts.append(_html("p", f"Claims that the plugins of these papers state: {counts}."))
     parts.append("[All papers and their status](papers.md)")
     parts.append("## When and where it was measured")
     parts.append(_measured(found) if found.records else NOTHING)
@@ -271,62 +268,36 @@ def _bargains(found: Board) -> list[str]:
     lines: list[Line] = []
     for task_id, (track, task) in found.tasks.items():
         metric, _ = board.headline(task)
+
+        def at_rung(row: Row, metric: str = metric) -> Cell:
+            name = link(f"methods/{row.method}.html", row.method)
+            value = estimate(row.quality[metric]).html
+            return Cell(f"{name} at {row.rung}<br>{esc(metric)} {value}", row.method)
+
         for place in found.places:
             deal = board.bargain(found.of_task(task_id, place), task, found.methods)
             if deal is None:
                 continue
-            base = deal.baseline
-            row = deal.row
-            base_cell = Cell(
-                f"{link(f'methods/{base.method}.html', base.method)} at {base.rung}<br>"
-                f"{esc(metric)} {estimate(base.quality[metric]).html}",
-                base.method,
-            )
-            if row is None:
-                nothing = [Cell("none reaches it for less", ""), *[number(None)] * 3, _trust(found, base)]
-                lines.append(Line([_task_cell(task_id, track), _place(place), base_cell, *nothing], weak=True))
-                continue
-            mine = Cell(
-                f"<b>{link(f'methods/{row.method}.html', row.method)}</b> at {row.rung}<br>"
-                f"{esc(metric)} {estimate(row.quality[metric]).html}",
-                row.method,
-            )
-            factors = [number(deal.factor(axis), None, "×") for axis in ("unit", "nfe_equivalent", "latency_ms")]
-            lines.append(
-                Line(
-                    [
-                        _task_cell(task_id, track),
-                        _place(place),
-                        base_cell,
-                        mine,
-                        *factors,
-                        _trust(found, row),
-                    ]
-                )
-            )
+            task_cell = Cell(link(f"tracks/{track}.html#{_slug(task_id)}", task_id), task_id)
+            match = at_rung(deal.row) if deal.row else Cell("none reaches it for less", "")
+            factors = [number(deal.factor(axis), unit="×") for axis in ("unit", "nfe_equivalent", "latency_ms")]
+            trust = _trust(found, deal.row or deal.baseline)
+            cells = [task_cell, markup.text(place), at_rung(deal.baseline), match, *factors, trust]
+            lines.append(Line(cells, weak=deal.row is None))
     if not lines:
         return [_html("div", "<p>No baseline has been measured yet, so nothing can be compared.</p>", "sm-empty")]
-    head = ("Task", "Machine", "Baseline at its best", "Cheapest that matches it", "Fewer evaluations",
-            "Fewer NFE-equivalents", "Less time", "Trust")  # fmt: skip
+    head = ("Task", "Machine", "Baseline at its best", "Cheapest that matches it", "Evaluations saved",
+            "NFE-eq. saved", "Time saved", "Trust")  # fmt: skip
     return [
         table(head, lines, "What the best method per task buys"),
         _html(
             "p",
-            "A method matches if a paired bootstrap test, Holm-corrected at 5 %, finds no loss in the task's first "
-            "metric against the baseline's best rung. Values carry 95 % intervals. Time is the ratio of medians per "
+            "A method matches if a paired bootstrap test at 5 % finds no loss in the task's first metric against the "
+            "baseline's best rung. Values carry 95 % intervals. Time is the ratio of medians per "
             "item on the same machine. A flagged record takes no part.",
             "sm-note",
         ),
     ]
-
-
-def _task_cell(task_id: str, track: str) -> Cell:
-    return Cell(link(f"tracks/{track}.html#{_slug(task_id)}", task_id), task_id)
-
-
-def _place(place: Place) -> Cell:
-    """A machine."""
-    return markup.text(place)
 
 
 def _trust(found: Board, row: Row) -> Cell:
@@ -423,7 +394,7 @@ def _track(found: Board, track: str) -> list[str]:
                 parts.append(_html("p", f"Measured on {esc(place)}.", "sm-note"))
             parts.append(_deal(found, rows, task))
             parts.append(_charts(found, rows, task, found.order(rows), tuple(charts.AXES)))
-            parts.append(_figures(found, rows, task, "../"))
+            parts.append(_figures(found, rows, task))
     return parts
 
 
@@ -461,12 +432,12 @@ def _charts(found: Board, rows: Sequence[Row], task: Task, methods: Sequence[str
     )
 
 
-def _figures(found: Board, rows: Sequence[Row], task: Task, up: str, ids: bool = False) -> str:
+def _figures(found: Board, rows: Sequence[Row], task: Task, ids: bool = False) -> str:
     """The table of one task in one place, best first at each rung, with the reasons of what is null below it."""
     metric, higher = board.headline(task)
     with_equivalents = any(row.nfe_equivalent is not None for row in rows)
     arrows = {"higher": "↑", "lower": "↓"}
-    head = ["Method", "Rung", *([] if ids else ["Group"])]
+    head = ["Rung"] if ids else ["Method", "Rung", "Group"]
     head += [f"{name} {arrows[direction]}" for name, direction in task.metrics.items()]
     head += ["NFE", *(["NFE-eq"] if with_equivalents else []), "ms/item", "Speed-up", "Peak MiB", "J/item", "Status"]
     head += ["Record"] if ids else []
@@ -483,10 +454,9 @@ def _figures(found: Board, rows: Sequence[Row], task: Task, up: str, ids: bool =
             " " + chip("older source", "open", "the method or the task has changed since") if old else ""
         )
         notes = "".join(f'<br><span class="sm-range">{esc(note[:300])}</span>' for note in row.notes[:4])
+        name = Cell(link(f"../methods/{row.method}.html", row.method), row.method)
         cells = [
-            Cell(link(f"{up}methods/{row.method}.html", row.method), row.method),
-            number(row.rung),
-            *([] if ids else [number(row.group)]),
+            *([number(row.rung)] if ids else [name, number(row.rung), number(row.group)]),
             *[estimate(row.quality.get(m)) for m in task.metrics],
             number(row.nfe),
             *([number(row.nfe_equivalent, row.reason("nfe_equivalent"))] if with_equivalents else []),
@@ -585,10 +555,9 @@ def _method(found: Board, name: str) -> list[str]:
         why = "; ".join(found.standings[(name, task_id)].reasons)
         parts.append(_html("p", f"Trust: {standing} {esc(why)}"))
         if place == found.places[0]:
-            parts.append(
-                _charts(found, shown, task, [m for m in against if any(r.method == m for r in shown)], ("unit",))
-            )
-        parts.append(_figures(found, mine, task, "../", ids=True))
+            present = [name for name in against if any(row.method == name for row in shown)]
+            parts.append(_charts(found, shown, task, present, ("unit", "latency_ms")))
+        parts.append(_figures(found, mine, task, ids=True))
     if rows:
         parts += ["## Counts", _counts(rows), "## Offline cost", _offline(rows), "## Repeat it", _repeat(found, rows)]
         parts += ["## Digests", _digests(rows)]

@@ -65,7 +65,7 @@ def truth(target: nn.Module) -> list[tuple[list[int], list[int], int]]:
     return [
         (prompt, greedy_without_cache(target, prompt, decoding.MAX_NEW_TOKENS[name]), decoding.MAX_NEW_TOKENS[name])
         for name in WORKLOADS
-        for prompt in prompts(name, 5)
+        for prompt in prompts(name, 3)
     ]
 
 
@@ -82,7 +82,9 @@ def drafting(draft: Decoder, k: int) -> decoding.Propose:
     return propose
 
 
-def run_method(name: str, task: str, networks: dict[str, nn.Module], batch: dict[str, Any], rung: int, seed: int = 0) -> Any:
+def run_method(
+    name: str, task: str, networks: dict[str, nn.Module], batch: dict[str, Any], rung: int, seed: int = 0
+) -> Any:
     method = plugins.load_class(plugins.methods()[name])()
     session = SimpleNamespace(task=TASKS[task], networks=networks, rng=torch.Generator().manual_seed(seed))
     with torch.no_grad():
@@ -114,7 +116,9 @@ def test_the_dataset_own_solution_scores_and_a_changed_one_does_not(name: str) -
         assert decoding.solved(task, prompt, [*target, lm.EOS])
         assert not decoding.solved(task, prompt, target), "a text without its end counts"
         other = lm.encode(data["target"][i + 1])
-        if data["answer"][i] != data["answer"][i + 1] or (name == "stories" and data["prompt"][i] != data["prompt"][i + 1]):
+        if data["answer"][i] != data["answer"][i + 1] or (
+            name == "stories" and data["prompt"][i] != data["prompt"][i + 1]
+        ):
             assert not decoding.solved(task, prompt, [*other, lm.EOS])
 
 
@@ -291,8 +295,11 @@ def test_transformers_assisted_generation_and_prompt_lookup_give_our_tokens(
     helper.generation_config.num_assistant_tokens = 4
     helper.generation_config.num_assistant_tokens_schedule = "constant"
     helper.generation_config.assistant_confidence_threshold = 0.0
-    for name, extra in (("speculative", {"assistant_model": helper}), ("prompt_lookup", {"prompt_lookup_num_tokens": 6})):
-        for i, workload in ((0, "sums"), (6, "words"), (11, "hops"), (16, "stories")):
+    for name, extra in (
+        ("speculative", {"assistant_model": helper}),
+        ("prompt_lookup", {"prompt_lookup_num_tokens": 6}),
+    ):
+        for i, workload in ((0, "sums"), (4, "words"), (7, "hops"), (10, "stories")):
             prompt, _, room = truth[i]
             batch = {"prompt": [prompt], "max_new_tokens": [room], "temperature": [0.0]}
             ours = run_method(name, f"greedy/{workload}", networks, batch, 1000)[0]
@@ -337,7 +344,7 @@ def no_residual(draft: list[int], p: Tensor, q: Tensor, u: list[float]) -> list[
 # that sums over midpoints of 2 intervals (acceptance) and 20 (draws) are exact.
 P_FIRST, Q_FIRST = (0.2, 0.3, 0.5), (0.4, 0.3, 0.3)
 P_SECOND = {0: (0.1, 0.4, 0.5), 1: (0.5, 0.5, 0.0), 2: (0.3, 0.3, 0.4)}
-Q_SECOND = {0: (0.2, 0.4, 0.4), 1: (0.5, 0.5, 0.0), 2: (0.6, 0.1, 0.3)}
+Q_SECOND = {0: (0.2, 0.4, 0.4), 1: (0.5, 0.5, 0.0), 2: (0.6, 0.15, 0.25)}
 P_THIRD = (0.2, 0.2, 0.6)
 
 
@@ -380,19 +387,18 @@ def test_enumeration_catches_wrong_rules(rule: Rule) -> None:
     assert distance_from_target(rule) > 0.02
 
 
-@pytest.mark.parametrize(
-    ("rule", "right"), [(verify_sampling, True), (accept_everything, False), (no_residual, False)]
-)
+@pytest.mark.parametrize(("rule", "right"), [(verify_sampling, True), (accept_everything, False), (no_residual, False)])
 def test_acceptance_rule_chi_square(rule: Rule, right: bool) -> None:
     generator = torch.Generator().manual_seed(5)
     p = torch.tensor([0.02, 0.28, 0.1, 0.35, 0.25], dtype=torch.double)
     q = torch.tensor([0.2, 0.2, 0.2, 0.2, 0.2], dtype=torch.double)
     trials = 50_000
-    u = torch.rand(trials, 3, generator=generator, dtype=torch.double).tolist()
+    u = torch.rand(trials, 2, generator=generator, dtype=torch.double).tolist()
+    drafts = torch.multinomial(q, trials, replacement=True, generator=generator).tolist()
     both = torch.stack([p, p])
     counts = np.zeros(5)
-    for first, accept, last in u:
-        counts[rule([draw(q, first)], both, q[None], [accept, last])[0]] += 1
+    for token, uniforms in zip(drafts, u, strict=True):
+        counts[rule([token], both, q[None], uniforms)[0]] += 1
     probability = stats.chisquare(counts, trials * p.numpy()).pvalue
     assert probability > 1e-3 if right else probability < 1e-9
 
@@ -406,31 +412,17 @@ def test_draw_follows_its_distribution_exactly() -> None:
 
 @pytest.mark.parametrize("name", ["autoregressive", "speculative", "prompt_lookup"])
 def test_sampled_text_has_the_target_distribution(name: str, target: nn.Module, draft: nn.Module) -> None:
-    """Excess surprisal is a martingale with known variance under the target's distribution: compare at 4 sigma."""
-    chosen = prompts("stories", 24)
+    """Word counts deviate from the target's own distributions by as much as chance allows; greedy text by far more."""
+    task, chosen = TASKS["sampling/stories"], prompts("stories", 24)
     networks = {"target": target, "draft": draft}
     batch = {"prompt": chosen, "max_new_tokens": [96] * 24, "temperature": [1.0] * 24}
-    outputs = run_method(name, "sampling/stories", networks, batch, 1000, seed=3)
 
-    def standard_score(outputs: list[list[int]]) -> float:
-        total = sum(decoding.excess_surprisal(target, p, o) for p, o in zip(chosen, outputs, strict=True))
-        return total / variance(target, chosen, outputs) ** 0.5
+    def bias(temperature: float) -> float:
+        outputs = run_method(name, task.id, networks, batch | {"temperature": [temperature] * 24}, 1000, seed=3)
+        return decoding.score(task, batch, outputs, networks, np.zeros((1, 24), dtype=np.int64))["token_bias"].value
 
-    assert abs(standard_score(outputs)) < 4
-    cold = run_method(name, "sampling/stories", networks, batch | {"temperature": [0.5] * 24}, 1000, seed=3)
-    assert abs(standard_score(cold)) > 4, "a colder distribution goes unnoticed"
-
-
-def variance(model: nn.Module, chosen: list[list[int]], outputs: list[list[int]]) -> float:
-    """Sum of the conditional variances of -log p along the outputs."""
-    total = 0.0
-    for prompt, output in zip(chosen, outputs, strict=True):
-        with torch.no_grad():
-            logits = model(torch.tensor([[*prompt, *output[:-1]]]), use_cache=False).logits[0, len(prompt) - 1 :]
-        logp = logits.double().log_softmax(-1)
-        mean = (logp.exp() * logp).sum(-1)
-        total += float(((logp.exp() * logp**2).sum(-1) - mean**2).sum())
-    return total
+    assert bias(1.0) < 2
+    assert bias(0.0) > 5
 
 
 def test_fractions_used_by_the_enumeration_are_exact() -> None:
@@ -439,8 +431,14 @@ def test_fractions_used_by_the_enumeration_are_exact() -> None:
     for p, q in pairs:
         ratios = [Fraction(a).limit_denominator(100) / Fraction(b).limit_denominator(100) for a, b in zip(p, q) if b]
         assert all(r == Fraction(1, 2) or r >= 1 for r in ratios)
-        residual = [max(Fraction(0), Fraction(a).limit_denominator(100) - Fraction(b).limit_denominator(100)) for a, b in zip(p, q)]
-        assert all((20 * r / (sum(residual) or 1)).denominator == 1 for r in [*residual, *map(lambda a: Fraction(a).limit_denominator(100), p)])
+        residual = [
+            max(Fraction(0), Fraction(a).limit_denominator(100) - Fraction(b).limit_denominator(100))
+            for a, b in zip(p, q)
+        ]
+        assert all(
+            (20 * r / (sum(residual) or 1)).denominator == 1
+            for r in [*residual, *map(lambda a: Fraction(a).limit_denominator(100), p)]
+        )
 
 
 # -- harness side -----------------------------------------------------------------------------------------------------
@@ -483,9 +481,10 @@ def test_check_rejects(bad: Any) -> None:
 
 def test_own_muon_is_torch_muon_in_float32() -> None:
     ours, theirs = (nn.Parameter(torch.randn(24, 40, generator=torch.Generator().manual_seed(0))) for _ in range(2))
-    steps = [lm.Muon([ours], lr=0.02)], [
-        torch.optim.Muon([theirs], lr=0.02, ns_steps=4, adjust_lr_fn="match_rms_adamw", weight_decay=0.05)
-    ]
+    steps = (
+        [lm.Muon([ours], lr=0.02)],
+        [torch.optim.Muon([theirs], lr=0.02, ns_steps=4, adjust_lr_fn="match_rms_adamw", weight_decay=0.05)],
+    )
     generator = torch.Generator().manual_seed(1)
     before = ours.detach().clone()
     for _ in range(4):

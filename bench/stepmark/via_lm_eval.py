@@ -99,7 +99,9 @@ def local_task(dataset: str, n: int) -> dict[str, Any]:
     }
 
 
-def evaluate(method: str, task: str, rung: int, n: int = 96, device: str = "cpu", tier: str = "embedded") -> dict[str, Any]:
+def evaluate(
+    method: str, task: str, rung: int, n: int = 96, device: str = "cpu", tier: str = "embedded"
+) -> dict[str, Any]:
     """`lm_eval.simple_evaluate` of a method on the workload of a greedy task; adds "counts" (evaluations by network).
 
     Raises KeyError for an unknown method or task, ValueError for stories, which have no answer to match.

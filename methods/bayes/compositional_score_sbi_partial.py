@@ -53,7 +53,7 @@ class PartiallyFactorisedNPSE(Method):
 
     def prepare(self, session: Session) -> Mapping[str, Tensor]:
         """Denoising score matching on 2000 sets of 5, cut to random sizes 1 .. 5."""
-        total = session.scale(4_000, 60)
+        total = session.scale(3_000, 60)
         data = session.train
         loss = bayes.fit_score(
             session.networks["score"],

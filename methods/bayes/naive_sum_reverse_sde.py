@@ -36,7 +36,7 @@ class NaiveSumReverseSDE(Method):
 
     def prepare(self, session: Session) -> Mapping[str, Tensor]:
         """Denoising score matching on 10 000 pairs (theta, x), as for F-NPSE."""
-        total = session.scale(4_000, 60)
+        total = session.scale(3_000, 60)
         data = session.train
         loss = bayes.fit_score(
             session.networks["score"],

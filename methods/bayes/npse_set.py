@@ -33,7 +33,7 @@ class NPSESet(Method):
 
     def prepare(self, session: Session) -> Mapping[str, Tensor]:
         """Denoising score matching on 10 000 / n sets of n."""
-        total = session.scale(4_000, 60)
+        total = session.scale(3_000, 60)
         data = session.train
         n = bayes.observations(session.task)
         loss = bayes.fit_score(

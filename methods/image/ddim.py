@@ -1,8 +1,9 @@
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
-from stepmark import Method, Paper
+from stepmark import Method, Paper, Session
 from stepmark.tracks.image import Denoiser, ddim_step, uniform_times
 
 
@@ -30,7 +31,7 @@ class DDIM(Method):
     tasks = ("class_to_image/digits_eps", "class_to_image/digits_eps_b", "sampling/mixtures_eps")
 
     @torch.no_grad()
-    def run(self, session, batch, rung):
+    def run(self, session: Session, batch: dict[str, Tensor], rung: int) -> Tensor:
         denoise = Denoiser(session.networks["teacher"], batch["condition"])
         x = batch["noise"]
         for t, s in pairwise(uniform_times(rung)):

@@ -1,8 +1,9 @@
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
-from stepmark import Claim, Method, Paper
+from stepmark import Claim, Method, Paper, Session
 from stepmark.tracks.image import Denoiser, dpm_solver_pp_step, uniform_times
 
 
@@ -45,7 +46,7 @@ class DPMSolverPP(Method):
     )
 
     @torch.no_grad()
-    def run(self, session, batch, rung):
+    def run(self, session: Session, batch: dict[str, Tensor], rung: int) -> Tensor:
         denoise = Denoiser(session.networks["teacher"], batch["condition"])
         x, past = batch["noise"], []
         for t, s in pairwise(uniform_times(rung)):

@@ -1,8 +1,9 @@
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
-from stepmark import Method, Paper
+from stepmark import Method, Paper, Session
 from stepmark.tracks.image import Denoiser, euler_step, uniform_times
 
 
@@ -31,7 +32,7 @@ class Euler(Method):
     )
 
     @torch.no_grad()
-    def run(self, session, batch, rung):
+    def run(self, session: Session, batch: dict[str, Tensor], rung: int) -> Tensor:
         denoise = Denoiser(session.networks["teacher"], batch["condition"])
         x = batch["noise"]
         for t, s in pairwise(uniform_times(rung)):

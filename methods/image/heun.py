@@ -1,8 +1,9 @@
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
-from stepmark import Claim, Method, Paper
+from stepmark import Claim, Method, Paper, Session
 from stepmark.tracks.image import Denoiser, ddim_step, heun_step, uniform_times
 
 
@@ -46,7 +47,7 @@ class Heun(Method):
     )
 
     @torch.no_grad()
-    def run(self, session, batch, rung):
+    def run(self, session: Session, batch: dict[str, Tensor], rung: int) -> Tensor:
         denoise = Denoiser(session.networks["teacher"], batch["condition"])
         x = batch["noise"]
         single = 1 if rung == 1 else 2 - rung % 2  # steps of one evaluation: the last, and the first of an even budget

@@ -543,12 +543,45 @@ def layers(task: Task, role: str, network: nn.Module) -> list[nn.Module]:
     return []
 
 
+# Coverage tests, shared -------------------------------------------------------------------------------------------------
+
+
+def simulate_pairs(simulators: Mapping[str, Callable[..., Any]], generator: torch.Generator, design: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`count` simulated pairs for each model: theta* [B, N, 4], x [B, N, 6]."""
+    theta = simulators["prior"]((len(design), count), generator)
+    x = simulators["simulator"](theta.flatten(0, 1), design, generator)
+    return theta, x.unflatten(0, (len(design), count))
+
+
+def unit_box(theta: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower corner and width [B, 1, d] of the box that holds theta [B, N, d]."""
+    low = theta.amin(1, keepdim=True)
+    return low, theta.amax(1, keepdim=True) - low
+
+
+def ball_test(
+    simulators: Mapping[str, Callable[..., Any]], generator: torch.Generator, theta: Tensor, x: Tensor, design: Tensor, reference: Tensor, draws: int
+) -> dict[str, Tensor]:
+    """The TARP test of every estimator with reference points [B, N, d]."""
+    _, width = unit_box(theta)
+    radius = ((theta - reference) / width).norm(dim=-1, keepdim=True)
+    statistics, p_values = [], []
+    for name in ESTIMATORS:
+        samples = simulators["estimator"](x, design, name, draws, generator)
+        inside = (((samples - reference[:, :, None]) / width[:, :, None]).norm(dim=-1) < radius).sum(-1)
+        jitter = torch.rand(inside.shape, generator=generator, device=theta.device)
+        statistic, p_value = uniformity((inside + jitter) / (draws + 1))
+        statistics.append(statistic)
+        p_values.append(p_value)
+    return {"statistic": torch.stack(statistics, dim=-1), "p_value": torch.stack(p_values, dim=-1)}
+
+
 # Conditional score models, shared by the amortised samplers ------------------------------------------------------------
 
 
-POWER=2
 BETA_MIN, BETA_MAX = 0.1, 20.0
-T_MIN = 0.01  # the networks are trained, and the samplers stop, at this time
+REPEATS = 4  # noise levels per training set and step
+T_MIN = 0.01  # the networks are trained on [T_MIN, 1]; noise variance 0.002 at T_MIN
 
 
 def beta(t: Any) -> Any:
@@ -622,15 +655,16 @@ def fit_score(
     steps: Iterable[int],
     total: int,
     random_size: bool = False,
-    batch: int = 1_024,
+    batch: int = 256,
     rate: float = 3e-3,
 ) -> float:
     """Train both networks in place by denoising score matching on theta [N, d], x [N, m, D]; returns the best loss.
 
-    Loss E |sigma_t s(theta_t, t, x) + e|^2 with t uniform on [T_MIN, 1] (Vincent 2011; weight sigma^2). A tenth of the
-    parameters is held out; every total/40 steps the moving average of the weights is scored on it with fixed noise, and
-    the best average is kept: small data sets overfit long before large ones, and every method gets the same care.
-    With `random_size` each set is cut to a random number of its observations, 1 .. m.
+    Loss E |sigma_t s(theta_t, t, x) + e|^2 (Vincent 2011; weight sigma^2) with t = T_MIN + (1 - T_MIN) u^2, u uniform:
+    samplers spend their steps near t = 0, where this weight is small. Each step takes `batch` sets, encoded once, and
+    REPEATS noise levels for each. A tenth of the parameters is held out; every total/40 steps the moving average of the
+    weights is scored on it with fixed noise, and the best average is kept: small data sets overfit long before large
+    ones, and every method gets the same care. With `random_size` each set is cut to a random number of its observations.
     """
     device = theta.device
     size_limit = x.shape[1]
@@ -648,38 +682,39 @@ def fit_score(
 
     def loss_of(theta0: Tensor, sets: Tensor, t: Tensor, noise: Tensor, size: Tensor | None) -> Tensor:
         a = alpha_bar(t)[:, None]
-        predicted = score_network(a.sqrt() * theta0 + (1 - a).sqrt() * noise, t, encoder(sets, size))
+        repeats = len(t) // len(theta0)
+        theta0 = theta0.repeat_interleave(repeats, dim=0)
+        context = encoder(sets, size).repeat_interleave(repeats, dim=0)
+        predicted = score_network(a.sqrt() * theta0 + (1 - a).sqrt() * noise, t, context)
         return ((1 - a).sqrt() * predicted + noise).square().mean()
 
     def draw_size(count: int) -> Tensor | None:
         return torch.randint(1, size_limit + 1, (count,), generator=generator, device=device) if random_size else None
 
     def draw_time(count: int) -> Tensor:
-        return T_MIN + (1 - T_MIN) * torch.rand(count, generator=generator, device=device) ** POWER
+        return T_MIN + (1 - T_MIN) * torch.rand(count, generator=generator, device=device).square()
 
-    repeats = max(1, 2_000 // held)
-    fixed_theta, fixed_x = test_theta.repeat(repeats, 1), test_x.repeat(repeats, 1, 1)
-    fixed_t = draw_time(len(fixed_theta))
-    fixed_noise = torch.randn(fixed_theta.shape, generator=generator, device=device)
-    fixed_size = draw_size(len(fixed_theta))
+    fixed_t = draw_time(held * max(1, 4_000 // held))
+    fixed_noise = torch.randn(len(fixed_t), theta.shape[1], generator=generator, device=device)
+    fixed_size = draw_size(held)
     every = max(1, total // 40)
     for step in steps:
         index = torch.randint(len(train_theta), (batch,), generator=generator, device=device)
-        t = draw_time(batch)
-        noise = torch.randn(batch, theta.shape[1], generator=generator, device=device)
+        t = draw_time(batch * REPEATS)
+        noise = torch.randn(batch * REPEATS, theta.shape[1], generator=generator, device=device)
         loss = loss_of(train_theta[index], train_x[index], t, noise, draw_size(batch))
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         schedule.step()
-        decay = min(0.99, (1 + step) / (10 + step))
+        decay = min(0.995, (1 + step) / (10 + step))
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
         if (step + 1) % every == 0:
             with torch.no_grad():
                 current = [p.detach().clone() for p in parameters]
                 _assign(parameters, average)
-                held_out = float(loss_of(fixed_theta, fixed_x, fixed_t, fixed_noise, fixed_size))
+                held_out = float(loss_of(test_theta, test_x, fixed_t, fixed_noise, fixed_size))
                 _assign(parameters, current)
             if held_out < best_loss:
                 best, best_loss = [p.clone() for p in average], held_out
@@ -738,16 +773,20 @@ def annealed_langevin(
 def bridging_schedule(steps: int, variance: float, factors: int) -> tuple[list[float], list[float], int]:
     """Times and step sizes from T = 1 down, and repeats at each, for `steps` Langevin steps over bridging densities.
 
-    Levels stand at t = u^3, u uniform. The step is a fraction (0.7 falling to 0.2) of the variance that `factors` composed
+    Levels stand at t = end + (1 - end) u^3, u uniform. `end` is where the noise variance is 2 % of `variance` (T_MIN at
+    least): diffusing a factor by so little does not show in the product, while a network's error grows towards t = 0. The step is a fraction (0.7 falling to 0.2) of the variance that `factors` composed
     factors leave at t, each of undiffused variance `variance`: the density has the precision of all of them together.
     Every level is repeated up to 5 times once there are more than 80.
     """
     repeats = min(5, max(1, steps // 80))
     levels = max(1, steps // repeats)
     times, sizes = [], []
+    # beta integrated up to `end` is half_rise * end^2 + BETA_MIN * end
+    half_rise, target = 0.5 * (BETA_MAX - BETA_MIN), -math.log1p(-min(0.5, 0.02 * variance))
+    end = max(T_MIN, (math.sqrt(BETA_MIN**2 + 4 * half_rise * target) - BETA_MIN) / (2 * half_rise))
     for i in range(levels):
         u = 1 - i / (levels - 1) if levels > 1 else 0.0
-        t = max(T_MIN, u**3)
+        t = end + (1 - end) * u**3
         a = alpha_bar(t)
         times.append(t)
         sizes.append((0.2 + 0.5 * u) * (a * variance + 1 - a) / factors)

@@ -9,14 +9,14 @@ further forward. Plain decoding gets one token per forward, so the curve over th
 one list of new token ids per prompt, at most `max_new_tokens` long, nothing after the end-of-sequence token.
 
 The algorithms that methods share stand below: a key/value cache with rollback (`KeyValueCache`), forward passes on it
-and runs of single layers (`Decoder`, `run_layers`), the draft-and-verify loop (`speculate`), greedy verification,
-the acceptance rule of speculative sampling, and prompt lookup.
+and runs of single layers (`Decoder`, `run_layers`), drafts from an early exit (`EarlyExitDecoder`), the
+draft-and-verify loop (`speculate`), greedy verification, the acceptance rule of speculative sampling, prompt lookup.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -162,7 +162,7 @@ TASKS = (
         bounded=("target",),
         unit="target forwards",
         rungs=(8, 16, 32, 64, 96),
-        metrics={"accuracy": "higher", "surprisal_gap": "lower", "tokens": "higher"},
+        metrics={"accuracy": "higher", "token_bias": "lower", "tokens": "higher"},
         n=96,
         batch=8,
         seeds=3,
@@ -241,18 +241,19 @@ def agreement(network: nn.Module, prompt: Sequence[int], output: Sequence[int]) 
     return int(wrong[0]) if len(wrong) else len(output)
 
 
-def excess_surprisal(network: nn.Module, prompt: Sequence[int], output: Sequence[int]) -> float:
-    """Sum over the output of -log p(token) - H(p): of expectation 0 if and only if tokens are drawn from p on average.
+def token_deviation(network: nn.Module, prompt: Sequence[int], output: Sequence[int]) -> tuple[Tensor, float]:
+    """How far the words of an output are from those its own distributions promise.
 
-    A martingale in the number of tokens, so that it stays at 0 wherever a budget or the end of the text stops it.
+    Returns the sum over positions of onehot(token) - p, [V], and the sum over positions and words of p (1 - p). For
+    tokens drawn from p the first is a martingale whose summed variance is the expectation of the second, wherever a
+    budget or the end of the text stops it.
     """
     device = next(network.parameters()).device
     with torch.no_grad():
         logits = network(torch.tensor([[*prompt, *output[:-1]]], device=device)).logits[0, len(prompt) - 1 :]
-    logp = logits.double().log_softmax(-1)
-    taken = logp.gather(1, torch.tensor(output, device=device)[:, None])[:, 0]
-    entropy = -(logp.exp() * logp).sum(-1)
-    return float((-taken - entropy).sum())
+    p = logits.double().softmax(-1)
+    counted = torch.bincount(torch.tensor(output, device=device), minlength=p.shape[1])
+    return (counted - p.sum(0)).cpu(), float((p * (1 - p)).sum())
 
 
 def score(
@@ -266,17 +267,20 @@ def score(
 
     accuracy: share of prompts whose text is complete and right. exact_match: share of outputs that are plain greedy
     decoding's, as a prefix where the budget ended. first_divergence: mean number of leading tokens that are. tokens:
-    mean number of new tokens. surprisal_gap (sampling): |mean excess surprisal per token|, nats.
+    mean number of new tokens. token_bias (sampling): squared deviation of the word counts from what the target's own
+    distributions promise, over its expectation for exact samples: about 1 if lossless, greater if words are favoured.
     """
     harness_only("scoring")
     prompts = batch["prompt"]
     lengths = np.array([len(ids) for ids in outputs], dtype=float)
     right = np.array([solved(task, p, ids) for p, ids in zip(prompts, outputs, strict=True)], dtype=float)
     found = {"accuracy": _mean(right, resample), "tokens": _mean(lengths, resample)}
-    if "surprisal_gap" in task.metrics:
-        excess = np.array([excess_surprisal(networks["target"], p, o) for p, o in zip(prompts, outputs, strict=True)])
-        gap = [float(abs(excess[rows].sum()) / lengths[rows].sum()) for rows in resample]
-        return found | {"surprisal_gap": Score(float(abs(excess.sum()) / lengths.sum()), gap)}
+    if "token_bias" in task.metrics:
+        pairs = [token_deviation(networks["target"], p, o) for p, o in zip(prompts, outputs, strict=True)]
+        deviation, expected = torch.stack([d for d, _ in pairs]).numpy(), np.array([e for _, e in pairs])
+        bias = [float((deviation[rows].sum(0) ** 2).sum() / expected[rows].sum()) for rows in resample]
+        value = float((deviation.sum(0) ** 2).sum() / expected.sum())
+        return found | {"token_bias": Score(value, bias)}
     agreeing = np.array(
         [agreement(networks["target"], p, o) for p, o in zip(prompts, outputs, strict=True)], dtype=float
     )
@@ -447,6 +451,133 @@ class Decoder:
         self.length = length
 
 
+# -- early exit -----------------------------------------------------------------------------------------------------
+
+
+class ExitAdapter(nn.Module):
+    """From the hidden states of a shallow layer to the output embedding: h -> norm(h + attention(norm(h))).
+
+    The adapter of Kangaroo (Liu et al. 2024, section 3.1): one attention layer of the target's own shape and two
+    norms, no feed-forward part. The output head is the target's.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Untrained, for the target `model`; the second norm starts as the target's last one."""
+        from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
+
+        super().__init__()
+        config: Any = model.config
+        self.input_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attention = LlamaAttention(config, layer_idx=0)
+        self.output_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.output_norm.load_state_dict(cast(Any, model).model.norm.state_dict())
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D], ready for the output head; arguments as in `run_layers`."""
+        attended, _ = self.attention(
+            self.input_norm(hidden), position_embeddings=rotary, attention_mask=mask, past_key_values=cache
+        )
+        return self.output_norm(hidden + attended)
+
+
+def train_exit_adapter(
+    adapter: nn.Module,
+    model: nn.Module,
+    depth: int,
+    rows: list[tuple[list[int], list[int]]],
+    steps: Iterable[int],
+    length: int,
+    seed: int,
+) -> float:
+    """Train an adapter after `depth` layers: cross-entropy between the target's distribution and the early exit's.
+
+    Args:
+        rows: (prompt ids, completion ids); the loss is on completions only. steps: an iterable over `length` steps.
+
+    Returns: sum over tokens of min(p, q), the rate of acceptance in sampling, at the last step.
+    """
+    from stepmark.backbones.lm import batches
+
+    target: Any = model
+    device = target.model.embed_tokens.weight.device
+    optimiser = torch.optim.AdamW(adapter.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=length, pct_start=0.1)
+    stream = batches(rows, 1500, seed)
+    overlap = 0.0
+    for _ in steps:
+        ids, labels = (part.to(device) for part in next(stream))
+        with torch.no_grad():
+            early = target.model.embed_tokens(ids)
+            rotary = target.model.rotary_emb(early, torch.arange(ids.shape[1], device=device)[None])
+            for layer in target.model.layers[:depth]:
+                early = layer(early, attention_mask=None, position_embeddings=rotary)
+            hidden = early
+            for layer in target.model.layers[depth:]:
+                hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
+            p = target.lm_head(target.model.norm(hidden)[labels >= 0]).softmax(-1)
+        q = target.lm_head(adapter(early, rotary)[labels >= 0]).log_softmax(-1)
+        loss = -(p * q).sum(-1).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        overlap = float(torch.minimum(p, q.detach().exp()).sum(-1).mean())
+    return overlap
+
+
+class EarlyExitDecoder(Decoder):
+    """A decoder whose first `depth` layers, an adapter and the output head write the drafts.
+
+    Hidden states of drafted tokens are kept, so that verification (`forward`) runs the layers after `depth` only: k
+    drafted tokens and their verification take 1 + k depth / layers evaluations. The adapter has a cache of its own.
+    """
+
+    def __init__(self, model: nn.Module, capacity: int, depth: int, adapter: nn.Module) -> None:
+        super().__init__(model, capacity)
+        self.depth, self.adapter = depth, adapter
+        self.ahead = 0  # slots from `length` on that the first layers have run over
+        self.adapted = 0  # slots that the adapter has run over
+        self._early = self.embed([0]).new_empty(1, capacity, self.model.config.hidden_size)
+        self._adapter_cache = KeyValueCache(1, capacity)
+
+    def _shallow(self, ids: Sequence[int]) -> None:
+        start = self.length + self.ahead
+        self._early[:, start : start + len(ids)] = self.run(self.embed(ids), start, self.layers[: self.depth])
+        self.ahead += len(ids)
+
+    def exit_logits(self, token: int) -> Tensor:
+        """Logits [V] of the early exit after one more token; costs depth / layers evaluations."""
+        self._shallow([token])
+        start, stop = self.adapted, self.length + self.ahead
+        mask = self._causal[start:stop, :stop][None, None] if 0 < start < stop - 1 else None
+        self._adapter_cache.start = start
+        rotary = self._cos[:, start:stop], self._sin[:, start:stop]
+        hidden = self.adapter(self._early[:, start:stop], rotary, mask, self._adapter_cache)
+        self.adapted = stop
+        return self.model.lm_head(hidden[:, -1])[0]
+
+    def forward(self, ids: Sequence[int], last: int | None = None) -> Tensor:
+        """As in `Decoder`; the first layers are run only over those of `ids` that `exit_logits` has not seen."""
+        if len(ids) > self.ahead:
+            self._shallow(ids[self.ahead :])
+        start, stop = self.length, self.length + len(ids)
+        hidden = self.run(self._early[:, start:stop], start, self.layers[self.depth :])
+        self.length, self.ahead = stop, 0
+        return self.logits(hidden if last is None else hidden[:, -last:])
+
+    def rollback(self, length: int) -> None:
+        """As in `Decoder`, and what was run ahead of `length` is forgotten."""
+        super().rollback(length)
+        self.ahead, self.adapted = 0, min(self.adapted, length)
+
+
 # -- draft and verify -----------------------------------------------------------------------------------------------
 
 
@@ -465,7 +596,7 @@ def draw(p: Tensor, u: float) -> int:
     """The token whose cumulative probability first exceeds u in [0, 1); p [V] need not be normalised."""
     cumulative = p.double().cumsum(0)
     token = int(torch.searchsorted(cumulative, u * cumulative[-1], right=True))
-    return min(token, int(p.nonzero()[-1]))
+    return token if token < len(p) else int(p.nonzero()[-1])
 
 
 def verify_sampling(draft: Sequence[int], p: Tensor, q: Tensor, u: Sequence[float]) -> list[int]:

@@ -4,9 +4,9 @@ A rung is a number of function evaluations (NFE) per item; classifier-free guida
 counts twice. `run` receives {"noise": [B, ...], "condition": int64 [B] or [B, slots]} and returns samples shaped like
 the noise. All methods get the same noise for a seed, so that their figures are paired.
 
-Time runs from t = 1 (pure noise) to t = 0 (data): x_t = alpha(t) x0 + sigma(t) eps, with `Schedule` for alpha, sigma and
-log-SNR, grids of times for samplers (`uniform_times`, `karras_times`, ...), a `Denoiser` that turns one evaluation of
-any network into predictions of x0 and eps, and single steps of the standard solvers (`ddim_step`, `heun_step`,
+Time runs from t = 1 (pure noise) to t = 0 (data), x_t = alpha(t) x0 + sigma(t) eps, with `Schedule` for alpha, sigma
+and log-SNR, grids of times for samplers (`uniform_times`, `karras_times`, ...), a `Denoiser` that turns one evaluation
+of any network into predictions of x0 and eps, and single steps of the standard solvers (`ddim_step`, `heun_step`,
 `dpm_solver_pp_step`).
 """
 
@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from torch import Tensor, nn
 
 from stepmark.backbones.unet import TRAIN_TIMESTEPS, alphas_cumprod
 from stepmark.task import BadOutput, Score, Task, harness_only, load_split
+
+if TYPE_CHECKING:
+    from stepmark.session import Session
 
 TASKS = (
     Task(
@@ -147,7 +150,7 @@ TASKS = (
     ),
 )
 
-# --- schedules and predictions -------------------------------------------------------------------------------------
+# --- schedules and predictions ---------------------------------------------------------------------------------------
 
 
 class Schedule:
@@ -298,7 +301,7 @@ class Denoiser:
         return to_x0_eps(schedule.prediction, self.output(x, t), x, schedule.alpha(t), schedule.sigma(t))
 
 
-# --- grids of times: n + 1 floats from the noisiest down to 0, one evaluation at each but the last ----------------------
+# --- grids of times: n + 1 floats from the noisiest down to 0, one evaluation at each but the last -------------------
 
 
 def uniform_times(n: int, start: float = 1.0) -> list[float]:
@@ -322,9 +325,7 @@ def log_snr_times(schedule: Schedule, n: int, start: float = 0.999, end: float =
     return [schedule.time(first + (last - first) * i / max(n - 1, 1)) for i in range(n)] + [0.0]
 
 
-def karras_times(
-    schedule: Schedule, n: int, rho: float = 7.0, start: float = 0.999, end: float = 0.001
-) -> list[float]:
+def karras_times(schedule: Schedule, n: int, rho: float = 7.0, start: float = 0.999, end: float = 0.001) -> list[float]:
     """Equal steps in (sigma / alpha)^(1 / rho), then 0 (Karras et al. 2022, equation 5)."""
     high, low = (math.exp(-schedule.log_snr(t) / rho) for t in (start, end))
     return [schedule.time(-rho * math.log(high + (low - high) * i / max(n - 1, 1))) for i in range(n)] + [0.0]
@@ -342,7 +343,7 @@ def snap_times(schedule: Schedule, times: Sequence[float]) -> list[float]:
     return [0.0 if t == 0 else max(round(t * schedule.steps), 1) / schedule.steps for t in times]
 
 
-# --- single steps of solvers: from x at time t to time s < t --------------------------------------------------------------
+# --- single steps of solvers: from x at time t to time s < t ---------------------------------------------------------
 
 
 def ddim_step(schedule: Schedule, x0: Tensor, eps: Tensor, s: float) -> Tensor:
@@ -384,6 +385,9 @@ def dpm_solver_pp_step(
         past: (time, prediction of x0) of the evaluations so far, the latest last; at least `order` of them are used,
             and the order falls to their number.
         s: the time to reach. At s = 0 the log-SNR is infinite and every order is the first.
+
+    Order 3 is the Taylor expansion of the exact solution with all its terms. The authors' code and its descendants
+    (diffusers too) take half of the last term, which leaves a method of order 2; orders 1 and 2 are the same.
     """
     lambda_s = schedule.log_snr(s)
     t, x0 = past[-1]
@@ -400,16 +404,56 @@ def dpm_solver_pp_step(
         return base - 0.5 * schedule.alpha(s) * decay * first
     w, oldest = past[-3]
     r1 = (schedule.log_snr(u) - schedule.log_snr(w)) / h
-    bend = (first - (previous - oldest) / r1) / (r0 + r1)
+    bend = (first - (previous - oldest) / r1) / (r0 + r1)  # half of h^2 times the second derivative
     first = first + r0 * bend
-    return (
-        base
-        + schedule.alpha(s) * (decay / h + 1) * first
-        - schedule.alpha(s) * ((decay + h) / h**2 - 0.5) * bend
+    slope, curve = decay / h + 1, 0.5 - (decay + h) / h**2
+    return base + schedule.alpha(s) * (slope * first + 2 * curve * bend)
+
+
+# --- training in prepare -----------------------------------------------------------------------------------------------
+
+
+def fit(
+    session: Session,
+    network: nn.Module,
+    loss: Callable[[], Tensor],
+    steps: int,
+    rate: float = 1e-3,
+    ema: float = 0.99,
+    clip: float | None = None,
+) -> list[float]:
+    """Minimise `loss()`, which draws its own batch, over the parameters of a student; returns the losses.
+
+    AdamW with 20 warm-up steps and a cosine down to 2 % of the rate. The network is left in eval mode holding the
+    exponential moving average of its weights.
+    """
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda k: min((k + 1) / 20, 0.02 + 0.49 * (1 + math.cos(math.pi * k / steps)))
     )
+    average = [p.detach().clone() for p in parameters]
+    losses: list[float] = []
+    network.train()
+    for step in session.progress(range(steps), "train"):
+        value = loss()
+        optimiser.zero_grad(set_to_none=True)
+        value.backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(parameters, clip)
+        optimiser.step()
+        schedule.step()
+        losses.append(value.item())
+        with torch.no_grad():
+            torch._foreach_lerp_(average, parameters, 1 - min(ema, (step + 1) / (step + 10)))
+    with torch.no_grad():
+        for parameter, mean in zip(parameters, average, strict=True):
+            parameter.copy_(mean)
+    network.eval()
+    return losses
 
 
-# --- metrics -------------------------------------------------------------------------------------------------------------
+# --- metrics ---------------------------------------------------------------------------------------------------------
 
 
 def moments(features: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -497,7 +541,7 @@ def exact_endpoints(network: nn.Module, noise: Tensor, condition: Tensor, steps:
     return ddim_step(denoise.schedule, *denoise(x, times[-2]), 0.0)
 
 
-# --- what the harness calls ----------------------------------------------------------------------------------------------
+# --- what the harness calls ------------------------------------------------------------------------------------------
 
 
 def _item_shape(task: Task) -> tuple[int, ...]:

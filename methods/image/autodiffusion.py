@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from stepmark import Claim, Method, Paper
+from stepmark.session import Session
+from stepmark.tracks.image import Denoiser, ddim_step, fit, frechet_distance, moments, quadratic_times, uniform_times
+
+Candidate = tuple[tuple[int, tuple[int, ...]], ...]  # (timestep, layers left out there), noisiest first
+
+
+def layers_of(network: nn.Module) -> list[nn.Module]:
+    """The layers of a UNet that can be left out, its residual and attention blocks, in the order of its modules."""
+    return [part for part in network.modules() if type(part).__name__ in ("ResnetBlock2D", "Attention")]
+
+
+@contextmanager
+def without(network: nn.Module, skipped: Iterable[int]) -> Iterator[None]:
+    """Inside, the numbered layers hand on what they add to: a residual block its shortcut, attention its input."""
+    layers = layers_of(network)
+    parts = [layers[index] for index in skipped]
+    try:
+        for part in parts:
+            through = getattr(part, "conv_shortcut", None) or nn.Identity()
+            part.forward = lambda x, *_, through=through, **__: through(x)
+        yield
+    finally:
+        for part in parts:
+            del part.forward
+
+
+def sample(denoise: Denoiser, x: Tensor, times: Iterable[float], skips: Iterable[Iterable[int]]) -> Tensor:
+    """DDIM from x at times[0] to times[-1], leaving out skips[i] of the network's layers in evaluation i."""
+    for (t, s), skipped in zip(pairwise(times), skips, strict=True):
+        with without(denoise.network, skipped):
+            x = ddim_step(denoise.schedule, *denoise(x, t), s)
+    return x
+
+
+def repair(places: Iterable[tuple[int, tuple[int, ...]]], rng: Generator, steps: int) -> Candidate:
+    """As many distinct timesteps below `steps` as there are places, noisiest first; repeated ones are drawn anew."""
+    chosen: dict[int, tuple[int, ...]] = {}
+    for n, skipped in places:
+        while n in chosen:
+            n = int(rng.integers(steps))
+        chosen[n] = skipped
+    return tuple(sorted(chosen.items(), reverse=True))
+
+
+def mutate(parent: Candidate, rng: Generator, steps: int, rate: float, layers: int, cut: int) -> Candidate:
+    """Every timestep, and every set of left-out layers (at most `cut` of `layers`), drawn anew at probability `rate`."""
+    places = []
+    for n, skipped in parent:
+        if rng.random() < rate:
+            n = int(rng.integers(steps))
+        if cut and rng.random() < rate:
+            skipped = tuple(sorted(rng.permutation(layers)[: rng.integers(cut + 1)].tolist()))
+        places.append((n, skipped))
+    return repair(places, rng, steps)
+
+
+def cross(a: Candidate, b: Candidate, rng: Generator, steps: int) -> Candidate:
+    """Each place, a timestep with its layers, from either parent."""
+    return repair((x if rng.random() < 0.5 else y for x, y in zip(a, b, strict=True)), rng, steps)
+
+
+def evolve(
+    fitness: Callable[[Candidate], float],
+    start: list[Candidate],
+    rng: Generator,
+    generations: int,
+    population: int,
+    parents: int = 10,
+    steps: int = 1000,
+    rate: float = 0.25,
+    layers: int = 0,
+    cut: int = 0,
+) -> tuple[dict[Candidate, float], list[float]]:
+    """Evolutionary search (algorithm 1): the fitness of all candidates seen, and the best of each generation so far.
+
+    The first generation is `start`; each later one is half mutants of the best `parents` so far, three tenths crosses
+    of two of them, and new random candidates. No candidate is evaluated twice.
+    """
+    known = {candidate: fitness(candidate) for candidate in start}
+    history = [min(known.values())]
+    for _ in range(generations - 1):
+        best = sorted(known, key=lambda c: (known[c], c))[:parents]
+        for place in range(population):
+            a, b = (best[int(i)] for i in rng.integers(len(best), size=2))
+            if place < 0.5 * population:
+                child = mutate(a, rng, steps, rate, layers, cut)
+            elif place < 0.8 * population:
+                child = cross(a, b, rng, steps)
+            else:
+                child = mutate(a, rng, steps, 1.0, layers, cut)
+            if child not in known:
+                known[child] = fitness(child)
+        history.append(min(known.values()))
+    return known, history
+
+
+class AutoDiffusion(Method):
+    """AutoDiffusion: search the timesteps, and the layers used at each, with which a frozen model samples best.
+
+    A candidate is a set of K timesteps out of all 1000 together with, for each, the layers of the UNet that are left
+    out (section 3.2). Its fitness is the Frechet distance between features of generated and of training images
+    (section 3.4): errors of single steps do not add up to quality. Evolution keeps the best and makes children by
+    mutation and crossover (algorithm 1), each with exactly K distinct timesteps. Two stages: schedules alone, then
+    masks and schedules around the best with more samples, from which the cheapest candidate within 2 % of the best
+    fitness is taken. The result is plugged into DDIM.
+
+    A skipped layer makes an evaluation cheaper, not free: it still counts against the rung, and the saving shows as
+    fewer NFE-equivalents. In the paper it may pay for another step instead.
+
+    Features are those of a small perceptron that learns to classify the training images in prepare (the metric's own
+    classifier is out of reach). Other differences: populations and sample sizes are far smaller; the first generation
+    holds the uniform and the quadratic schedule, mutants of the uniform one and random ones; rungs that are not
+    searched use uniform steps.
+    """
+
+    paper = Paper(
+        id="autodiffusion",
+        title="AutoDiffusion: Training-Free Optimization of Time Steps and Architectures for Automated Diffusion "
+        "Model Acceleration",
+        authors="Li, Li, Zheng, Wu, Xiao, Wang, Zheng, Pan, Chao, Ji",
+        year=2023,
+        arxiv="2309.10438",
+        code="lilijiangg/AutoDiffusion",
+    )
+    tasks = ("class_to_image/digits_eps", "class_to_image/digits_eps_b")
+    baselines = ("ddim", "ddim_quadratic")
+    claims = (
+        Claim(
+            "fd[autodiffusion,4] < fd[ddim,4] and fd[autodiffusion,4] <= fd[ddim,6]",
+            says="four searched steps are better than four uniform ones and no worse than six",
+        ),
+        Claim(
+            "fd[autodiffusion,4] < fd[ddim_quadratic,4]", says="four searched steps are better than four quadratic ones"
+        ),
+        Claim(
+            "nfe_equivalent[autodiffusion,10] < nfe_equivalent[ddim,10] and fd[autodiffusion,10] <= fd[ddim,10]",
+            says="with ten steps some layers can be left out at no loss",
+        ),
+    )
+
+    rungs = (2, 4, 6, 8, 10)
+    generations, population, samples = (5, 4), 10, (200, 300)  # of the two stages
+    cut, slack = 2, 1.02
+
+    def prepare(self, session: Session) -> dict[str, Tensor]:
+        rng, network = np.random.default_rng(session.seed), session.networks["teacher"]
+        layers, steps = len(layers_of(network)), Denoiser(network, session.train["condition"]).schedule.steps
+        scorers = [self.scorer(session, session.scale(n, 32)) for n in self.samples]
+        generations = session.scale(self.generations, (2, 2))
+        population = session.scale(self.population, 3)
+        state: dict[str, Tensor] = {}
+        for rung in session.progress(session.scale(self.rungs, (2,)), "search"):
+            grids = [[max(round(t * steps) - 1, 0) for t in grid(rung)[:-1]] for grid in (uniform_times, quadratic_times)]
+            start = [repair([(n, ()) for n in grid], rng, steps) for grid in grids]
+            start += [mutate(start[0], rng, steps, (0.25, 1.0)[i % 2], 0, 0) for i in range(population - 2)]
+            known, _ = evolve(scorers[0], start, rng, generations[0], population, steps=steps)
+            best = sorted(known, key=lambda c: known[c])[: population // 2]
+            known, _ = evolve(
+                scorers[1], best, rng, generations[1], population, steps=steps, rate=0.1, layers=layers, cut=self.cut
+            )
+            limit = self.slack * min(known.values())
+            chosen = max((c for c in known if known[c] <= limit), key=lambda c: (sum(len(s) for _, s in c), -known[c]))
+            state[f"timesteps_{rung}"] = torch.tensor([n for n, _ in chosen])
+            state[f"kept_{rung}"] = torch.tensor([[i not in s for i in range(layers)] for _, s in chosen])
+        return state
+
+    def scorer(self, session: Session, n: int) -> Callable[[Candidate], float]:
+        """Fitness of a candidate: Frechet distance of n samples, always from the same noise, to the training images."""
+        data, labels = (session.train[key].to(session.device) for key in ("x0", "condition"))
+        perceptron = nn.Sequential(
+            nn.Flatten(), nn.Linear(data[0].numel(), 64), nn.SiLU(), nn.Linear(64, 16), nn.SiLU(), nn.Linear(16, 1 + int(labels.max()))
+        ).to(session.device)  # fmt: skip
+
+        def loss() -> Tensor:
+            pick = torch.randint(len(data), (128,), generator=session.rng, device=session.device)
+            return cross_entropy(perceptron(data[pick]), labels[pick])
+
+        fit(session, perceptron, loss, session.scale(400, 20))
+        pick = torch.randperm(len(data), generator=session.rng, device=session.device)[:n]
+        noise = torch.randn(data[pick].shape, generator=session.rng, device=session.device)
+        denoise = Denoiser(session.networks["teacher"], labels[pick])
+
+        @torch.no_grad()
+        def features(x: Tensor) -> np.ndarray:
+            return perceptron[:4](x.clamp(-1, 1)).double().cpu().numpy()
+
+        @torch.no_grad()
+        def fitness(candidate: Candidate) -> float:
+            times = [*((t + 1) / denoise.schedule.steps for t, _ in candidate), 0.0]
+            found = features(sample(denoise, noise, times, [skipped for _, skipped in candidate]))
+            return float(frechet_distance(*moments(found), *target))
+
+        target = moments(features(data))
+        return fitness
+
+    @torch.no_grad()
+    def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> Tensor:
+        denoise = Denoiser(session.networks["teacher"], batch["condition"])
+        if f"timesteps_{rung}" not in session.state:
+            return sample(denoise, batch["noise"], uniform_times(rung), [()] * rung)
+        times = [*((session.state[f"timesteps_{rung}"] + 1) / denoise.schedule.steps).tolist(), 0.0]
+        skips = [(~kept).nonzero().flatten().tolist() for kept in session.state[f"kept_{rung}"]]
+        return sample(denoise, batch["noise"], times, skips)

@@ -1,0 +1,442 @@
+"""The board and the site, from synthetic records of the real schema: verdicts, groups, escaping, links, downloads."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+import pytest
+from stepmark import plugins
+from stepmark import record as record_files
+from stepmark.leaderboard import board, markup, site
+from stepmark.record import Latency, Memory, Offline, Quality, Record
+
+TASK = "class_to_image/digits_flow"
+HOSTILE = (
+    '<script>alert(1)</script> </td></table> [x](javascript:alert(2)) ![y](http://evil.example/p.png) "onload=" \x02'
+)
+PLUGIN = '''
+from stepmark import Claim, Method, Paper
+
+
+class Toy(Method):
+    """{title}: a toy.
+
+    Update (equation 7)::
+
+        x_s = a <b>x</b> + eps
+    """
+
+    paper = Paper(id="{paper}", title="A title & more", authors="A. Author", year=2031, arxiv="3101.00001")
+    tasks = ("{task}",)
+    baselines = {baselines}
+    claims = ({claims})
+'''
+
+
+def known() -> tuple[str, int, int, int]:
+    """(metric, and three rungs) of the task under test, whose metric must be one where lower is better."""
+    task = plugins.tasks()[TASK][1]
+    metric, higher = board.headline(task)
+    assert not higher
+    return metric, *sorted(task.rungs)[:3]
+
+
+def make(method: str, rung: int, value: float, seed: int = 0, **fields: Any) -> Record:
+    """A record whose metric reads `value`, with resamples that all methods share."""
+    metric, *_ = known()
+    task = plugins.tasks()[TASK][1]
+    shared = np.random.default_rng(seed).normal(0, 0.02, 100)
+    rounds = [float(rung * (0.5 if method == "toy_fast" else 1.0) + 0.01 * i) for i in range(9)]
+    others = [float(rung + 0.01 * i) for i in range(9)]
+    speedup = float(np.median(others) / np.median(rounds))
+    full: dict[str, Any] = {
+        "suite": "0.1.0",
+        "track": "image",
+        "method": method,
+        "task": TASK,
+        "rung": rung,
+        "seed": seed,
+        "tier": "embedded",
+        "machine": "test-cpu",
+        "status": "ok",
+        "counts": {"nfe": float(rung)} | ({"nfe_equivalent": rung * 1.5, "flops": 1e6} if seed == 0 else {}),
+        "handles": {"teacher": {"calls": 2.0, "evaluations": float(rung)}},
+        "reported": {"nfe": float(rung)},
+        "quality": {metric: Quality(value=value, resamples=[value * (1 + float(x)) for x in shared])},
+        "latency": Latency(
+            items=10, median_ms=float(np.median(rounds)), iqr_ms=0.1, p95_ms=rounds[-1], samples_ms=rounds,
+            baseline="toy_base", baseline_median_ms=float(np.median(others)), baseline_samples_ms=others,
+            speedup=speedup, speedup_low=speedup * 0.9, speedup_high=speedup * 1.1,
+        ) if seed == 0 else None,
+        "memory": Memory(peak_mib=1.25, how="tracker", state_mib=0.5) if seed == 0 else None,
+        "offline": Offline(seconds=3.5, evaluations={"teacher": 70.0}, state_mib=0.1),
+        "reasons": {"energy": f"no counter {HOSTILE}"},
+        "outputs": "ab" * 16,
+        "digests": {"task": hashlib.sha256(json.dumps(asdict(task), sort_keys=True).encode()).hexdigest()},
+        "environment": {"device": "cpu", "cpu": HOSTILE},
+        "command": f"stepmark run --method {method} {HOSTILE}",
+        "created": "2031-01-02T03:04:05Z",
+        "commit": "abcdef1",
+    }  # fmt: skip
+    return Record(**(full | fields))
+
+
+def suite() -> list[Record]:
+    """A baseline, a method that matches its best rung for less, one that is flagged, one cell that failed."""
+    _, low, middle, high = known()
+    records = []
+    for seed in (0, 1):
+        for rung, value in ((low, 3.0), (middle, 2.0), (high, 1.0)):
+            records.append(make("toy_base", rung, value, seed))
+        for rung, value in ((low, 2.9), (middle, 0.9), (high, 0.8)):
+            records.append(make("toy_fast", rung, value, seed))
+        records.append(make("toy_cheat", low, 0.1, seed, status="flagged", flags=[HOSTILE]))
+        records.append(
+            make(
+                "toy_cheat", high, 0.1, seed, status="failed", message=f"=HYPERLINK {HOSTILE}", quality={}, latency=None
+            )
+        )
+    return records
+
+
+def write(records: list[Record], root: Path) -> Path:
+    """Records as files below a results folder."""
+    for each in records:
+        record_files.append(record_files.path_of(root, each), each)
+    return root
+
+
+class Tag(NamedTuple):
+    """A start tag with its attributes."""
+
+    name: str
+    attributes: dict[str, str]
+
+
+class Page(HTMLParser):
+    """Tags, ids and text of a page, and the text inside scripts."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[Tag] = []
+        self.text: list[str] = []
+        self.scripts: list[str] = []
+        self._in_script = False
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(Tag(tag, {name: value or "" for name, value in attrs}))
+        self._in_script = tag == "script"
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_script = False
+
+    def handle_data(self, data: str) -> None:
+        (self.scripts if self._in_script else self.text).append(data)
+
+    @property
+    def content(self) -> str:
+        """All text, spaces joined."""
+        return " ".join(" ".join(self.text).split())
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Three plugins on one task, and no other, so that the test costs the same however many methods there are."""
+    metric, low, middle, high = known()
+    folder = tmp_path_factory.mktemp("methods") / "image"
+    folder.mkdir()
+    claims = (
+        f'Claim("{metric}[toy_fast,{middle}] <= {metric}[toy_base,{high}]", says="holds <i>well</i>"),'
+        f'Claim("{metric}[toy_fast,{low}] <= 0.5 * {metric}[toy_base,{low}]", says="does not hold"),'
+        f'Claim("speedup[toy_fast,{low}] >= 1.5 and nfe[toy_fast,{low}] == {low}", says="twice as fast"),'
+        f'Claim("{metric}[toy_cheat,{low}] <= 9", says="rests on a flagged record"),'
+    )
+    first = board.catalogue()[0].id
+    for name, paper, baselines, stated in (
+        ("toy_base", "toy_base", (), ""),
+        ("toy_fast", first, ("toy_base",), claims),
+        ("toy_cheat", "toy_cheat", ("toy_base",), ""),
+    ):
+        text = PLUGIN.format(title=name, paper=paper, task=TASK, baselines=repr(baselines), claims=stated)
+        (folder / f"{name}.py").write_text(text)
+    found = {path.stem: plugins.read_method(path) for path in folder.iterdir()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plugins, "methods", lambda: found)
+        yield
+
+
+@pytest.fixture(scope="module")
+def built(toys: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site of `suite()`, built with --strict."""
+    root = tmp_path_factory.mktemp("site")
+    home = site.build(write(suite(), root / "results"), root / "out")
+    assert home.exists()
+    return home.parent
+
+
+@pytest.fixture(scope="module")
+def pages(built: Path) -> dict[str, Page]:
+    """Every page by its path in the site."""
+    return {path.relative_to(built).as_posix(): Page(path) for path in sorted(built.rglob("*.html"))}
+
+
+# the board -------------------------------------------------------------------------------------
+
+
+def test_rows_average_seeds_and_carry_an_interval(toys: None) -> None:
+    metric, low, *_ = known()
+    row = next(r for r in board.rows([make("toy_base", low, 3.0, 0), make("toy_base", low, 5.0, 1)]))
+    estimate = row.quality[metric]
+    assert estimate.value == pytest.approx(4.0)
+    assert 2.7 < estimate.low < 3.3  # a draw of two equal seeds is as low as the lower seed
+    assert 4.7 < estimate.high < 5.3
+    assert row.latency_ms is not None
+    assert row.latency_ms.value == pytest.approx((low + 0.04) / 10)
+    assert row.nfe_equivalent == low * 1.5
+
+
+def test_groups_tell_apart_what_differs_and_leave_out_flags(toys: None) -> None:
+    _, low, *_ = known()
+    found = board.rows(
+        [make("toy_base", low, 2.0, s) for s in (0, 1)]
+        + [make("toy_fast", low, 1.0, s) for s in (0, 1)]
+        + [make("toy_same", low, 2.0, s) for s in (0, 1)]
+        + [make("toy_cheat", low, 0.1, s, status="flagged") for s in (0, 1)]
+    )
+    assert {row.method: row.group for row in found} == {
+        "toy_fast": 1,
+        "toy_base": 2,
+        "toy_same": 2,
+        "toy_cheat": None,
+    }
+
+
+def test_the_bargain_is_the_cheapest_row_that_does_not_lose(toys: None) -> None:
+    _, _, middle, high = known()
+    task = plugins.tasks()[TASK][1]
+    deal = board.bargain(board.rows(suite()), task, plugins.methods())
+    assert deal is not None
+    assert deal.row is not None
+    assert (deal.baseline.method, deal.baseline.rung) == ("toy_base", high)
+    assert (deal.row.method, deal.row.rung) == ("toy_fast", middle)
+    assert deal.factor("unit") == pytest.approx(high / middle)
+    worse = [r for r in suite() if r.method == "toy_base"] + [make("toy_fast", middle, 1.5, s) for s in (0, 1)]
+    lost = board.bargain(board.rows(worse), task, plugins.methods())
+    assert lost is not None
+    assert lost.row is None
+
+
+def test_front_leaves_out_the_dominated(toys: None) -> None:
+    metric, low, middle, high = known()
+    best = board.front(board.rows(suite()), "unit", metric, False)
+    assert [(row.method, row.rung) for row in best] == [
+        ("toy_fast", low),
+        ("toy_fast", middle),
+        ("toy_fast", high),
+    ]
+
+
+def test_verdicts(toys: None) -> None:
+    found = board.verdicts(plugins.methods()["toy_fast"], board.rows(suite()))
+    states = [next(iter(by.values())).state for _, by in found]
+    assert states == ["reproduced", "not reproduced", "reproduced", "not run"]
+    last = next(iter(found[-1][1].values()))
+    assert "flagged" in last.text
+
+
+def test_standing_follows_from_second_runs_and_objections(toys: None) -> None:
+    _, low, *_ = known()
+    first = make("toy_base", low, 2.0)
+    state = lambda *runs, objections=None: board.standing("toy_base", TASK, runs, objections or {}).state  # noqa: E731
+    assert state() == "claimed"
+    assert state(first) == "measured"
+    assert state(first, replace_fields(first, machine="other-cpu")) == "reproduced"
+    assert state(first, replace_fields(first, commit="1234567")) == "reproduced"
+    assert state(first, replace_fields(first, created="2031-01-03T00:00:00Z")) == "measured"
+    assert state(first, make("toy_base", low, 4.0, machine="other-cpu")) == "disputed"
+    assert state(first, make("toy_base", low, 4.0, machine="other-cpu", digests={"task": "0" * 64})) == "measured"
+    objection = board.Dispute(board.record_id(first), "too good", "https://example.org/1")
+    assert state(first, objections={objection.record: objection}) == "disputed"
+
+
+def replace_fields(record: Record, **fields: Any) -> Record:
+    """The record with other fields."""
+    return record.model_copy(update=fields)
+
+
+def test_newest_suite_only(toys: None) -> None:
+    _, low, *_ = known()
+    old, new = make("toy_base", low, 2.0, suite="0.9.0"), make("toy_base", low, 1.0, suite="0.10.0")
+    smoke = make("toy_base", low, 1.0, tier="smoke", suite="0.10.0")
+    assert board.current([old, new, smoke]) == [new]
+    assert board.current([old, new, smoke], "smoke") == [smoke]
+
+
+def test_show_and_compare(toys: None) -> None:
+    _, low, middle, _ = known()
+    table = board.show(suite()).splitlines()
+    assert table[0].startswith(f"{TASK} v")
+    line = next(text for text in table if text.split()[:1] == [str(middle)] and "toy_fast" in text)
+    assert line.split()[:4] == [str(middle), "1", "toy_fast", "0.9"]
+    assert any("failed: =HYPERLINK" in text for text in table)
+    assert all(text.isprintable() for text in table)
+    said = board.compare(suite(), "toy_fast", "toy_base")
+    assert "toy_fast is better than toy_base in 3 of 3 comparisons" in said
+    assert f"{low} " in said
+    with pytest.raises(ValueError, match="no records of method 'nobody'"):
+        board.compare(suite(), "toy_fast", "nobody")
+
+
+def test_catalogue_is_well_formed(toys: None) -> None:
+    entries = board.catalogue()
+    assert len({entry.id for entry in entries}) == len(entries) >= 330
+    kinds = {"method", "analysis", "benchmark", "survey", "system", "theory"}
+    assert all(entry.title and entry.track and entry.kind in kinds for entry in entries)
+    covered = board.coverage(entries, plugins.methods(), board.rows(suite()))
+    assert covered[0].status == "live"
+    assert covered[0].states["reproduced"] == 2
+    assert {each.status for each in covered[1:]} == {"no plugin yet"}
+    assert board.coverage(entries, plugins.methods(), [])[0].status == "not run"
+
+
+def test_a_changed_source_shows(toys: None) -> None:
+    _, low, *_ = known()
+    task, info = plugins.tasks()[TASK][1], plugins.methods()["toy_base"]
+    digest = hashlib.sha256(info.path.read_bytes()).hexdigest()
+    current = make("toy_base", low, 1.0).digests
+    fresh = make("toy_base", low, 1.0, digests=current | {"method": digest})
+    assert not board.stale(fresh, info, task)
+    assert board.stale(make("toy_base", low, 1.0, digests=current | {"method": "0" * 64}), info, task)
+    assert board.stale(fresh, info, replace(task, version=task.version + 1))
+
+
+def test_docstring_keeps_equations() -> None:
+    html = markup.docstring("One.\n\nUpdate::\n\n    a = b < c\n\n    d = e\n\n- x ``y``\n  and z\n- w\n\nEnd.")
+    assert "<pre><code>a = b &lt; c&#10;&#10;d = e</code></pre>" in html
+    assert "<ul><li>x <code>y</code> and z</li><li>w</li></ul>" in html
+    assert html.count("<p>") == 3
+
+
+# the built site --------------------------------------------------------------------------------
+
+
+def test_no_asset_comes_from_the_network(built: Path, pages: dict[str, Page]) -> None:
+    assert len(pages) > 10
+    for name, page in pages.items():
+        for tag in page.tags:
+            for attribute in (
+                "src",
+                "data",
+                "srcset",
+                "poster",
+                *(["href"] if tag.name in {"link", "use", "image"} else []),
+            ):
+                address = tag.attributes.get(attribute, "")
+                assert not address.lower().startswith(("http:", "https:", "//")), (name, tag)
+    sheets = [path.read_text() for path in built.rglob("*.css")]
+    assert sheets
+    assert not [sheet for sheet in sheets if "url(http" in sheet.replace('"', "") or "@import" in sheet]
+    scripts = "".join(tag.attributes.get("src", "") for page in pages.values() for tag in page.tags)
+    assert "assets/iframe-worker-shim.js" in scripts
+
+
+def test_every_link_inside_leads_somewhere(built: Path, pages: dict[str, Page]) -> None:
+    ids = {
+        name: {t.attributes[a] for t in page.tags for a in ("id", "name") if a in t.attributes}
+        for name, page in pages.items()
+    }
+    broken = []
+    for name, page in pages.items():
+        if name == "404.html":
+            continue
+        for tag in page.tags:
+            address = tag.attributes.get("href") or tag.attributes.get("src") or ""
+            parts = urlsplit(address)
+            if not address or parts.scheme or address.startswith("//"):
+                continue
+            target = (built / name).parent / unquote(parts.path) if parts.path else built / name
+            if target.is_dir():
+                target /= "index.html"
+            inside = target.resolve().relative_to(built.resolve()).as_posix()
+            if not target.exists() or (
+                parts.fragment and inside in ids and unquote(parts.fragment) not in {*ids[inside], "__skip"}
+            ):
+                broken.append((name, address))
+    assert not broken
+
+
+def test_hostile_text_stays_text(pages: dict[str, Page]) -> None:
+    seen = 0
+    for name, page in pages.items():
+        assert not [text for text in page.scripts if "alert(" in text], name
+        for tag in page.tags:
+            assert not [key for key in tag.attributes if key.startswith("on")], (name, tag)
+            assert not tag.attributes.get("href", "").strip().lower().startswith("javascript:"), (name, tag)
+            assert "evil.example" not in tag.attributes.get("src", "") + tag.attributes.get("href", ""), (name, tag)
+        seen += "<script>alert(1)</script>" in page.content
+    assert seen >= 4  # the home page, the track, and the pages of the methods say it as text
+
+
+def test_verdicts_stand_beside_the_claims(pages: dict[str, Page]) -> None:
+    text = pages["methods/toy_fast.html"].content
+    after = text.index("holds <i>well</i>")
+    assert " reproduced 100.0 % " in text[after : after + 200]
+    after = text.index("does not hold")
+    assert " not reproduced 0.0 % " in text[after : after + 200]
+    assert "x_s = a <b>x</b> + eps" in text
+    assert "stepmark run --method toy_fast" in text
+    assert "70 of teacher" in text
+
+
+def test_track_page_has_charts_and_reasons(pages: dict[str, Page]) -> None:
+    page = pages["tracks/image.html"]
+    charts = [tag for tag in page.tags if tag.name == "svg" and tag.attributes.get("role") == "img"]
+    assert len(charts) == 3
+    assert all("against" in tag.attributes["aria-label"] for tag in charts)
+    points = {
+        tag.attributes["data-method"] for tag in page.tags if tag.name == "path" and "data-method" in tag.attributes
+    }
+    assert points == {"toy_base", "toy_fast", "toy_cheat"}
+    identifiers = [tag.attributes["id"] for tag in page.tags if "id" in tag.attributes]
+    assert len(identifiers) == len(set(identifiers))
+    _, _, middle, high = known()
+    assert f"toy_fast matches it at rung {middle}: {board.figure(high / middle)}× fewer evaluations" in page.content
+    assert "energy: no counter" in page.content
+
+
+def test_downloads_parse(built: Path) -> None:
+    metric, *_ = known()
+    lines = list(csv.DictReader((built / "data" / "image.csv").open(encoding="utf-8", newline="")))
+    assert len(lines) == len(suite())
+    assert {float(line[metric]) for line in lines if line[metric]} >= {3.0, 0.9}
+    assert all(line["message"].startswith("'=") for line in lines if line["status"] == "failed")
+    entries = json.loads((built / "data" / "image.json").read_text(encoding="utf-8"))
+    again = [Record.model_validate(entry) for entry in entries]
+    assert (
+        {board.record_id(r) for r in again} == {line["id"] for line in lines} == {board.record_id(r) for r in suite()}
+    )
+
+
+def test_a_site_without_records_says_so(toys: None, tmp_path: Path) -> None:
+    home = site.build(tmp_path / "nothing", tmp_path / "out")
+    assert "No records yet" in Page(home).content
+    assert "Not run yet" in Page(home.parent / "methods" / "toy_fast.html").content
+
+
+def test_a_foreign_folder_is_not_cleared(toys: None, tmp_path: Path) -> None:
+    kept = tmp_path / "out" / "thesis.tex"
+    kept.parent.mkdir()
+    kept.write_text("years of work")
+    with pytest.raises(ValueError, match="did not write"):
+        site.build(tmp_path / "nothing", kept.parent)
+    assert kept.read_text() == "years of work"
