@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
 from stepmark import claims, plugins
 from stepmark import record as record_files
 from stepmark.method import Claim

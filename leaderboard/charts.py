@@ -9,6 +9,7 @@ from typing import Any
 
 import vl_convert
 from stepmark.leaderboard.board import Row, figure, front
+
 from stepmark.task import Task
 
 # Okabe and Ito's colours, told apart by most colour-blind readers on light and on dark ground, in two brightnesses.
@@ -117,7 +118,14 @@ def curve(
     if len(best) > 1:
         steps = {
             "data": {"values": [{"cost": row.cost(axis), "value": row.quality[metric].value} for row in best]},
-            "mark": {"type": "line", "interpolate": "step-after", "strokeWidth": 5, "opacity": 0.16, "color": INK},
+            "mark": {
+                "type": "line",
+                "interpolate": "step-after",
+                "aria": False,
+                "strokeWidth": 5,
+                "opacity": 0.16,
+                "color": INK,
+            },
             "encoding": {"x": x, "y": y, "order": {"field": "cost"}},
         }
         layers.insert(0, steps)

@@ -20,10 +20,11 @@ from functools import cached_property
 from io import StringIO
 from pathlib import Path
 
-from stepmark import plugins
 from stepmark.leaderboard import board, charts, markup
 from stepmark.leaderboard.board import Covered, Place, Row, Standing
 from stepmark.leaderboard.markup import Cell, Line, chip, esc, estimate, link, number, table
+
+from stepmark import plugins
 from stepmark.plugins import MethodInfo
 from stepmark.record import Record, read_all
 from stepmark.stats import percentile_interval

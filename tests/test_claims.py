@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from stepmark.claims import ClaimError, Reference, parse, verdict
 
 B = 500

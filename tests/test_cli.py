@@ -95,9 +95,7 @@ def test_a_scaffold_filled_in_passes_the_check(elsewhere: Path, capsys: pytest.C
         (("Claim(", 'Claim("__import__(1)", says="x"), Claim(', 1), "claim '__import__(1)'"),
     ],
 )
-def test_the_check_says_what_is_wrong_in_plain_words(
-    elsewhere: Path, change: tuple[str, str, int], words: str
-) -> None:
+def test_the_check_says_what_is_wrong_in_plain_words(elsewhere: Path, change: tuple[str, str, int], words: str) -> None:
     path = scaffold(elsewhere / "image" / "other_sampler")
     head, brk, body = path.read_text().partition("from stepmark import")
     text = (head + brk + body).replace(*change) if change[0] != "import " else "import subprocess\n" + head + brk + body

@@ -91,7 +91,7 @@ def run_method(
         return method.run(session, batch, rung)  # type: ignore[arg-type]
 
 
-# -- data and tokenizer ---------------------------------------------------------------------------------------------
+# -- data and tokenizer --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
@@ -137,7 +137,7 @@ def test_sums_and_hops_answers_are_right() -> None:
         assert person == answer
 
 
-# -- forward passes ---------------------------------------------------------------------------------------------------
+# -- forward passes ------------------------------------------------------------------------------------------
 
 
 def test_cached_passes_equal_recomputation_also_after_rollback(deep: nn.Module) -> None:
@@ -198,7 +198,7 @@ def test_layer_ranges_compose_to_the_full_forward_and_cost_their_share(deep: nn.
 
 
 def test_tree_positions_mask_and_compact(target: nn.Module) -> None:
-    """Two drafts side by side in one pass give what each gives alone; keeping the second equals never having the first."""
+    """Two drafts in one pass give what each gives alone; keeping the second equals never having had the first."""
     prompt = prompts("words", 1)[0]
     one, two = lm.encode("3 + 5"), lm.encode("9 - 1")
     n = len(prompt)
@@ -236,7 +236,7 @@ def test_harness_and_decoder_count_alike() -> None:
             decoder.forward([9])
 
 
-# -- lossless, greedy -------------------------------------------------------------------------------------------------
+# -- lossless, greedy ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", range(1, 9))
@@ -325,7 +325,7 @@ def test_prompt_lookup() -> None:
     assert prompt_lookup([5, 5], 3, 4) == [5]
 
 
-# -- lossless, sampling -------------------------------------------------------------------------------------------------
+# -- lossless, sampling --------------------------------------------------------------------------------------
 
 Rule = Callable[[list[int], Tensor, Tensor, list[float]], list[int]]
 
@@ -427,21 +427,16 @@ def test_sampled_text_has_the_target_distribution(name: str, target: nn.Module, 
 
 def test_fractions_used_by_the_enumeration_are_exact() -> None:
     """The grid argument: acceptance ratios are 1/2 or at least 1, and draws fall on multiples of 1/20."""
-    pairs = [(P_FIRST, Q_FIRST), *((P_SECOND[x], Q_SECOND[x]) for x in range(3))]
-    for p, q in pairs:
-        ratios = [Fraction(a).limit_denominator(100) / Fraction(b).limit_denominator(100) for a, b in zip(p, q) if b]
-        assert all(r == Fraction(1, 2) or r >= 1 for r in ratios)
-        residual = [
-            max(Fraction(0), Fraction(a).limit_denominator(100) - Fraction(b).limit_denominator(100))
-            for a, b in zip(p, q)
-        ]
-        assert all(
-            (20 * r / (sum(residual) or 1)).denominator == 1
-            for r in [*residual, *map(lambda a: Fraction(a).limit_denominator(100), p)]
-        )
+    for floats_p, floats_q in [(P_FIRST, Q_FIRST), *((P_SECOND[x], Q_SECOND[x]) for x in range(3))]:
+        p = [Fraction(x).limit_denominator(100) for x in floats_p]
+        q = [Fraction(x).limit_denominator(100) for x in floats_q]
+        assert all(b == 0 or a / b == Fraction(1, 2) or a >= b for a, b in zip(p, q, strict=True))
+        residual = [max(Fraction(0), a - b) for a, b in zip(p, q, strict=True)]
+        drawn = [*p, *(r / (sum(residual) or 1) for r in residual)]
+        assert all((20 * x).denominator == 1 for x in drawn)
 
 
-# -- harness side -----------------------------------------------------------------------------------------------------
+# -- harness side --------------------------------------------------------------------------------------------
 
 
 def test_inputs_check_and_score(target: nn.Module) -> None:
@@ -476,7 +471,7 @@ def test_check_rejects(bad: Any) -> None:
     decoding.check(TASKS["greedy/words"], batch, [[5], [5, lm.EOS]])
 
 
-# -- backbones ----------------------------------------------------------------------------------------------------------
+# -- backbones -----------------------------------------------------------------------------------------------
 
 
 def test_own_muon_is_torch_muon_in_float32() -> None:

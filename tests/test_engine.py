@@ -59,4 +59,6 @@ def test_a_device_that_is_being_timed_is_not_shared(tmp_path: Path, monkeypatch:
         done.set()
         holder.join()
     with engine.device_lock("cpu"):
-        assert (tmp_path / "timing-cpu.lock").read_text() == str(os.getpid())
+        locks = {path.name for path in tmp_path.glob("timing-cpu*.lock")}
+        assert locks == {f"timing-cpu{core}.lock" for core in os.sched_getaffinity(0)}
+        assert all((tmp_path / name).read_text() == str(os.getpid()) for name in locks)

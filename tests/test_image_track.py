@@ -8,15 +8,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-
-from stepmark import backbones
-from stepmark.backbones import unet
 from stepmark.datasets import digits, mixtures, shapes16
 from stepmark.methods.image.ddim import DDIM
 from stepmark.methods.image.dpm_solver_pp import DPMSolverPP
 from stepmark.methods.image.euler import Euler
 from stepmark.methods.image.heun import Heun
+from torch import Tensor, nn
+
+from stepmark import backbones
+from stepmark.backbones import unet
 from stepmark.stats import bootstrap_indices
 from stepmark.task import BadOutput, digest_of
 from stepmark.tracks import image

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from stepmark.meter import energy, latency, machine, memory
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

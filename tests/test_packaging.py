@@ -55,8 +55,9 @@ def test_the_root_imports_the_real_packages_and_ours() -> None:
 
 
 def test_pytest_imports_the_same_modules() -> None:
-    import stepmark
     import stepmark.methods.image.ddim as ddim
+
+    import stepmark
 
     assert ROOT is not None
     assert Path(stepmark.__file__) == ROOT / "bench/stepmark/__init__.py"
@@ -113,7 +114,7 @@ def test_out_of_tree_methods_are_found(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("STEPMARK_METHODS", str(tmp_path))
     assert plugins.methods()["mine"].path == tmp_path / "image" / "mine.py"
     (tmp_path / "image" / "ddim.py").write_text((tmp_path / "image" / "mine.py").read_text())
-    with pytest.raises(plugins.PluginError, match="'ddim' stands in .* rename one"):
+    with pytest.raises(plugins.PluginError, match=r"'ddim' stands in .* rename one"):
         plugins.methods()
     monkeypatch.setenv("STEPMARK_METHODS", str(tmp_path / "nowhere"))
     with pytest.raises(plugins.PluginError, match="which is no folder"):

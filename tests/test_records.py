@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from stepmark import record as records
-from stepmark.record import Record, RecordError
+from stepmark.record import RecordError
 
 BASE: dict[str, Any] = {
     "schema_version": 1,

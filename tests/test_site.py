@@ -14,9 +14,10 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
+from stepmark.leaderboard import board, markup, site
+
 from stepmark import plugins
 from stepmark import record as record_files
-from stepmark.leaderboard import board, markup, site
 from stepmark.record import Latency, Memory, Offline, Quality, Record
 
 TASK = "class_to_image/digits_flow"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from stepmark.stats import (
     bootstrap_indices,
     centred,

@@ -108,7 +108,7 @@ class Guard(TorchDispatchMode):
 
     def _checked_default_rng(self, seed: Any = None) -> np.random.Generator:
         first = seed[0] if isinstance(seed, (list, tuple)) and seed else seed
-        if isinstance(first, (int, np.integer)) and int(first) != self._seed or first is None:
+        if first is None or (isinstance(first, (int, np.integer)) and int(first) != self._seed):
             self._flag("seeds numpy with something else than session.seed in run")
         return self._default_rng(seed)
 

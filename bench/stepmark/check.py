@@ -172,7 +172,9 @@ def scaffold(target: Path) -> Path:
     target = target if target.suffix == ".py" else target.with_name(target.name + ".py")
     track, name = target.parent.name, target.stem
     if track not in plugins.tracks():
-        raise ValueError(f"{target}: the folder must be a track ({', '.join(plugins.tracks())}), such as methods/image/{name}")
+        raise ValueError(
+            f"{target}: the folder must be a track ({', '.join(plugins.tracks())}), such as methods/image/{name}"
+        )
     if not re.fullmatch(r"[a-z][a-z0-9_]{1,63}", name):
         raise ValueError(f"{name!r} is no id: use small letters, digits and _, such as my_sampler")
     if target.exists() or name in plugins.methods():

@@ -63,19 +63,24 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, action: object, text: str, more: str = "") -> argparse.ArgumentParser:
         made = commands.add_parser(
-            name, help=text, description=f"{text[0].upper()}{text[1:]}. {more}", formatter_class=argparse.RawTextHelpFormatter
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}. {more}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         made.set_defaults(action=action)
         return made
 
     found = command("list", _list, "list methods, tasks, datasets, backbones or tracks")
-    found.add_argument("what", nargs="?", choices=["all", "methods", "tasks", "datasets", "backbones", "tracks"], default="all")
+    found.add_argument(
+        "what", nargs="?", choices=["all", "methods", "tasks", "datasets", "backbones", "tracks"], default="all"
+    )
 
     found = command(
         "run",
         _run,
         "run cells of the suite and write their records",
-        "Cells that already have a record\nof the same digests are left alone, so a stopped run is resumed by repeating the command.",
+        "Cells that already have a record of the\nsame digests are left alone: a stopped run is resumed by repeating the command.",
     )
     _selection(found)
     found.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1 ...")
@@ -83,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     found.add_argument("--address", help="of a running Ray cluster; without it a local one is started")
     found.add_argument("--no-timing", action="store_true", help="skip latency, memory and energy")
     found.add_argument("--again", action="store_true", help="run also what has a record already")
-    found.add_argument("--via", choices=["lm-eval"], help="run decoding methods under lm-eval on the same tasks instead")
+    found.add_argument(
+        "--via", choices=["lm-eval"], help="run decoding methods under lm-eval on the same tasks instead"
+    )
     found.add_argument("--limit", type=int, default=None, help="with --via: items per task")
     found.add_argument("--quiet", action="store_true", help="no table at the end")
 
@@ -150,7 +157,8 @@ def _list(arguments: argparse.Namespace) -> int:
     blocks: list[str] = []
     if wanted in {"all", "tracks"}:
         rows = [
-            (track, f"{sum(m.track == track for m in plugins.methods().values())} methods") for track in plugins.tracks()
+            (track, f"{sum(m.track == track for m in plugins.methods().values())} methods")
+            for track in plugins.tracks()
         ]
         blocks.append("tracks\n" + _columns(rows))
     if wanted in {"all", "methods"} and plugins.methods():
@@ -213,7 +221,9 @@ def _run(arguments: argparse.Namespace) -> int:
             bar.update()
             if record.status in {"failed", "flagged"}:
                 text = record.message or "; ".join(record.flags)
-                bar.write(f"{record.status}: {record.method} on {record.task}, rung {record.rung}: {text}", file=sys.stderr)
+                bar.write(
+                    f"{record.status}: {record.method} on {record.task}, rung {record.rung}: {text}", file=sys.stderr
+                )
     if not arguments.quiet:
         _show(arguments)
     bad = [r for r in made if r.status == "failed"]
@@ -295,7 +305,10 @@ def _verify(arguments: argparse.Namespace) -> int:
     for each in records:
         found = verify(each, arguments.device)
         wrong += bool(found.differs)
-        print(f"{each.method} on {each.task}, rung {each.rung}, seed {each.seed}: " + ("differs" if found.differs else "agrees"))
+        print(
+            f"{each.method} on {each.task}, rung {each.rung}, seed {each.seed}: "
+            + ("differs" if found.differs else "agrees")
+        )
         for text in found.differs:
             print(f"  - {text}")
         for text in (*found.agrees, *found.notes):

@@ -1,6 +1,7 @@
 """Where cells run: in this process, or on a Ray cluster. Both yield the same records; the caller writes them.
 
-A cell that is timed has its device to itself: locally by a lock file, on Ray by taking every CPU (and a GPU) of a node.
+A cell that is timed has its device to itself: locally by a lock file for each core or GPU, on Ray by taking every CPU
+(and a GPU) of a node.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import fcntl
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 
 from stepmark.record import Record, parse
 from stepmark.run import Cell, cache_folder, measure
@@ -19,27 +21,35 @@ class DeviceBusy(Exception):
     """Another run is timing on this device. One line that says which process and what to do."""
 
 
+def _lock_files(device: str) -> list[Path]:
+    """One file per accelerator, or per core this process may run on: pinned runs may share a CPU, not a core."""
+    cores = [f"cpu{core}" for core in sorted(os.sched_getaffinity(0))]
+    names = cores if device == "cpu" else [device.replace(":", "")]
+    return [cache_folder() / f"timing-{name}.lock" for name in names]
+
+
 @contextlib.contextmanager
 def device_lock(device: str) -> Iterator[None]:
     """Hold a device for timing.
 
     Raises:
-        DeviceBusy: another process holds it.
+        DeviceBusy: another process holds it, or one of its cores.
     """
-    path = cache_folder() / f"timing-{device.replace(':', '')}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            handle.seek(0)
-            holder = handle.read().strip() or "unknown"
-            raise DeviceBusy(
-                f"process {holder} is timing on {device}; wait for it, or run with --no-timing"
-            ) from None
-        handle.truncate(0)
-        handle.write(str(os.getpid()))
-        handle.flush()
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        for path in _lock_files(device):
+            handle = held.enter_context(open(path, "a+"))
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                handle.seek(0)
+                holder = handle.read().strip() or "unknown"
+                raise DeviceBusy(
+                    f"process {holder} is timing on {device}; wait for it, or run with --no-timing"
+                ) from None
+            handle.truncate(0)
+            handle.write(str(os.getpid()))
+            handle.flush()
         yield
 
 

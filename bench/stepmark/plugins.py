@@ -1,7 +1,7 @@
 """Finding plugins without importing them, and mounting their folders.
 
-`methods`, `datasets`, `kernels` and `leaderboard` lie at the root of the checkout, outside the package, and hold no `__init__.py`: a
-top-level package called `datasets` would shadow Hugging Face's. They are mounted here as the namespace packages
+`methods`, `datasets`, `kernels` and `leaderboard` lie at the root of the checkout, outside the package, and hold no
+`__init__.py`: a top-level package called `datasets` would shadow Hugging Face's. They are mounted as namespace packages
 `stepmark.methods`, `stepmark.datasets` ...: from the checkout, else from inside the wheel, plus
 every folder in `$STEPMARK_METHODS` and every entry point of group `stepmark.methods`.
 """
@@ -62,7 +62,9 @@ def method_folders() -> list[Path]:
     folders = [(checkout() or PACKAGE) / "methods"]
     for item in filter(None, os.environ.get("STEPMARK_METHODS", "").split(os.pathsep)):
         if not Path(item).is_dir():
-            raise PluginError(f"STEPMARK_METHODS names {item!r}, which is no folder; give folders that hold <track>/<id>.py")
+            raise PluginError(
+                f"STEPMARK_METHODS names {item!r}, which is no folder; give folders that hold <track>/<id>.py"
+            )
         folders.append(Path(item).resolve())
     for point in entry_points(group="stepmark.methods"):
         spec = importlib.util.find_spec(point.value)
@@ -107,7 +109,9 @@ def _literal(node: ast.expr, path: Path) -> Any:
     try:
         return ast.literal_eval(node)
     except ValueError:
-        raise PluginError(f"{path}:{node.lineno}: write a plain literal here; it is read without running the file") from None
+        raise PluginError(
+            f"{path}:{node.lineno}: write a plain literal here; it is read without running the file"
+        ) from None
 
 
 def _parse(path: Path) -> ast.Module:

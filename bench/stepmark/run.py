@@ -227,7 +227,7 @@ class Bench:
         self.session.state = {}
         with safe_open(path, framework="pt") as handle:
             cost = handle.metadata()
-            for key in handle.keys():
+            for key in handle.keys():  # noqa: SIM118 (a safetensors handle is no dict)
                 kind, _, rest = key.partition(".")
                 tensor = handle.get_tensor(key)
                 size += tensor.numel() * tensor.element_size()
@@ -293,9 +293,7 @@ class Bench:
             self.call(batch, rung)
         return flops, guard
 
-    def audit(
-        self, batch: dict[str, Any], first: First, rung: int, seed: int
-    ) -> tuple[list[str], dict[str, float]]:
+    def audit(self, batch: dict[str, Any], first: First, rung: int, seed: int) -> tuple[list[str], dict[str, float]]:
         """Compare calls with each other. `first` is what the first call on `batch` gave. Returns flags, FLOP counts."""
         flags: list[str] = []
         for name, value in first.reported.items():
@@ -316,7 +314,9 @@ class Bench:
         if flops.threads:
             flags.append(f"calls modules in another thread: {', '.join(sorted(set(flops.threads))[:3])}")
         if reference and flops.outside >= 0.5 * reference * items:
-            flags.append(f"spends {flops.outside / reference / items:.1f} reference evaluations per item outside any handle")
+            flags.append(
+                f"spends {flops.outside / reference / items:.1f} reference evaluations per item outside any handle"
+            )
 
         # Inputs that nobody has seen: their seed hangs on the method's own source, so no source can contain it.
         secret = self.inputs(items, int(source_digest(self.info.path)[:12], 16), "audit")
@@ -377,7 +377,9 @@ def bench(method: str, task: str, tier: str, device: str, digest: str = "", show
     return Bench(known[method], task, tier, device, show_progress)
 
 
-def _time(mine: Bench, batch: dict[str, Any], first: First, cell: Cell) -> tuple[records.Latency, list[str], str | None]:
+def _time(
+    mine: Bench, batch: dict[str, Any], first: First, cell: Cell
+) -> tuple[records.Latency, list[str], str | None]:
     benches = {"method": mine}
     baseline = next((b for b in mine.info.baselines if cell.task in plugins.methods()[b].tasks), None)
     if baseline is not None:
@@ -395,7 +397,9 @@ def _time(mine: Bench, batch: dict[str, Any], first: First, cell: Cell) -> tuple
             setups={name: partial(each.begin, batch, cell.rung, cell.seed) for name, each in benches.items()},
         )
     own = read["method"]
-    flags = [] if fingerprint(own.output) == first.outputs else ["the timed call gave other outputs than the scored one"]
+    flags = (
+        [] if fingerprint(own.output) == first.outputs else ["the timed call gave other outputs than the scored one"]
+    )
     figures: dict[str, Any] = {}
     if baseline is not None:
         other_read = read["baseline"]
@@ -428,7 +432,7 @@ def measure(cell: Cell, device: str = "cpu", timing: bool = True, show_progress:
     info = plugins.methods().get(cell.method)
     if info is None:
         raise KeyError(f"no method {cell.method!r}; see: stepmark list methods")
-    track, task = track_of(cell.task)
+    task = track_of(cell.task)[1]
     torch.set_num_threads(1)
     fields: dict[str, Any] = {
         "suite": __version__,
@@ -452,7 +456,10 @@ def measure(cell: Cell, device: str = "cpu", timing: bool = True, show_progress:
     except (BudgetExceeded, BadOutput, Sealed) as error:
         fields |= {"status": "failed", "message": _one_line(f"{type(error).__name__}: {error}")}
     except Exception as error:
-        fields |= {"status": "failed", "message": _one_line(f"{type(error).__name__}: {error} {_place(error, info.path)}")}
+        fields |= {
+            "status": "failed",
+            "message": _one_line(f"{type(error).__name__}: {error} {_place(error, info.path)}"),
+        }
     return records.Record(**fields)
 
 
@@ -551,7 +558,9 @@ def commit() -> str | None:
         return None
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         dirty = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!leaderboard/results")

@@ -67,7 +67,9 @@ def cells(selection: Selection) -> list[Cell]:
             continue
         for task_id in info.tasks:
             if task_id not in plugins.tasks():
-                raise plugins.PluginError(f"{info.path}: names task {task_id!r}, which is not there (stepmark list tasks)")
+                raise plugins.PluginError(
+                    f"{info.path}: names task {task_id!r}, which is not there (stepmark list tasks)"
+                )
             if selection.tasks and task_id not in selection.tasks:
                 continue
             task = plugins.tasks()[task_id][1]

@@ -38,12 +38,12 @@ def compare(record: Record, again: Record) -> Agreement:
     on_cpu = record.environment.get("device") == again.environment.get("device") == "cpu"
     exact = same and on_cpu
     if record.status != again.status:
-        found.differs.append(f"status: {record.status} in the record, {again.status} now ({again.message or 'no message'})")
+        found.differs.append(
+            f"status: {record.status} in the record, {again.status} now ({again.message or 'no message'})"
+        )
     tolerance = SAME_MACHINE if exact else OTHER_MACHINE
     counts = [n for n in record.counts if n in again.counts]
-    wrong = [
-        n for n in counts if abs(record.counts[n] - again.counts[n]) > tolerance * abs(record.counts[n]) + 1e-9
-    ]
+    wrong = [n for n in counts if abs(record.counts[n] - again.counts[n]) > tolerance * abs(record.counts[n]) + 1e-9]
     for name in wrong:
         found.differs.append(f"{name}: {record.counts[name]:g} in the record, {again.counts[name]:g} now")
     if counts and not wrong:
@@ -64,7 +64,9 @@ def compare(record: Record, again: Record) -> Agreement:
         (found.agrees if agrees else found.differs).append(name if agrees else f"{name}: wanted {wanted}, got {now:g}")
     if exact and record.outputs is not None:
         equal = record.outputs == again.outputs
-        (found.agrees if equal else found.differs).append("outputs, bit for bit" if equal else "outputs differ in some bit")
+        (found.agrees if equal else found.differs).append(
+            "outputs, bit for bit" if equal else "outputs differ in some bit"
+        )
     if record.latency and again.latency:
         found.notes.append(f"latency {record.latency.median_ms:.3f} ms then, {again.latency.median_ms:.3f} ms now")
     return found

@@ -40,7 +40,7 @@ class PromptLookup(Method):
     claims = (
         Claim(
             "exact_match[prompt_lookup,32] >= 1 and tokens[prompt_lookup,32] >= 1.5 * tokens[autoregressive,32]",
-            says="on text that repeats itself, half as many tokens again per forward, and the output is the target's own",
+            says="on text that repeats itself, half as many tokens again per forward, and the target's own",
             task="greedy/stories",
         ),
     )

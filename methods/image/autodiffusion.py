@@ -56,7 +56,7 @@ def repair(places: Iterable[tuple[int, tuple[int, ...]]], rng: Generator, steps:
 
 
 def mutate(parent: Candidate, rng: Generator, steps: int, rate: float, layers: int, cut: int) -> Candidate:
-    """Every timestep, and every set of left-out layers (at most `cut` of `layers`), drawn anew at probability `rate`."""
+    """Every timestep, and every set of at most `cut` left-out layers, drawn anew with probability `rate`."""
     places = []
     for n, skipped in parent:
         if rng.random() < rate:
@@ -163,8 +163,8 @@ class AutoDiffusion(Method):
         population = session.scale(self.population, 3)
         state: dict[str, Tensor] = {}
         for rung in session.progress(session.scale(self.rungs, (2,)), "search"):
-            grids = [[max(round(t * steps) - 1, 0) for t in grid(rung)[:-1]] for grid in (uniform_times, quadratic_times)]
-            start = [repair([(n, ()) for n in grid], rng, steps) for grid in grids]
+            grids = [grid(rung)[:-1] for grid in (uniform_times, quadratic_times)]
+            start = [repair([(max(round(t * steps), 1) - 1, ()) for t in grid], rng, steps) for grid in grids]
             start += [mutate(start[0], rng, steps, (0.25, 1.0)[i % 2], 0, 0) for i in range(population - 2)]
             known, _ = evolve(scorers[0], start, rng, generations[0], population, steps=steps)
             best = sorted(known, key=lambda c: known[c])[: population // 2]
@@ -180,9 +180,10 @@ class AutoDiffusion(Method):
     def scorer(self, session: Session, n: int) -> Callable[[Candidate], float]:
         """Fitness of a candidate: Frechet distance of n samples, always from the same noise, to the training images."""
         data, labels = (session.train[key].to(session.device) for key in ("x0", "condition"))
-        perceptron = nn.Sequential(
-            nn.Flatten(), nn.Linear(data[0].numel(), 64), nn.SiLU(), nn.Linear(64, 16), nn.SiLU(), nn.Linear(16, 1 + int(labels.max()))
-        ).to(session.device)  # fmt: skip
+        sizes = (data[0].numel(), 64, 16)
+        hidden = [part for a, b in pairwise(sizes) for part in (nn.Linear(a, b), nn.SiLU())]
+        trunk = nn.Sequential(nn.Flatten(), *hidden).to(session.device)
+        perceptron = nn.Sequential(trunk, nn.Linear(sizes[-1], 1 + int(labels.max()), device=session.device))
 
         def loss() -> Tensor:
             pick = torch.randint(len(data), (128,), generator=session.rng, device=session.device)
@@ -195,7 +196,7 @@ class AutoDiffusion(Method):
 
         @torch.no_grad()
         def features(x: Tensor) -> np.ndarray:
-            return perceptron[:4](x.clamp(-1, 1)).double().cpu().numpy()
+            return trunk(x.clamp(-1, 1)).double().cpu().numpy()
 
         @torch.no_grad()
         def fitness(candidate: Candidate) -> float:

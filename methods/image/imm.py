@@ -86,9 +86,9 @@ def mmd(y: Tensor, target: Tensor, scale: Tensor, floor: float = 1e-4) -> Tensor
 class IMM(Method):
     """Inductive moment matching: a few-step generator trained from scratch, without a teacher.
 
-    f(x_t, t -> s) is to carry the marginal of x_t = (1 - t) x0 + t eps to that of x_s for any s < t. By induction: if it
-    does so from r, slightly below t, it does so from t once both images have the same distribution, so for groups of
-    M = 4 particles that share s < r < t and the class (algorithm 1)
+    f(x_t, t -> s) is to carry the marginal of x_t = (1 - t) x0 + t eps to that of x_s for any s < t. By induction: if
+    it does so from r, slightly below t, it does so from t once both images have the same distribution, so for groups
+    of M = 4 particles that share s < r < t and the class (algorithm 1)
 
         x_r = DDIM(x_t, x0, t -> r),  y = f(x_t, t -> s),  y' = stop-gradient f(x_r, r -> s)
         loss = w(t) MMD^2(y, y'),     Laplace kernel of scale 1 / (t - s)

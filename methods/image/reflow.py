@@ -46,11 +46,10 @@ class Reflow(Method):
 
     def prepare(self, session: Session) -> None:
         teacher, student, rng = session.networks["teacher"], session.networks["student"], session.rng
-        schedule, train = schedule_of(teacher), session.train
-        n = session.scale(self.pairs, 64)
-        rows = torch.randint(len(train["x0"]), (n,), generator=rng, device=session.device)
-        condition = train["condition"].to(session.device)[rows]
-        eps = torch.randn(n, *train["x0"].shape[1:], generator=rng, device=session.device)
+        data, label = (session.train[key].to(session.device) for key in ("x0", "condition"))
+        n, schedule = session.scale(self.pairs, 64), schedule_of(teacher)
+        condition = label[torch.randint(len(label), (n,), generator=rng, device=session.device)]
+        eps = torch.randn(n, *data.shape[1:], generator=rng, device=session.device)
         x0 = eps
         with torch.no_grad():
             for t, s in pairwise(uniform_times(session.scale(self.solver_steps, 2))):

@@ -106,13 +106,14 @@ class SimpleReflow(Method):
         return {"student": session.clone("teacher")}
 
     def prepare(self, session: Session) -> None:
-        teacher, student, rng, device = session.networks["teacher"], session.networks["student"], session.rng, session.device
-        schedule, train = schedule_of(teacher), session.train
-        times = uniform_times(session.scale(self.solver_steps, 2))
-        n, m = session.scale((self.pairs, len(train["x0"])), (64, 96))
-        condition = train["condition"][torch.randint(len(train["x0"]), (n,), generator=rng, device=device).cpu()].to(device)
-        eps = torch.randn(n, *train["x0"].shape[1:], generator=rng, device=device)
-        data, label = train["x0"][:m].to(device), train["condition"][:m].to(device)
+        teacher, student = session.networks["teacher"], session.networks["student"]
+        rng, device = session.rng, session.device
+        schedule, times = schedule_of(teacher), uniform_times(session.scale(self.solver_steps, 2))
+        data, label = (session.train[key].to(device) for key in ("x0", "condition"))
+        n, m = session.scale((self.pairs, len(data)), (64, 96))
+        condition = label[torch.randint(len(label), (n,), generator=rng, device=device)]
+        eps = torch.randn(n, *data.shape[1:], generator=rng, device=device)
+        data, label = data[:m], label[:m]
         with torch.no_grad():
             x0 = integrate(Denoiser(teacher, condition), eps, times)
             inverted = integrate(Denoiser(teacher, label), data, times[::-1])

@@ -35,8 +35,9 @@ class TimeShiftSampler(Method):
 
     while the coefficients of the solver stay on the normal grid. Near the data the pixels' variance is that of the
     image, so shifting stops below the cutoff. No further network evaluation is made. w and the cutoff are tuned per
-    step count in the paper; here w is a fixed share of the distance between two steps and the cutoff is fixed, both
-    chosen on the first digits teacher. `order = 2` puts the shift around DPM-Solver++ 2M instead of DDIM (order 1).
+    step count in the paper; here one pair, chosen on the first digits teacher, serves all step counts but the smallest,
+    whose states are too far from any training state to be shifted. `order = 2` puts the shift around DPM-Solver++ 2M
+    instead of DDIM (order 1).
 
     Differs from the paper: sampling starts at the last timestep ("trailing" grid, as the baseline does). On the points
     of the mixtures "pixels" are two coordinates: the variance says little there, which the figures show.
@@ -64,15 +65,16 @@ class TimeShiftSampler(Method):
         ),
     )
 
-    window = 0.8  # w as a share of the distance between two steps
+    window = 100  # w in timesteps
     cutoff = 200  # timestep below which nothing is shifted
+    fewest = 4  # steps from which on samples are shifted
     order = 1
 
     @torch.no_grad()
     def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> Tensor:
         network, condition, x = session.networks["teacher"], batch["condition"], batch["noise"]
         schedule = schedule_of(network)
-        width = int(self.window * schedule.steps / rung)
+        width = self.window if rung >= self.fewest else 0
         timesteps = torch.full((len(x),), schedule.network_time(1.0), dtype=x.dtype, device=x.device)
         past: list[tuple[float, Tensor]] = []
         for t, s in pairwise(uniform_times(rung)):

@@ -293,7 +293,7 @@ def check(task: Task, batch: Mapping[str, Tensor], outputs: Any) -> None:
     elif task.id.startswith("coverage/"):
         expected = {name: (size, len(ESTIMATORS)) for name in ("statistic", "p_value")}
     else:
-        expected = {name: (size,) for name in ("effect", "low", "high")}
+        expected = dict.fromkeys(("effect", "low", "high"), (size,))
     if not isinstance(outputs, Mapping):
         raise BadOutput(f"{task.id} expects a dict with {', '.join(expected)}, got {type(outputs).__name__}")
     for name, shape in expected.items():

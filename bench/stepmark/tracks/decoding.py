@@ -611,7 +611,7 @@ def verify_sampling(draft: Sequence[int], p: Tensor, q: Tensor, u: Sequence[floa
     if draft:
         index = torch.tensor(list(draft), device=p.device)[:, None]
         ratio = (p[:-1].gather(1, index) / q.gather(1, index))[:, 0].tolist()
-    for i, token in enumerate(draft):
+    for i in range(len(draft)):
         if u[i] >= ratio[i]:
             residual = (p[i] - q[i]).clamp(min=0)
             return [*draft[:i], draw(residual if residual.any() else p[i], u[-1])]
