@@ -204,11 +204,13 @@ def version_key(suite: str) -> tuple[int, ...]:
 
 def current(records: Sequence[Record], tier: str | None = None) -> list[Record]:
     """Records of the newest suite version (older ones stay downloadable), of one tier or of all but smoke."""
-    chosen = [r for r in records if (r.tier == tier if tier else r.tier != "smoke")]
-    if not chosen:
-        return []
-    newest = max((r.suite for r in chosen), key=version_key)
-    return [r for r in chosen if r.suite == newest]
+    return newest([r for r in records if (r.tier == tier if tier else r.tier != "smoke")])
+
+
+def newest(records: Sequence[Record]) -> list[Record]:
+    """Records of the newest suite version among them."""
+    version = max((version_key(r.suite) for r in records), default=())
+    return [r for r in records if version_key(r.suite) == version]
 
 
 def rows(records: Sequence[Record]) -> list[Row]:
@@ -270,8 +272,9 @@ def _assign_groups(at_rung: Sequence[Row], task: Task) -> None:
 
 def front(candidates: Sequence[Row], axis: str, metric: str, higher: bool) -> list[Row]:
     """Ranked rows that no other beats on both cost and quality, cheapest first."""
-    have = [row for row in candidates if row.ranked and metric in row.quality and row.cost(axis) is not None]
-    points = [(row.cost(axis), row.quality[metric].value) for row in have]
+    priced = [(row, row.cost(axis)) for row in candidates if row.ranked and metric in row.quality]
+    have = [row for row, cost in priced if cost is not None]
+    points = [(cost, row.quality[metric].value) for row, cost in priced if cost is not None]
     return [have[i] for i in pareto_front(points, ("lower", "higher" if higher else "lower"))]
 
 
@@ -597,8 +600,8 @@ def _printable(text: str) -> str:
 
 
 def show(records: Sequence[Record]) -> str:
-    """An aligned table per task and machine: best first at each rung, groups instead of ranks. No tier is left out."""
-    found = rows(records)
+    """An aligned table per task and machine: best first at each rung, groups instead of ranks. Newest suite, any tier."""
+    found = rows(newest(records))
     known = plugins.tasks()
     blocks: list[str] = []
     for (place, task_id), mine in split(found, "place", "task").items():
@@ -661,7 +664,8 @@ def comparisons(records: Sequence[Record], a: str, b: str, track: str | None = N
             raise ValueError(f"no records of method {name!r}; recorded: {', '.join(recorded) or 'none'}")
     if a == b:
         raise ValueError("give two different methods")
-    have = index(rows([r for r in records if r.method in {a, b} and (track is None or r.track == track)]))
+    chosen = [r for r in newest(records) if r.method in {a, b} and (track is None or r.track == track)]
+    have = index(rows(chosen))
     known = plugins.tasks()
     pairs: list[tuple[Row, Row, Any, bool]] = []
     for (place, task_id, method, rung), mine in have.items():

@@ -53,8 +53,11 @@ class Line(NamedTuple):
     weak: bool = False
 
 
-def table(head: Sequence[str], lines: Sequence[Line], label: str) -> str:
-    """A table that scrolls inside its box; the script makes it sortable and filterable. `head` is plain text."""
+def table(head: Sequence[str], lines: Sequence[Line], label: str, searched: bool = False) -> str:
+    """A table that scrolls inside its box; the script makes it sortable and filterable. `head` is plain text.
+
+    Only a `searched` table is in the index of the site's search: figures would swamp it.
+    """
     columns = [any(line.cells[i].number for line in lines) for i in range(len(head))]
     top = "".join(f'<th scope="col"{_class(wide)}>{esc(name)}</th>' for name, wide in zip(head, columns, strict=True))
     body = []
@@ -67,8 +70,9 @@ def table(head: Sequence[str], lines: Sequence[Line], label: str) -> str:
         rung = "" if line.rung is None else f' data-rung="{line.rung}"'
         weak = ' class="sm-weak"' if line.weak else ""
         body.append(f"<tr{rung}{weak}>{''.join(cells)}</tr>")
+    hidden = "" if searched else " data-search-exclude"
     return (
-        f'<div class="sm-scroll" tabindex="0" role="region" aria-label="{esc(label)}" data-search-exclude>\n'
+        f'<div class="sm-scroll" tabindex="0" role="region" aria-label="{esc(label)}"{hidden}>\n'
         f'<table class="sm-table">\n<thead><tr>{top}</tr></thead>\n<tbody>\n' + "\n".join(body) + "\n</tbody>\n"
         "</table>\n</div>"
     )

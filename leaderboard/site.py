@@ -223,7 +223,7 @@ def _home(found: Board) -> list[str]:
     live = sum(c.status == "live" for c in found.covered)
     idle = sum(c.status == "not run" for c in found.covered)
     total = len(found.covered)
-    states = sum((c.states for c in found.covered), Counter())
+    states: Counter[str] = sum((c.states for c in found.covered), Counter())
     parts = [
         _html(
             "p",
@@ -795,7 +795,7 @@ def _papers(found: Board) -> list[str]:
     parts = [
         _html("p", "Every paper that Stepmark means to cover. The status is computed: <b>live</b> has a plugin with "
               "records, <b>not run</b> has a plugin without, the others wait for theirs."),
-        table(("Paper", "Year", "Track", "Kind", "Status", "Claims", "Tags", "Links"), lines, "Papers"),
+        table(("Paper", "Year", "Track", "Kind", "Status", "Claims", "Tags", "Links"), lines, "Papers", searched=True),
     ]  # fmt: skip
     if more:
         items = ", ".join(link(f"methods/{m.id}.html", m.id) for m in more)

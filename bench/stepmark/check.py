@@ -54,7 +54,7 @@ def static(info: MethodInfo) -> Iterator[str]:
         if task_id not in tasks:
             yield f"claim {claim.check!r}: there is no task {task_id!r}"
             continue
-        task = tasks[task_id][1]
+        problem = tasks[task_id][1]
         try:
             references = parse(claim.check).references()
         except ClaimError as error:
@@ -65,10 +65,10 @@ def static(info: MethodInfo) -> Iterator[str]:
                 yield f"claim {claim.check!r}: there is no method {method!r}"
             elif task_id not in methods[method].tasks:
                 yield f"claim {claim.check!r}: {method} does not run on {task_id}"
-            if rung not in task.rungs:
-                yield f"claim {claim.check!r}: rung {rung} is not on the ladder of {task_id}: {task.rungs}"
-            if metric not in task.metrics and metric not in COUNTS and not metric.startswith(_handles(task_id)):
-                yield f"claim {claim.check!r}: {task_id} has no metric {metric!r}; it has {', '.join(task.metrics)}"
+            if rung not in problem.rungs:
+                yield f"claim {claim.check!r}: rung {rung} is not on the ladder of {task_id}: {problem.rungs}"
+            if metric not in problem.metrics and metric not in COUNTS and not metric.startswith(_handles(task_id)):
+                yield f"claim {claim.check!r}: {task_id} has no metric {metric!r}; it has {', '.join(problem.metrics)}"
     yield from static_findings(info.path)
 
 

@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         "run",
         _run,
         "run cells of the suite and write their records",
-        "Cells that already have a record of the\nsame digests are left alone: a stopped run is resumed by repeating the command.",
+        "Cells that already have a record of the\nsame digests are left alone: repeat the command to resume a stopped run.",
     )
     _selection(found)
     found.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1 ...")
@@ -145,7 +145,7 @@ def _results(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--results", type=Path, help="folder of the records")
 
 
-def _columns(rows: list[tuple[str, ...]], indent: str = "  ") -> str:
+def _columns(rows: Sequence[tuple[str, ...]], indent: str = "  ") -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -156,7 +156,7 @@ def _list(arguments: argparse.Namespace) -> int:
     wanted = arguments.what
     blocks: list[str] = []
     if wanted in {"all", "tracks"}:
-        rows = [
+        rows: list[tuple[str, ...]] = [
             (track, f"{sum(m.track == track for m in plugins.methods().values())} methods")
             for track in plugins.tracks()
         ]
@@ -232,11 +232,29 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _run_lm_eval(arguments: argparse.Namespace) -> int:
-    from stepmark.via_lm_eval import run
+    from stepmark.via_lm_eval import evaluate
 
+    known = plugins.tasks()
+    suited = [t for t, (track, task) in known.items() if track == "decoding" and t.startswith("greedy/")]
+    suited = [t for t in suited if known[t][1].dataset != "stories"]  # stories have no answer to match
+    tasks = arguments.task or suited
     methods = arguments.method or [m.id for m in plugins.methods().values() if m.track == "decoding"]
-    for method in methods:
-        print(run(method, tuple(arguments.task), arguments.tier, arguments.device, arguments.limit))
+    rows: list[tuple[str, ...]] = [("task", "method", "rung", "exact_match", "target forwards", "items")]
+    for name in methods:
+        if name not in plugins.methods():
+            raise KeyError(f"no method {name!r}; see: stepmark list methods")
+        for task in tasks:
+            if task not in suited:
+                raise ValueError(f"lm-eval scores answers: choose from {', '.join(suited)}")
+            if task not in plugins.methods()[name].tasks:
+                continue
+            for rung in arguments.rung or known[task][1].rungs[-1:]:
+                n = arguments.limit or known[task][1].items(arguments.tier)
+                found = evaluate(name, task, rung, n, arguments.device, arguments.tier)
+                match = found["results"][known[task][1].dataset]["exact_match,answer"]
+                forwards = found["counts"].get("target", 0.0) / n
+                rows.append((task, name, str(rung), f"{match:.3f}", f"{forwards:.1f} per item", str(n)))
+    print(_columns(rows, ""))
     return 0
 
 

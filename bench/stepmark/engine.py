@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -74,7 +75,7 @@ def ray(cells: Iterable[Cell], device: str, timing: bool, address: str | None = 
 
     if not cluster.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        cluster.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        cluster.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     nodes = [node["Resources"].get("CPU", 0.0) for node in cluster.nodes() if node["Alive"]]
     whole = max(1.0, min(nodes))
     gpus = 0 if device == "cpu" else 1

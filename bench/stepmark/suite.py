@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,7 +39,7 @@ class Options:
 
 def check_selection(selection: Selection) -> None:
     """Raise `KeyError` with one line that lists what is known, if a name is not."""
-    known = {
+    known: dict[str, tuple[tuple[str, ...], Collection[str]]] = {
         "method": (selection.methods, plugins.methods()),
         "task": (selection.tasks, plugins.tasks()),
         "track": (selection.tracks, plugins.tracks()),

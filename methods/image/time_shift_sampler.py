@@ -23,7 +23,7 @@ def shifted_timesteps(schedule: Schedule, x: Tensor, n: int, window: int) -> Ten
 
 
 class TimeShiftSampler(Method):
-    """Time-Shift Sampler (TS-DDIM): tell the network the timestep that a sample looks like, not the one it should be at.
+    """Time-Shift Sampler (TS-DDIM): tell the network the timestep that a sample looks like, not the one it is due at.
 
     Errors pile up while sampling, so that x_t is no longer noised as much as the network was trained to expect at t
     (exposure bias). After every step to timestep n the variance of each sample's own pixels is compared with that of

@@ -619,9 +619,10 @@ class SetEncoder(nn.Module):
 class ScoreNetwork(nn.Module):
     """Conditional score of a diffused posterior, grad log p_t(theta | context): [R, d]. 11k parameters for d = 2.
 
-    The output is an MLP's, divided by sqrt(alpha_bar v + 1 - alpha_bar), the scale of a score whose undiffused posterior
-    has variance v (buffer `variance`, set by `fit_score`): near t = 0 the score stays finite, so that sums of many are
-    not swamped by the 1/sigma of a noise-predicting network.
+    s = (sqrt(a) F(theta, t, context) - theta) / (a v + 1 - a) with a = alpha_bar(t), F an MLP and v the variance of an
+    undiffused posterior (buffer `variance`, set by `fit_score`). Were the posterior N(m, v I), F would be m at every t:
+    the network learns a slowly varying function, and near t = 0 its error is not divided by the noise level, as it is in
+    a noise-predicting network; sums of many scores need that.
     """
 
     def __init__(self, parameters: int, context: int = 16, width: int = 64) -> None:
@@ -642,8 +643,8 @@ class ScoreNetwork(nn.Module):
         a = alpha_bar(t)
         ratio = torch.log(a / (1 - a)) / 8
         features = torch.stack([t, ratio, torch.sin(math.pi * t), torch.cos(math.pi * t), torch.cos(3 * math.pi * t)], dim=-1)
-        scale = torch.sqrt(a * self.variance + 1 - a)[:, None]
-        return self.net(torch.cat([theta, context, features], dim=-1)) / scale
+        a = a[:, None]
+        return (a.sqrt() * self.net(torch.cat([theta, context, features], dim=-1)) - theta) / (a * self.variance + 1 - a)
 
 
 def fit_score(

@@ -37,7 +37,7 @@ TASKS = (
         unit="target forwards",
         rungs=(8, 16, 32, 64),
         metrics={"accuracy": "higher", "exact_match": "higher", "first_divergence": "higher", "tokens": "higher"},
-        n=96,
+        n=64,
         batch=8,
         seeds=1,
         smoke_n=2,
@@ -55,7 +55,7 @@ TASKS = (
         unit="target forwards",
         rungs=(4, 8, 16, 32),
         metrics={"accuracy": "higher", "exact_match": "higher", "first_divergence": "higher", "tokens": "higher"},
-        n=96,
+        n=64,
         batch=8,
         seeds=1,
         smoke_n=2,
@@ -73,7 +73,7 @@ TASKS = (
         unit="target forwards",
         rungs=(4, 8, 16, 24),
         metrics={"accuracy": "higher", "exact_match": "higher", "first_divergence": "higher", "tokens": "higher"},
-        n=96,
+        n=64,
         batch=8,
         seeds=1,
         smoke_n=2,
@@ -91,7 +91,7 @@ TASKS = (
         unit="target forwards",
         rungs=(8, 16, 32, 64, 96),
         metrics={"accuracy": "higher", "exact_match": "higher", "first_divergence": "higher", "tokens": "higher"},
-        n=96,
+        n=64,
         batch=8,
         seeds=1,
         smoke_n=2,
@@ -109,7 +109,7 @@ TASKS = (
         unit="target forwards",
         rungs=(8, 16, 32, 64),
         metrics={"accuracy": "higher", "exact_match": "higher", "first_divergence": "higher", "tokens": "higher"},
-        n=96,
+        n=64,
         batch=8,
         seeds=1,
         smoke_n=2,
@@ -127,7 +127,7 @@ TASKS = (
         unit="target forwards",
         rungs=(4, 8, 16, 32),
         metrics={"accuracy": "higher", "exact_match": "higher", "first_divergence": "higher", "tokens": "higher"},
-        n=96,
+        n=64,
         batch=8,
         seeds=1,
         smoke_n=2,
@@ -145,7 +145,7 @@ TASKS = (
         unit="target forwards",
         rungs=(8, 16, 32, 64, 96),
         metrics={"accuracy": "higher", "exact_match": "higher", "first_divergence": "higher", "tokens": "higher"},
-        n=96,
+        n=64,
         batch=8,
         seeds=1,
         smoke_n=2,
@@ -163,7 +163,7 @@ TASKS = (
         unit="target forwards",
         rungs=(8, 16, 32, 64, 96),
         metrics={"accuracy": "higher", "token_bias": "lower", "tokens": "higher"},
-        n=96,
+        n=64,
         batch=8,
         seeds=3,
         smoke_n=2,
@@ -490,45 +490,51 @@ def train_exit_adapter(
     adapter: nn.Module,
     model: nn.Module,
     depth: int,
-    rows: list[tuple[list[int], list[int]]],
-    steps: Iterable[int],
-    length: int,
-    seed: int,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    steps: int,
+    progress: Callable[[Iterable[int], str], Iterable[int]],
 ) -> float:
     """Train an adapter after `depth` layers: cross-entropy between the target's distribution and the early exit's.
 
-    Args:
-        rows: (prompt ids, completion ids); the loss is on completions only. steps: an iterable over `length` steps.
+    The target runs once over each batch; the adapter then learns from the stored states, batch after batch.
 
-    Returns: sum over tokens of min(p, q), the rate of acceptance in sampling, at the last step.
+    Args:
+        batches: (ids, labels), int64 [B, L]; positions with a label below 0 do not count.
+
+    Returns: mean over tokens of sum_v min(p, q), the rate of acceptance in sampling, at the last step.
     """
-    from stepmark.backbones.lm import batches
+    from stepmark.backbones.lm import Muon
 
     target: Any = model
-    device = target.model.embed_tokens.weight.device
-    optimiser = torch.optim.AdamW(adapter.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=length, pct_start=0.1)
-    stream = batches(rows, 1500, seed)
-    overlap = 0.0
-    for _ in steps:
-        ids, labels = (part.to(device) for part in next(stream))
+    stored = []
+    for i in progress(range(len(batches)), "hidden states"):
+        ids, labels = (part.to(target.device) for part in batches[i])
         with torch.no_grad():
             early = target.model.embed_tokens(ids)
-            rotary = target.model.rotary_emb(early, torch.arange(ids.shape[1], device=device)[None])
+            rotary = target.model.rotary_emb(early, torch.arange(ids.shape[1], device=ids.device)[None])
             for layer in target.model.layers[:depth]:
                 early = layer(early, attention_mask=None, position_embeddings=rotary)
             hidden = early
             for layer in target.model.layers[depth:]:
                 hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
             p = target.lm_head(target.model.norm(hidden)[labels >= 0]).softmax(-1)
-        q = target.lm_head(adapter(early, rotary)[labels >= 0]).log_softmax(-1)
-        loss = -(p * q).sum(-1).mean()
-        optimiser.zero_grad()
-        loss.backward()
+        stored.append((early, rotary, labels >= 0, p))
+    optimisers: list[torch.optim.Optimizer] = [
+        Muon([w for w in adapter.parameters() if w.ndim == 2], lr=1e-2),
+        torch.optim.AdamW([w for w in adapter.parameters() if w.ndim != 2], lr=1e-2, weight_decay=0.0),
+    ]
+    overlap = 0.0
+    for step in progress(range(steps), "early-exit adapter"):
+        early, rotary, wanted, p = stored[step % len(stored)]
+        log_q = target.lm_head(adapter(early, rotary)[wanted]).log_softmax(-1)
+        (-(p * log_q).sum(-1).mean()).backward()
         nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        overlap = float(torch.minimum(p, q.detach().exp()).sum(-1).mean())
+        for optimiser in optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = 1e-2 * min(1.0, (step + 1) / 20) * (1 - step / steps)
+            optimiser.step()
+            optimiser.zero_grad()
+        overlap = float(torch.minimum(p, log_q.detach().exp()).sum(-1).mean())
     return overlap
 
 
