@@ -3,8 +3,8 @@
     python bench/speed_image.py [--rung 8] [--batch 1 64] [--rounds 15]
 
 Each pair is compared sample by sample, warmed up, then timed in interleaved rounds with alternating order; printed is
-the ratio of the fastest rounds, theirs / ours (above 1: ours is faster), with the network and with a network that
-costs nothing, which leaves the loop alone. Exits with 1 when a pair disagrees.
+the ratio of the processor seconds of the fastest rounds, theirs / ours (above 1: ours is faster), with the network and
+with a network that costs nothing, which leaves the loop alone. Exits with 1 when a pair disagrees.
 """
 
 from __future__ import annotations
@@ -113,14 +113,14 @@ class Free(nn.Module):
 
 
 def ratio(network: nn.Module, batch: dict[str, Tensor], mine: Loop, peer: Loop, rounds: int) -> float:
-    """Seconds of the peer over mine, each its fastest round: what other load adds only ever makes a round slower."""
+    """Processor seconds of the peer over mine, each in its fastest round: other load only ever makes a round slower."""
     fastest = {"mine": float("inf"), "peer": float("inf")}
     for number in range(rounds + 2):  # two rounds of warm-up
         for name in ("mine", "peer") if number % 2 else ("peer", "mine"):
-            start = time.perf_counter()
+            start = time.process_time()
             (mine if name == "mine" else peer)(network, batch)
             if number >= 2:
-                fastest[name] = min(fastest[name], time.perf_counter() - start)
+                fastest[name] = min(fastest[name], time.process_time() - start)
     return fastest["peer"] / fastest["mine"]
 
 

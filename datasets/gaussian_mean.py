@@ -22,27 +22,32 @@ DATASET = Dataset(
     version=1,
     summary="parameters of a 2-D correlated Gaussian with a normal prior, and sets of i.i.d. observations",
     licence="CC0-1.0",
-    digests={},
+    digests={
+        "train": "3fbd9158ec425adf1777fe6f5ac9e27e509515c13ac196c8cf68b617985fbd75",
+        "test": "fa4989d9e621be010224924e519e40138024b2b3fb62503a9ca0842e325c30d2",
+    },
 )
 BUDGET = 10_000  # simulator calls in each training layout
 LAYOUTS = (1, 5, 10, 30)
 TEST_SETS, TEST_OBSERVATIONS = 256, 100
-# The prior as a mixture of spherical normals, and the covariance of one observation.
+# The prior as a mixture of spherical normals, and the equicorrelated noise of one observation.
 PRIOR_WEIGHTS = (1.0,)
 PRIOR_MEANS = ((0.0, 0.0),)
 PRIOR_STD = 1.0
-NOISE_COVARIANCE = ((1.0, 0.8), (0.8, 1.0))
+NOISE_STD, CORRELATION = 1.0, 0.8
 
 
 def simulate_pairs(count: int, observations: int, seed: int) -> tuple[Tensor, Tensor]:
-    """``count`` draws theta [count, 2] of the prior with ``observations`` draws each, x [count, observations, 2]."""
+    """``count`` draws theta [count, d] of the prior with ``observations`` draws each, x [count, observations, d]."""
     rng = np.random.default_rng(seed)  # numpy: the same bits on every CPU, which torch does not promise
     component = rng.choice(len(PRIOR_WEIGHTS), size=count, p=PRIOR_WEIGHTS)
-    theta = np.array(PRIOR_MEANS)[component] + PRIOR_STD * rng.standard_normal((count, 2))
-    (a, b), (_, d) = NOISE_COVARIANCE
-    first = a**0.5 * rng.standard_normal((count, observations))
-    second = b / a * first + (d - b * b / a) ** 0.5 * rng.standard_normal((count, observations))
-    x = theta[:, None] + np.stack([first, second], axis=-1)
+    theta = np.array(PRIOR_MEANS)[component]
+    theta = theta + PRIOR_STD * rng.standard_normal(theta.shape)
+    d = theta.shape[1]
+    # Equicorrelated noise: a part common to all coordinates and one of each, without a matrix product.
+    common = rng.standard_normal((count, observations, 1))
+    own = rng.standard_normal((count, observations, d))
+    x = theta[:, None] + NOISE_STD * (CORRELATION**0.5 * common + (1 - CORRELATION) ** 0.5 * own)
     return torch.from_numpy(theta.astype(np.float32)), torch.from_numpy(x.astype(np.float32))
 
 

@@ -17,7 +17,10 @@ DATASET = Dataset(
     version=1,
     summary="random designs of a linear-Gaussian simulator with 4 parameters and 6 observables",
     licence="CC0-1.0",
-    digests={},
+    digests={
+        "train": "b9e6c16073f12f0206d1f4fc1633b16ba1a345e29960657af0f3a358832b0d1e",
+        "test": "f69c3513b1fb79b70b6d15cd8a21e7a2d6108a688dc8943321adb8ba0164bc6c",
+    },
 )
 PARAMETERS, OBSERVABLES = 4, 6
 NOISE_STD = 0.5

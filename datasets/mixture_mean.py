@@ -23,27 +23,32 @@ DATASET = Dataset(
     version=1,
     summary="parameters of a wide 2-D Gaussian with a four-mode prior, and sets of i.i.d. observations",
     licence="CC0-1.0",
-    digests={},
+    digests={
+        "train": "88f5bd077fb30b57c1ce44bfa425c5e97865b56140f8cf660f3ed55379406986",
+        "test": "0ff7f2f105508ced60fd6dd5e5a8e7f6b9e3e4ea4eff222da9321ebddccaa1e4",
+    },
 )
 BUDGET = 10_000  # simulator calls in each training layout
 LAYOUTS = (1, 5, 10, 30)
 TEST_SETS, TEST_OBSERVATIONS = 256, 100
-# The prior as a mixture of spherical normals, and the covariance of one observation.
+# The prior as a mixture of spherical normals, and the equicorrelated noise of one observation.
 PRIOR_WEIGHTS = (0.25, 0.25, 0.25, 0.25)
 PRIOR_MEANS = ((-1.8, -1.8), (-1.8, 1.8), (1.8, -1.8), (1.8, 1.8))
 PRIOR_STD = 0.8
-NOISE_COVARIANCE = ((9.0, 0.0), (0.0, 9.0))
+NOISE_STD, CORRELATION = 3.0, 0.0
 
 
 def simulate_pairs(count: int, observations: int, seed: int) -> tuple[Tensor, Tensor]:
-    """``count`` draws theta [count, 2] of the prior with ``observations`` draws each, x [count, observations, 2]."""
+    """``count`` draws theta [count, d] of the prior with ``observations`` draws each, x [count, observations, d]."""
     rng = np.random.default_rng(seed)  # numpy: the same bits on every CPU, which torch does not promise
     component = rng.choice(len(PRIOR_WEIGHTS), size=count, p=PRIOR_WEIGHTS)
-    theta = np.array(PRIOR_MEANS)[component] + PRIOR_STD * rng.standard_normal((count, 2))
-    (a, b), (_, d) = NOISE_COVARIANCE
-    first = a**0.5 * rng.standard_normal((count, observations))
-    second = b / a * first + (d - b * b / a) ** 0.5 * rng.standard_normal((count, observations))
-    x = theta[:, None] + np.stack([first, second], axis=-1)
+    theta = np.array(PRIOR_MEANS)[component]
+    theta = theta + PRIOR_STD * rng.standard_normal(theta.shape)
+    d = theta.shape[1]
+    # Equicorrelated noise: a part common to all coordinates and one of each, without a matrix product.
+    common = rng.standard_normal((count, observations, 1))
+    own = rng.standard_normal((count, observations, d))
+    x = theta[:, None] + NOISE_STD * (CORRELATION**0.5 * common + (1 - CORRELATION) ** 0.5 * own)
     return torch.from_numpy(theta.astype(np.float32)), torch.from_numpy(x.astype(np.float32))
 
 

@@ -30,7 +30,10 @@ DATASET = Dataset(
     version=1,
     summary="222 simulated days of activity and sleep per person, with the exact effect of activity by intervention",
     licence="CC0-1.0",
-    digests={},
+    digests={
+        "train": "ecad289fd498390af0c2619f17e6f40faf36e8b1ab0a3fe6268b6be8b0c5f9b6",
+        "test": "6d79dc394675ee32d01ef88f70a5f8e19165209463f47d9083696f91aff8827f",
+    },
 )
 DAYS = 222
 WARM_UP = 100  # days dropped, so that the series starts in its long-run law

@@ -340,7 +340,8 @@ def _site(arguments: argparse.Namespace) -> int:
 
     results = arguments.results or results_folder(arguments.tier)
     root = plugins.checkout() or Path.cwd()
-    page = site.build(results, arguments.out or root / "build" / "site")
+    tier = None if arguments.tier == "embedded" else arguments.tier
+    page = site.build(results, arguments.out or root / "build" / "site", tier)
     print(f"the site is in {page}")
     return 0
 

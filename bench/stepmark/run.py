@@ -393,7 +393,7 @@ def _time(
             warmup=1,
             min_rounds=2 if smoke else mine.task.rounds,
             min_seconds=0.02 if smoke else mine.task.seconds,
-            max_seconds=2.0 if smoke else 20.0,
+            max_seconds=1.0 if smoke else 8.0,
             setups={name: partial(each.begin, batch, cell.rung, cell.seed) for name, each in benches.items()},
         )
     own = read["method"]

@@ -22,10 +22,10 @@ class ImportanceSampling(Method):
     Source: Rubin 1988 (SIR); Kitagawa 1996 (systematic resampling). Needs the likelihood, which amortised methods do not.
     """
 
-    tasks = ("posterior/gaussian_n30", "posterior/gaussian_n10", "posterior/gaussian_n1", "posterior/mixture_n10")
+    tasks = ("posterior/gaussian_n30", "posterior/gaussian10_n30", "posterior/gaussian_n10", "posterior/gaussian_n1", "posterior/mixture_n10")
 
     def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> Tensor:
-        """Posterior draws [B, DRAWS, 2] for the sets x [B, n, 2]."""
+        """Posterior draws [B, DRAWS, d] for the sets x [B, n, d]."""
         x = batch["x"]
         proposals, log_weights = weighted_proposals(session, x, rung)
         index = systematic_resample(log_weights.softmax(-1), bayes.DRAWS, session.rng)

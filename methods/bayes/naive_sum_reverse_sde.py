@@ -28,15 +28,15 @@ class NaiveSumReverseSDE(Method):
     and draws are kept in the box of +-6 prior standard deviations.
     """
 
-    tasks = ("posterior/gaussian_n30", "posterior/gaussian_n10", "posterior/mixture_n10")
+    tasks = ("posterior/gaussian_n30", "posterior/gaussian10_n30", "posterior/gaussian_n10", "posterior/mixture_n10")
 
     def networks(self, session: Session) -> dict[str, nn.Module]:
         """The score network and its embedding of an observation."""
-        return {"score": bayes.ScoreNetwork(parameters=2), "encoder": bayes.SetEncoder(observables=2)}
+        return bayes.score_networks(session.task)
 
     def prepare(self, session: Session) -> Mapping[str, Tensor]:
         """Denoising score matching on 10 000 pairs (theta, x), as for F-NPSE."""
-        total = session.scale(3_000, 60)
+        total = session.scale(2_000, 60)
         data = session.train
         loss = bayes.fit_score(
             session.networks["score"],
@@ -51,7 +51,7 @@ class NaiveSumReverseSDE(Method):
 
     @torch.no_grad()
     def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> Tensor:
-        """Posterior draws [B, DRAWS, 2] for the sets x [B, n, 2]."""
+        """Posterior draws [B, DRAWS, d] for the sets x [B, n, d]."""
         x = batch["x"]
         b, n, _ = x.shape
         network = session.networks["score"]
@@ -61,7 +61,7 @@ class NaiveSumReverseSDE(Method):
         def composed(theta: Tensor, t: float) -> Tensor:
             return bayes.compose_scores(bayes.set_scores(network, theta, t, context), prior.score(theta), t)
 
-        start = torch.randn(b, bayes.DRAWS, 2, generator=session.rng, device=x.device)
+        start = torch.randn(b, bayes.DRAWS, x.shape[-1], generator=session.rng, device=x.device)
         mean, covariance = prior.moments()
         reach = 6 * float(covariance.diagonal().max()) ** 0.5
         steps = max(1, rung // (bayes.DRAWS * n))

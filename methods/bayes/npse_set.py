@@ -25,15 +25,15 @@ class NPSESet(Method):
     and Ermon 2021, eq. 12. Same network, optimiser and early stopping as the compositional methods.
     """
 
-    tasks = ("posterior/gaussian_n30", "posterior/gaussian_n10", "posterior/gaussian_n1", "posterior/mixture_n10")
+    tasks = ("posterior/gaussian_n30", "posterior/gaussian10_n30", "posterior/gaussian_n10", "posterior/gaussian_n1", "posterior/mixture_n10")
 
     def networks(self, session: Session) -> dict[str, nn.Module]:
         """The score network and the embedding of a set."""
-        return {"score": bayes.ScoreNetwork(parameters=2), "encoder": bayes.SetEncoder(observables=2)}
+        return bayes.score_networks(session.task)
 
     def prepare(self, session: Session) -> Mapping[str, Tensor]:
         """Denoising score matching on 10 000 / n sets of n."""
-        total = session.scale(3_000, 60)
+        total = session.scale(2_000, 60)
         data = session.train
         n = bayes.observations(session.task)
         loss = bayes.fit_score(
@@ -49,12 +49,12 @@ class NPSESet(Method):
 
     @torch.no_grad()
     def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> Tensor:
-        """Posterior draws [B, DRAWS, 2] for the sets x [B, n, 2]."""
+        """Posterior draws [B, DRAWS, d] for the sets x [B, n, d]."""
         x = batch["x"]
         context = session.networks["encoder"](x)[:, None]
         steps = min(200, max(1, rung // bayes.DRAWS))
         times = [max(bayes.T_MIN, (1 - i / steps) ** 2) for i in range(steps + 1)]
-        theta = torch.randn(len(x), bayes.DRAWS, 2, generator=session.rng, device=x.device)
+        theta = torch.randn(len(x), bayes.DRAWS, x.shape[-1], generator=session.rng, device=x.device)
         for t, s in zip(times[:-1], times[1:], strict=True):
             a_t, a_s = bayes.alpha_bar(t), bayes.alpha_bar(s)
             score = bayes.set_scores(session.networks["score"], theta, t, context)[:, :, 0]

@@ -12,7 +12,7 @@ from stepmark.tracks import bayes
 
 
 class TARPUniform(Method):
-    """TARP with reference points that ignore x: uniform on the box of the simulated parameters.
+    """TARP with reference points that ignore x: uniform on the box of the prior.
 
     The plain choice of Lemos et al. 2023, algorithm 2, otherwise the same test as `tarp`. Valid for any estimator, but
     blind to one that ignores x, such as the prior (their section 4.2): then theta*_i and the draws have the same law
@@ -26,6 +26,6 @@ class TARPUniform(Method):
         """Statistic and p-value [B, E] of every estimator on the models design [B, 6, 4]."""
         design = batch["design"]
         theta, x = bayes.simulate_pairs(session.simulators, session.rng, design, rung)
-        low, width = bayes.unit_box(theta)
+        low, width = bayes.unit_box(session.simulators, session.rng)
         reference = low + width * torch.rand(theta.shape, generator=session.rng, device=theta.device)
-        return bayes.ball_test(session.simulators, session.rng, theta, x, design, reference, self.draws)
+        return bayes.ball_test(session.simulators, session.rng, theta, x, design, reference, width, self.draws)

@@ -13,7 +13,7 @@ from stepmark.session import Session
 from stepmark.tracks.decoding import Decoder, draw, speculate
 
 # Tokens drafted per step, by task: about the acceptance length at which a longer draft stops paying in time.
-DRAFTED = {"sums": 8, "words": 4, "hops": 4, "stories": 6}
+DRAFTED = {"sums": 8, "words": 6, "hops": 4, "stories": 8}
 
 
 class Speculative(Method):

@@ -72,8 +72,22 @@ TASKS = (
         unit="model evaluations per 100 draws",
         rungs=(9_600, 32_000, 96_000, 288_000),
         metrics={"mmd": "lower", "sliced_w2": "lower", "mean_error": "lower", "spread_error": "lower"},
-        n=32,
-        batch=8,
+        n=24,
+        batch=4,
+        smoke_n=4,
+        smoke_rungs=(9_600, 32_000),
+    ),
+    Task(
+        id="posterior/gaussian10_n30",
+        version=1,
+        summary="Posterior of a 10-D Gaussian mean from 30 observations; exact posterior Gaussian",
+        dataset="gaussian10_mean",
+        bounded=("score", "log_likelihood", "simulator"),
+        unit="model evaluations per 100 draws",
+        rungs=(9_600, 32_000, 96_000, 288_000),
+        metrics={"mmd": "lower", "sliced_w2": "lower", "mean_error": "lower", "spread_error": "lower"},
+        n=24,
+        batch=4,
         smoke_n=4,
         smoke_rungs=(9_600, 32_000),
     ),
@@ -98,7 +112,7 @@ TASKS = (
         dataset="linear_gaussian",
         bounded=("simulator",),
         unit="simulations",
-        rungs=(50, 100, 200, 500),
+        rungs=(50, 200, 500, 2_000),
         metrics={
             "power": "higher",
             "false_alarm": "lower",
@@ -112,10 +126,10 @@ TASKS = (
             "deviation_blind": "higher",
             "deviation_prior": "higher",
         },
-        n=160,
-        batch=16,
+        n=96,
+        batch=8,
         smoke_n=8,
-        smoke_rungs=(50, 100),
+        smoke_rungs=(50, 200),
     ),
     Task(
         id="effect/wearable",
@@ -255,7 +269,9 @@ def problem(task: Task) -> Problem:
     means = torch.tensor(data.PRIOR_MEANS)
     covariances = data.PRIOR_STD**2 * torch.eye(means.shape[-1]).expand(len(means), -1, -1)
     prior = GaussianMixture(torch.tensor(data.PRIOR_WEIGHTS).log(), means, covariances)
-    return Problem(prior, torch.tensor(data.NOISE_COVARIANCE))
+    d = means.shape[-1]
+    noise = data.NOISE_STD**2 * ((1 - data.CORRELATION) * torch.eye(d) + data.CORRELATION * torch.ones(d, d))
+    return Problem(prior, noise)
 
 
 def observations(task: Task) -> int:
@@ -318,7 +334,7 @@ def score(
     """The metrics of the task over the whole test set, and over each bootstrap row of item indices.
 
     `posterior/*`, each set standardised by the moments of its exact posterior: `mmd` is the root of the mean unbiased
-    squared maximum mean discrepancy (Gaussian kernels of widths 1/2, 1 and 2, averaged; expectations under the exact
+    squared maximum mean discrepancy (Gaussian kernels of widths 1/2, 1 and 2 times sqrt(d/2); expectations under the exact
     posterior in closed form), 0 where the mean is negative; `sliced_w2` the mean 2-Wasserstein distance over 32
     directions; `mean_error` the root mean squared error of the draws' mean; `spread_error` the mean absolute log ratio of
     standard deviations.
@@ -372,10 +388,10 @@ def _posterior_scores(posterior: GaussianMixture, draws: Tensor, resample: np.nd
     }
 
 
-def squared_mmd(points: Tensor, target: GaussianMixture, widths: Iterable[float] = (0.5, 1.0, 2.0)) -> Tensor:
+def squared_mmd(points: Tensor, target: GaussianMixture, widths: tuple[float, ...] = (0.5, 1.0, 2.0)) -> Tensor:
     """Unbiased estimate [B] of the squared MMD between points [B, S, d] and mixtures (leading dimension B).
 
-    Gaussian kernels, averaged over `widths` (Gretton et al. 2012, eq. 3). Only the points are sampled: the kernel's
+    Gaussian kernels, averaged over `widths`, in units of sqrt(d / 2), by which distances grow (Gretton et al. 2012, eq. 3). Only the points are sampled: the kernel's
     expectations under a mixture of Gaussians are Gaussian integrals, E k(x, Y) = sum_k w_k h^d |C_k + h^2 I|^(-1/2)
     exp(-r' (C_k + h^2 I)^(-1) r / 2).
     """
@@ -383,8 +399,7 @@ def squared_mmd(points: Tensor, target: GaussianMixture, widths: Iterable[float]
     eye = torch.eye(d, dtype=points.dtype)
     pairs = torch.cdist(points, points).square()
     total = torch.zeros(len(points), dtype=points.dtype)
-    widths = tuple(widths)
-    for h in widths:
+    for h in (width * math.sqrt(d / 2) for width in widths):
         scale = d * math.log(h) + 0.5 * d * math.log(2 * math.pi)  # turns a normal density into the kernel
         among = torch.exp(-pairs / (2 * h * h)).sum((-1, -2)) - s
         smoothed = GaussianMixture(target.log_weights, target.means, target.covariances + h * h * eye)
@@ -553,22 +568,35 @@ def simulate_pairs(simulators: Mapping[str, Callable[..., Any]], generator: torc
     return theta, x.unflatten(0, (len(design), count))
 
 
-def unit_box(theta: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower corner and width [B, 1, d] of the box that holds theta [B, N, d]."""
-    low = theta.amin(1, keepdim=True)
-    return low, theta.amax(1, keepdim=True) - low
+def unit_box(simulators: Mapping[str, Callable[..., Any]], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Lower corner and width [d] of the box that holds 1000 draws of the prior: what scales a parameter to [0, 1].
+
+    From draws of their own, not from the theta* under test, so that the test stays exact.
+    """
+    draws = simulators["prior"]((1_000,), generator)
+    low = draws.amin(0)
+    return low, draws.amax(0) - low
 
 
 def ball_test(
-    simulators: Mapping[str, Callable[..., Any]], generator: torch.Generator, theta: Tensor, x: Tensor, design: Tensor, reference: Tensor, draws: int
+    simulators: Mapping[str, Callable[..., Any]],
+    generator: torch.Generator,
+    theta: Tensor,
+    x: Tensor,
+    design: Tensor,
+    reference: Tensor,
+    width: Tensor,
+    draws: int,
 ) -> dict[str, Tensor]:
-    """The TARP test of every estimator with reference points [B, N, d]."""
-    _, width = unit_box(theta)
+    """Test every estimator by the mass of balls around reference [B, N, d] that reach to theta [B, N, d] (see `tarp`).
+
+    Distances are Euclidean in units of width [d]. Returns statistic and p-value [B, len(ESTIMATORS)].
+    """
     radius = ((theta - reference) / width).norm(dim=-1, keepdim=True)
     statistics, p_values = [], []
     for name in ESTIMATORS:
         samples = simulators["estimator"](x, design, name, draws, generator)
-        inside = (((samples - reference[:, :, None]) / width[:, :, None]).norm(dim=-1) < radius).sum(-1)
+        inside = (((samples - reference[:, :, None]) / width).norm(dim=-1) < radius).sum(-1)
         jitter = torch.rand(inside.shape, generator=generator, device=theta.device)
         statistic, p_value = uniformity((inside + jitter) / (draws + 1))
         statistics.append(statistic)
@@ -595,13 +623,19 @@ def alpha_bar(t: Any) -> Any:
     return torch.exp(-integral) if isinstance(t, Tensor) else math.exp(-integral)
 
 
+def score_networks(task: Task) -> dict[str, nn.Module]:
+    """A score network and an encoder of observations for a `posterior/*` task, untrained."""
+    d = problem(task).noise.shape[0]
+    return {"score": ScoreNetwork(parameters=d), "encoder": SetEncoder(observables=d)}
+
+
 class SetEncoder(nn.Module):
     """Permutation-invariant embedding of a set of observations (deep set): x [R, m, D], size [R] -> [R, width].
 
     Mean over the first `size` elements of a learned feature, beside the logarithm of the size. 2.7k parameters.
     """
 
-    def __init__(self, observables: int, width: int = 16) -> None:
+    def __init__(self, observables: int, width: int = 24) -> None:
         super().__init__()
         self.feature = nn.Sequential(nn.Linear(observables, 48), nn.SiLU(), nn.Linear(48, 48), nn.SiLU(), nn.Linear(48, width - 1))
         self.register_buffer("mean", torch.zeros(observables))
@@ -625,7 +659,7 @@ class ScoreNetwork(nn.Module):
     a noise-predicting network; sums of many scores need that.
     """
 
-    def __init__(self, parameters: int, context: int = 16, width: int = 64) -> None:
+    def __init__(self, parameters: int, context: int = 24, width: int = 64) -> None:
         super().__init__()
         self.net = nn.Sequential(
             nn.Linear(parameters + context + 5, width),
@@ -657,7 +691,7 @@ def fit_score(
     total: int,
     random_size: bool = False,
     batch: int = 256,
-    rate: float = 3e-3,
+    rate: float = 2e-3,
 ) -> float:
     """Train both networks in place by denoising score matching on theta [N, d], x [N, m, D]; returns the best loss.
 

@@ -1,0 +1,196 @@
+"""Draft & Verify: the target drafts with some of its sub-layers skipped (Zhang et al., ACL 2024)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import norm
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import Matern
+from torch import Tensor, nn
+
+from stepmark.backbones.lm import encode
+from stepmark.method import Claim, Method, Paper
+from stepmark.session import Session
+from stepmark.tracks.decoding import Decoder, draw, speculate
+
+DRAFTED = 12  # tokens drafted at most
+GAMMA, ALPHA, EPSILON, BETA_1, BETA_2 = 0.6, 0.9, 0.01, 0.5, 0.9  # exit threshold at the start, and its adaptation
+
+
+class SelfSpeculativeDecoding(Method):
+    """Self-speculative decoding: draft with a part of the target's own sub-layers, verify with all of them.
+
+    z in {0, 1}^(2 L) marks the attention and MLP sub-layers that drafting skips (h passes them by unchanged). It is
+    found offline by Bayesian optimisation, equation 3: z* = argmin f(z), f the cost per token on calibration prompts,
+    with a Gaussian process (Matern 5/2) on f and expected improvement.
+
+    A step drafts one token after another until the draft's greatest probability falls below gamma (equation 5), then
+    runs the whole target once over the drafted tokens (algorithm 1). The longest agreeing prefix is kept, in sampling
+    by the rule of speculative sampling, and the output is the target's own. Verification writes the keys and values of
+    all layers over those that drafting left. gamma follows the rate of acceptance AR (equation 6):
+
+        AR <- beta1 AR + (1 - beta1) AR_step
+        gamma <- beta2 gamma + (1 - beta2) (gamma + epsilon if AR < alpha else gamma - epsilon)
+
+    Differs from the paper: f is not wall time but a count, so that the search can be repeated bit for bit: evaluations
+    of the target per token, as the budget counts them. There a layer counts whole once one of its two sub-layers runs,
+    so that masks pay that skip both; candidates therefore include flips of whole layers. gamma starts anew with
+    every prompt.
+    """
+
+    paper = Paper(
+        id="self_speculative_decoding",
+        title="Draft & Verify: Lossless Large Language Model Acceleration via Self-Speculative Decoding",
+        authors="Jun Zhang, Jue Wang, Huan Li, Lidan Shou, Ke Chen, Gang Chen, Sharad Mehrotra",
+        year=2024,
+        arxiv="2309.08168",
+        code="dilab-zju/self-speculative-decoding",
+    )
+    tasks = ("greedy/sums_deep", "greedy/words_deep", "greedy/stories_deep")
+    baselines = ("autoregressive", "speculative")
+    claims = (
+        Claim(
+            "exact_match[self_speculative_decoding,64] >= 1 and "
+            "target_layer_evaluations[self_speculative_decoding,64] < target_layer_evaluations[autoregressive,64]",
+            says="the output is greedy decoding's, in fewer layer evaluations, without training and without a draft model",
+        ),
+        Claim(
+            "exact_match[self_speculative_decoding,96] >= 1 and "
+            "target_layer_evaluations[self_speculative_decoding,96] < target_layer_evaluations[autoregressive,96]",
+            says="the same on stories",
+            task="greedy/stories_deep",
+        ),
+        Claim(
+            "latency_ms[self_speculative_decoding,64] <= 0.75 * latency_ms[autoregressive,64]",
+            says="decoding takes at most three quarters of the time (the paper's 1.3 to 1.7 times the speed)",
+        ),
+    )
+
+    def prepare(self, session: Session) -> dict[str, Tensor]:
+        """Search the mask on the first prompts of the train split. {"skipped": bool [L, 2]: attention, MLP}."""
+        model = session.networks["target"]
+        prompts = [encode(text) for text in session.train["prompt"][: session.scale(8, 1)]]
+        room = session.scale(32, 6)
+        rng = np.random.default_rng(session.seed)
+
+        def cost(skipped: np.ndarray) -> float:
+            mask = torch.from_numpy(skipped).view(-1, 2)
+            written, spent = 0, 0.0
+            with torch.no_grad():
+                for prompt in prompts:
+                    target = Decoder(model, len(prompt) + room)
+                    written += len(self.decode(target, prompt, room, 0.0, float("inf"), mask, session.rng))
+                    spent += target.spent
+            return spent / written
+
+        tries = session.progress(range(session.scale(80, 3)), "skipped sub-layers")
+        return {"skipped": torch.from_numpy(self.search(cost, len(model.model.layers), tries, rng)).view(-1, 2)}
+
+    def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
+        """New token ids per prompt."""
+        outputs = []
+        for prompt, room, temperature in zip(
+            batch["prompt"], batch["max_new_tokens"], batch["temperature"], strict=True
+        ):
+            target = Decoder(session.networks["target"], len(prompt) + room)
+            outputs.append(self.decode(target, prompt, room, temperature, rung, session.state["skipped"], session.rng))
+        return outputs
+
+    def decode(
+        self,
+        target: Decoder,
+        prompt: Sequence[int],
+        room: int,
+        temperature: float,
+        budget: float,
+        skipped: Tensor,
+        rng: torch.Generator,
+    ) -> list[int]:
+        """New token ids for one prompt in at most `budget` evaluations, drafting without the sub-layers `skipped`."""
+        gamma, rate, before, drafted = GAMMA, 0.0, 0, 0
+
+        def propose(tokens: list[int], most: int) -> tuple[list[int], Tensor | None]:
+            nonlocal gamma, rate, before, drafted
+            if drafted:
+                gamma, rate = self.adapted(gamma, rate, (len(tokens) - before - 1) / drafted)
+            text, q = [tokens[-1]], []
+            with self.skipping(target.layers, skipped) as layers:
+                share = len(layers) / len(target.layers)
+                while len(text) <= min(DRAFTED, most) and target.spent + share + 1 <= budget:
+                    hidden = target.run(target.embed(text[-1:]), target.length + len(text) - 1, layers)
+                    logits = target.logits(hidden)[0].double()
+                    if temperature == 0:
+                        text.append(int(logits.argmax()))
+                    else:
+                        q.append((logits / temperature).softmax(-1))
+                        text.append(draw(q[-1], float(torch.rand((), generator=rng, device=target.device))))
+                    if text[-1] == target.eos or float(logits.softmax(-1).max()) < gamma:
+                        break
+            before, drafted = len(tokens), len(text) - 1
+            return text[1:], torch.stack(q) if q else None
+
+        return speculate(target, prompt, room, budget, temperature, propose, rng)
+
+    @staticmethod
+    def adapted(gamma: float, rate: float, now: float) -> tuple[float, float]:
+        """Exit threshold and rate of acceptance after a step in which the share `now` of the draft was kept."""
+        rate = BETA_1 * rate + (1 - BETA_1) * now
+        aim = gamma + EPSILON if rate < ALPHA else gamma - EPSILON
+        return BETA_2 * gamma + (1 - BETA_2) * aim, rate
+
+    @staticmethod
+    @contextlib.contextmanager
+    def skipping(layers: Sequence[nn.Module], skipped: Tensor) -> Iterator[list[nn.Module]]:
+        """Take the sub-layers marked in `skipped` [L, 2] out while inside; yields the layers of which one is left."""
+        parts = [(layer.self_attn, layer.mlp) for layer in layers]
+        marks = skipped.tolist()
+        try:
+            for layer, (no_attention, no_mlp) in zip(layers, marks, strict=True):
+                if no_attention != no_mlp:
+                    setattr(layer, "self_attn" if no_attention else "mlp", Nothing(no_attention))
+            yield [layer for layer, mark in zip(layers, marks, strict=True) if not all(mark)]
+        finally:
+            for layer, (attention, mlp) in zip(layers, parts, strict=True):
+                layer.self_attn, layer.mlp = attention, mlp
+
+    @staticmethod
+    def search(
+        cost: Callable[[np.ndarray], float], layers: int, tries: Iterator[int], rng: np.random.Generator
+    ) -> np.ndarray:
+        """The cheapest mask found, bool [2 layers]: Bayesian optimisation, one evaluation of `cost` per try."""
+        size = 2 * layers
+        masks = [np.zeros(size, bool), np.arange(size) // 2 % 2 == 1, rng.random(size) < 0.25, rng.random(size) < 0.5]
+        costs = [cost(mask) for mask in masks]
+        process = GaussianProcessRegressor(Matern(np.sqrt(size) / 2, "fixed", nu=2.5), alpha=1e-2, normalize_y=True)
+        for _ in tries:
+            near = [masks[i] for i in np.argsort(costs, kind="stable")[:4] for _ in range(64)]
+            flips = rng.random((len(near), size)) < 1.5 / size
+            whole = np.repeat(rng.random((len(near), layers)) < 1.5 / layers, 2, axis=1)
+            flips = np.where(rng.random((len(near), 1)) < 0.5, flips, whole)
+            candidates = np.unique(np.stack(near) ^ flips, axis=0)
+            candidates = candidates[[not any((c == mask).all() for mask in masks) for c in candidates]]
+            process.fit(np.stack(masks).astype(float), np.array(costs))
+            mean, deviation = process.predict(candidates.astype(float), return_std=True)
+            better = min(costs) - mean
+            gain = better * norm.cdf(better / deviation) + deviation * norm.pdf(better / deviation)
+            masks.append(candidates[int(gain.argmax())])
+            costs.append(cost(masks[-1]))
+        return masks[int(np.argmin(costs))]
+
+
+class Nothing(nn.Module):
+    """A sub-layer that adds nothing to the residual stream."""
+
+    def __init__(self, attention: bool) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> Any:
+        """Zeros; with no attention weights beside them where attention's place is taken."""
+        nothing = torch.zeros_like(hidden_states)
+        return (nothing, None) if self.attention else nothing
