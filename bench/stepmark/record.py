@@ -167,8 +167,8 @@ def read(path: Path) -> Iterator[Record]:
     try:
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise RecordError(f"{path}:{line}: not UTF-8 text") from None
+        place = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise RecordError(f"{path}:{place}: not UTF-8 text") from None
     lines = text.split("\n")
     for number, line in enumerate(lines[:-1], start=1):
         if line.strip():

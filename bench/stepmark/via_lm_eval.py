@@ -77,13 +77,13 @@ class StepmarkLM(LM):
 
 def local_task(dataset: str, n: int) -> dict[str, Any]:
     """lm-eval's description of a workload: its first `n` test questions, answered by generation, exact match."""
-    import datasets
+    from datasets import Dataset  # type: ignore[attr-defined]  # Hugging Face's, not our folder of that name
 
     data = load_split(dataset, "test")
     rows = [{"prompt": p, "answer": a} for p, a in zip(data["prompt"][:n], data["answer"][:n], strict=True)]
     return {
         "task": dataset,
-        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(rows)},
+        "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
         "test_split": "test",
         "output_type": "generate_until",
         "doc_to_text": "{{prompt}}",
