@@ -467,8 +467,8 @@ def test_reflow_learns_the_coupling_of_a_curved_flow():
     t = np.linspace(0, 1, 10001)
     path = end + t * (1 - end)
     expected = (1 - end) * path.mean() / (path**2).mean()
-    assert session.networks["student"].a.item() == pytest.approx(expected, abs=0.01)
-    assert abs(expected - 1.5) > 0.05
+    assert session.networks["student"].a.item() == pytest.approx(expected, abs=0.02)
+    assert abs(expected - 1.5) > 0.3
 
 
 def test_normalised_loss_is_free_of_scale():

@@ -86,7 +86,7 @@ class CompositionalScoreSBI(Method):
         network = session.networks["score"]
         prior = bayes.problem(session.task).prior.to(x.device)
         context = session.networks["encoder"](x.reshape(b * n, 1, -1)).reshape(b, n, -1)
-        times, sizes, repeats = bayes.bridging_schedule(rung // (bayes.DRAWS * n), float(network.variance), n)
+        times, sizes, repeats = bayes.bridging_schedule(rung // (bayes.DRAWS * n), network.variance, n)
 
         def bridging_score(theta: Tensor, t: float) -> Tensor:
             return bayes.compose_scores(bayes.set_scores(network, theta, t, context), prior.score(theta), t)

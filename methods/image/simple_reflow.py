@@ -100,7 +100,7 @@ class SimpleReflow(Method):
 
     pairs, solver_steps, batch, steps, rate = 6000, 10, 64, 1000, 1e-3  # the budget of plain ReFlow
     mix = (0.5, 0.25, 0.25)  # shares of backward, forward and projected pairs in a batch
-    time_base, emphasis, kappa = 10.0, 1.0, 4.0
+    time_base, emphasis, kappa = 10.0, 1.0, 8.0
 
     def networks(self, session: Session) -> dict[str, nn.Module]:
         return {"student": session.clone("teacher")}

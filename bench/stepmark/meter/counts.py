@@ -112,9 +112,7 @@ def shape_of(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, int]:
     return 1, 1
 
 
-def _intercept(
-    ledger: Ledger, module: nn.Module, before: Callable[[tuple[Any, ...], dict[str, Any]], None]
-) -> None:
+def _intercept(ledger: Ledger, module: nn.Module, before: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> None:
     original = type(module).forward
 
     @functools.wraps(original)

@@ -653,10 +653,11 @@ class SetEncoder(nn.Module):
 class ScoreNetwork(nn.Module):
     """Conditional score of a diffused posterior, grad log p_t(theta | context): [R, d]. 11k parameters for d = 2.
 
-    s = (sqrt(a) F(theta, t, context) - theta) / (a v + 1 - a) with a = alpha_bar(t), F an MLP and v the variance of an
-    undiffused posterior (buffer `variance`, set by `fit_score`). Were the posterior N(m, v I), F would be m at every t:
-    the network learns a slowly varying function, and near t = 0 its error is not divided by the noise level, as it is in
-    a noise-predicting network; sums of many scores need that.
+    s = (a V + (1 - a) I)^(-1) (sqrt(a) F(theta, t, context) - theta) with a = alpha_bar(t), F an MLP and V the covariance
+    of an undiffused posterior, roughly: that of the residuals of a linear regression (buffers `variances` and `basis`, its
+    eigenvalues and vectors, set by `fit_score`). Were the posterior N(m, V), F would be m at every t: the network learns a
+    slowly varying function, and near t = 0 its error is not divided by the noise level, as it is in a noise-predicting
+    network; sums of many scores need that.
     """
 
     def __init__(self, parameters: int, context: int = 24, width: int = 64) -> None:
@@ -670,7 +671,8 @@ class ScoreNetwork(nn.Module):
             nn.SiLU(),
             nn.Linear(width, parameters),
         )
-        self.register_buffer("variance", torch.ones(()))
+        self.register_buffer("variances", torch.ones(parameters))
+        self.register_buffer("basis", torch.eye(parameters))
 
     def forward(self, theta: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """theta [R, d], t [R] in (0, 1], context [R, c]."""
@@ -678,7 +680,14 @@ class ScoreNetwork(nn.Module):
         ratio = torch.log(a / (1 - a)) / 8
         features = torch.stack([t, ratio, torch.sin(math.pi * t), torch.cos(math.pi * t), torch.cos(3 * math.pi * t)], dim=-1)
         a = a[:, None]
-        return (a.sqrt() * self.net(torch.cat([theta, context, features], dim=-1)) - theta) / (a * self.variance + 1 - a)
+        gap = a.sqrt() * self.net(torch.cat([theta, context, features], dim=-1)) - theta
+        return (gap @ self.basis / (a * self.variances + 1 - a)) @ self.basis.mT
+
+    @property
+    def variance(self) -> float:
+        """Mean variance of a parameter under an undiffused posterior."""
+        return float(self.variances.mean())
+
 
 
 def fit_score(
@@ -706,7 +715,9 @@ def fit_score(
     flat = x.flatten(0, 1)
     encoder.mean.copy_(flat.mean(0))
     encoder.std.copy_(flat.std(0))
-    score_network.variance.copy_(_residual_variance(theta, x.mean(1)))
+    variances, basis = torch.linalg.eigh(_residual_covariance(theta, x.mean(1)))
+    score_network.variances.copy_(variances)
+    score_network.basis.copy_(basis)
     held = max(8, len(theta) // 10)
     train_theta, train_x, test_theta, test_x = theta[held:], x[held:], theta[:held], x[:held]
     parameters = [*score_network.parameters(), *encoder.parameters()]
@@ -763,12 +774,12 @@ def _assign(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
         parameter.copy_(value)
 
 
-def _residual_variance(theta: Tensor, summary: Tensor) -> Tensor:
-    """Mean variance left in theta [N, d] after linear regression on summary [N, D]: a posterior variance, roughly."""
+def _residual_covariance(theta: Tensor, summary: Tensor) -> Tensor:
+    """Covariance left in theta [N, d] after linear regression on summary [N, D]: a posterior covariance, roughly."""
     design = torch.cat([summary, torch.ones_like(summary[:, :1])], dim=-1).double().cpu()
     target = theta.double().cpu()
-    fitted = design @ torch.linalg.lstsq(design, target).solution
-    return ((target - fitted).square().sum(0) / (len(theta) - design.shape[1])).mean().to(theta)
+    residual = target - design @ torch.linalg.lstsq(design, target).solution
+    return (residual.mT @ residual / (len(theta) - design.shape[1])).to(theta)
 
 
 def compose_scores(scores: Tensor, prior_score: Tensor, t: float) -> Tensor:

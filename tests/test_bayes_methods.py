@@ -1,0 +1,450 @@
+"""Methods of track bayes: each proof fails for a wrong implementation of the paper, and every method keeps the contract."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from stepmark.datasets import wearable
+from torch import Tensor, nn
+
+from stepmark import plugins
+from stepmark import run as runs
+from stepmark.method import Method
+from stepmark.task import load_split
+from stepmark.tracks import bayes
+
+TASKS = {task.id: task for task in bayes.TASKS}
+CPU = torch.device("cpu")
+METHODS = {name: info for name, info in plugins.methods().items() if info.track == "bayes"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def method(name: str) -> Method:
+    return plugins.load_class(METHODS[name])()
+
+
+def module(name: str) -> Any:
+    return importlib.import_module(f"stepmark.methods.bayes.{name}")
+
+
+def session(task: str, seed: int = 0, **networks: nn.Module) -> Any:
+    """What `run` needs of a session, with uncounted handles."""
+    return SimpleNamespace(
+        task=TASKS[task],
+        rng=generator(seed),
+        seed=seed,
+        device=CPU,
+        networks=networks,
+        simulators=bayes.handles(TASKS[task], CPU),
+    )
+
+
+def quality(task: str, batch: dict[str, Tensor], draws: Tensor) -> dict[str, float]:
+    bayes.check(TASKS[task], batch, draws)
+    count = len(draws)
+    return {k: v.value for k, v in bayes.score(TASKS[task], batch, draws, {}, np.arange(count)[None]).items()}
+
+
+# Compositional scores -----------------------------------------------------------------------------------------------------
+
+
+class Observations(nn.Module):
+    """Stands in for the encoder: the context is the set itself, flattened."""
+
+    def forward(self, x: Tensor, size: Tensor | None = None) -> Tensor:
+        assert size is None or bool((size == x.shape[1]).all())
+        return x.flatten(1)
+
+
+class ExactScore(nn.Module):
+    """Stands in for the network: the exact score of the diffused posterior of the set in the context."""
+
+    def __init__(self, task: str) -> None:
+        super().__init__()
+        self.model = bayes.problem(TASKS[task])
+        self.d = self.model.noise.shape[0]
+        data = load_split(TASKS[task].dataset, "train")
+        self.variance = float(bayes._residual_covariance(data["theta_1"], data["x_1"].mean(1)).diagonal().mean())
+
+    def forward(self, theta: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        # The posterior of a set is worked out once, not for every draw: rows come in blocks of equal contexts.
+        unique, back = torch.unique(context, dim=0, return_inverse=True)
+        law = self.model.posterior(unique.unflatten(1, (-1, self.d))).diffused(float(t[0]))
+        rows = bayes.GaussianMixture(law.log_weights[back], law.means[back], law.covariances[back])
+        return rows.score(theta.double()).to(theta)
+
+
+def exact_run(name: str, task: str, rung: int, sets: int = 6, seed: int = 0) -> dict[str, float]:
+    """Scores of a method's `run` with exact scores in place of its networks."""
+    batch = bayes.inputs(TASKS[task], sets, generator(seed + 1), CPU)
+    context = session(task, seed, score=ExactScore(task), encoder=Observations())
+    return quality(task, batch, method(name).run(context, batch, rung))
+
+
+@pytest.mark.parametrize("task", ["posterior/gaussian_n10", "posterior/mixture_n10", "posterior/gaussian10_n30"])
+@pytest.mark.parametrize("subset", [1, 5])
+def test_bridging_score_is_the_posteriors_at_zero(task: str, subset: int) -> None:
+    """(1 - K) grad log p + sum of the subsets' scores equals the exact score of all observations; at T it is -K theta."""
+    batch = bayes.inputs(TASKS[task], 4, generator(), CPU)
+    model = bayes.problem(TASKS[task])
+    x = batch["x"]
+    n, d = x.shape[1:]
+    context = x.reshape(4, n // subset, subset * d).double()
+    posterior = model.posterior(x)
+    theta = posterior.sample(7, generator(1))
+    prior = model.prior.to(torch.float64).score(theta)
+    exact = torch.stack([posterior.score(theta[:, s]) for s in range(7)], dim=1)
+
+    class Undiffused(ExactScore):
+        def forward(self, theta: Tensor, t: Tensor, context: Tensor) -> Tensor:
+            law = self.model.posterior(context.unflatten(1, (-1, self.d)))
+            return law.score(theta)
+
+    scores = bayes.set_scores(Undiffused(task), theta, 0.0, context)
+    assert torch.allclose(bayes.compose_scores(scores, prior, 0.0), exact, atol=1e-6, rtol=1e-5)
+    late = bayes.set_scores(ExactScore(task), theta, 1.0, context)
+    assert torch.allclose(bayes.compose_scores(late, prior, 1.0), -(n // subset) * theta, atol=0.1 * n)
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "rung"),
+    [
+        ("compositional_score_sbi", "posterior/gaussian_n30", 600_000),
+        ("compositional_score_sbi", "posterior/mixture_n10", 200_000),
+        ("compositional_score_sbi_partial", "posterior/gaussian_n30", 120_000),
+    ],
+)
+def test_langevin_with_exact_scores_reaches_the_posterior(name: str, task: str, rung: int) -> None:
+    found = exact_run(name, task, rung)
+    assert found["mmd"] < 0.09 and found["mean_error"] < 0.22 and found["spread_error"] < 0.13, found
+
+
+def test_reverse_sde_with_summed_exact_scores_does_not() -> None:
+    """However many steps: about half the variance is left. The integrator is not to blame: one factor comes out right."""
+    few, many = (exact_run("naive_sum_reverse_sde", "posterior/gaussian_n30", 3_000 * steps) for steps in (200, 500))
+    langevin = exact_run("compositional_score_sbi", "posterior/gaussian_n30", 600_000)
+    for found in (few, many):
+        assert found["spread_error"] > 0.2 and found["spread_error"] > 2 * langevin["spread_error"], found
+        assert found["mmd"] > 1.5 * langevin["mmd"] and found["mmd"] > 0.1, (found, langevin)
+
+    task = "posterior/gaussian_n1"
+    batch = bayes.inputs(TASKS[task], 24, generator(), CPU)
+    exact, context = ExactScore(task), batch["x"]
+    alone = module("naive_sum_reverse_sde").reverse_sde(
+        lambda theta, t: bayes.set_scores(exact, theta, t, context)[:, :, 0],
+        torch.randn(24, bayes.DRAWS, 2, generator=generator(1)),
+        300,
+        exact.variance,
+        1,
+        6.0,
+        generator(2),
+    )
+    assert quality(task, batch, alone)["spread_error"] < 0.11
+    assert quality(task, batch, alone)["mmd"] < 0.06
+
+
+@pytest.mark.parametrize("task", ["posterior/gaussian_n30", "posterior/mixture_n10"])
+def test_reverse_diffusion_with_the_exact_set_score_reaches_the_posterior(task: str) -> None:
+    found = exact_run("npse_set", task, 20_000, sets=16)
+    assert found["mmd"] < 0.07 and found["mean_error"] < 0.18 and found["spread_error"] < 0.13, found
+
+
+def test_a_wrong_prior_correction_is_noticed() -> None:
+    """Leaving the (1 - n) prior term out counts the prior n times: the proof above can fail."""
+    task = "posterior/gaussian_n30"
+    batch = bayes.inputs(TASKS[task], 6, generator(1), CPU)
+    exact = ExactScore(task)
+    times, sizes, repeats = bayes.bridging_schedule(200, exact.variance, 30)
+    draws = bayes.annealed_langevin(
+        lambda theta, t: bayes.set_scores(exact, theta, t, batch["x"]).sum(2),
+        torch.randn(6, bayes.DRAWS, 2, generator=generator(2)) / 30**0.5,
+        times,
+        sizes,
+        repeats,
+        generator(3),
+    )
+    found = quality(task, batch, draws)
+    assert found["mmd"] > 0.15 and found["mean_error"] > 0.4, found
+
+
+def test_schedules_keep_to_their_steps() -> None:
+    for steps in (1, 3, 32, 96, 960):
+        times, sizes, repeats = bayes.bridging_schedule(steps, 0.4, 30)
+        assert len(times) == len(sizes) and len(times) * repeats <= steps < (len(times) + 1) * repeats
+        assert times == sorted(times, reverse=True) and min(times) >= bayes.T_MIN
+        assert all(0 < size <= 0.7 / 30 for size in sizes)
+        end = 1 - bayes.alpha_bar(times[-1])
+        assert end == pytest.approx(0.02 * 0.4, rel=1e-6)
+
+
+# Monte Carlo baselines ----------------------------------------------------------------------------------------------------
+
+
+def test_importance_weights_estimate_the_evidence_without_bias() -> None:
+    """Mean of the weights over many batches of 20 proposals, against log p(theta) + log p(x | theta) - log p(theta | x)."""
+    task = "posterior/mixture_n10"
+    x = bayes.inputs(TASKS[task], 1, generator(), CPU)["x"]
+    model = bayes.problem(TASKS[task])
+    theta = torch.zeros(1, 2, dtype=torch.float64)
+    log_likelihood = model.log_likelihood(theta.expand(10, 2), x[0].double()).sum()
+    prior = model.prior.to(torch.float64).log_prob(theta)
+    evidence = float(prior + log_likelihood - model.posterior(x).log_prob(theta))
+    _, log_weights = module("importance_sampling").weighted_proposals(session(task), x.expand(4_000, -1, -1), 200)
+    estimates = (log_weights.double() - evidence).exp().mean(-1)
+    assert log_weights.shape == (4_000, 20)
+    assert abs(float(estimates.mean()) - 1) < 4 * float(estimates.std()) / 4_000**0.5
+    assert float(estimates.std()) > 0.1
+
+
+def test_systematic_resampling_keeps_expected_counts() -> None:
+    weights = torch.tensor([[0.503, 0.297, 0.2, 0.0], [0.0, 0.0, 1.0, 0.0]])
+    index = module("importance_sampling").systematic_resample(weights, 100, generator())
+    counts = torch.stack([row.bincount(minlength=4) for row in index])
+    assert bool(((counts - 100 * weights).abs() < 1).all())
+    assert not torch.equal(index[0], index[0].sort().values)
+
+
+@pytest.mark.parametrize("name", ["importance_sampling", "rejection"])
+def test_exact_samplers_reach_the_posterior_with_budget(name: str) -> None:
+    task = "posterior/mixture_n10"
+    batch = bayes.inputs(TASKS[task], 12, generator(), CPU)
+    found = [quality(task, batch, method(name).run(session(task), batch, rung)) for rung in (1_000, 60_000)]
+    assert found[1]["mmd"] < 0.07 and found[1]["mean_error"] < 0.16, found[1]
+    assert found[0]["mmd"] > 2 * found[1]["mmd"]
+
+
+def test_rejection_accepts_at_the_rate_and_with_the_law_of_the_posterior() -> None:
+    """Pooled over copies of one data set: marginals pass a Kolmogorov-Smirnov test against exact draws."""
+    task = "posterior/gaussian_n1"
+    x = bayes.inputs(TASKS[task], 1, generator(4), CPU)["x"].expand(30, -1, -1)
+    draws = method("rejection").run(session(task), {"x": x}, 3_000)
+    exact = bayes.problem(TASKS[task]).posterior(x[:1]).sample(3_000, generator(5))[0]
+    pooled = draws.flatten(0, 1)
+    for direction in (torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), torch.tensor([1.0, -1.0])):
+        p = stats.ks_2samp((pooled @ direction).numpy(), (exact.float() @ direction).numpy()).pvalue
+        assert p > 0.01
+    assert len(pooled.unique(dim=0)) == 3_000  # budget enough: nothing repeated
+
+
+def test_abc_narrows_with_the_budget() -> None:
+    task = "posterior/gaussian_n10"
+    batch = bayes.inputs(TASKS[task], 8, generator(), CPU)
+    coarse, fine = (
+        quality(task, batch, method("abc_rejection").run(session(task), batch, rung)) for rung in (3_200, 96_000)
+    )
+    assert fine["mmd"] < 0.6 * coarse["mmd"] and fine["mean_error"] < 0.5 * coarse["mean_error"]
+
+
+# Coverage tests -----------------------------------------------------------------------------------------------------------
+
+
+def rejections(name: str, simulations: int, models: int, seed: int = 0) -> dict[str, float]:
+    task = "coverage/linear_gaussian"
+    batch = bayes.inputs(TASKS[task], models, generator(seed), CPU)
+    outputs = method(name).run(session(task, seed), batch, simulations)
+    bayes.check(TASKS[task], batch, outputs)
+    return dict(zip(bayes.ESTIMATORS, (outputs["p_value"] <= 0.05).double().mean(0).tolist(), strict=True))
+
+
+REFERENCES: dict[str, Callable[[Tensor, Tensor, torch.Generator], Tensor]] = {
+    "a point": lambda theta, x, rng: torch.full_like(theta, 0.7),
+    "far away": lambda theta, x, rng: torch.full_like(theta, 40.0),
+    "a function of x": lambda theta, x, rng: x[..., :4].sin() * 3,
+    "random": lambda theta, x, rng: torch.randn(theta.shape, generator=rng),
+}
+
+
+def p_values(reference_of: Callable[[Tensor, Tensor, torch.Generator], Tensor], seed: int = 0) -> Tensor:
+    """TARP's p-values [64, E] for 200 simulations each."""
+    task = TASKS["coverage/linear_gaussian"]
+    rng, calls = generator(seed), bayes.handles(task, CPU)
+    design = bayes.inputs(task, 64, rng, CPU)["design"]
+    theta, x = bayes.simulate_pairs(calls, rng, design, 200)
+    reference = reference_of(theta, x, rng)
+    return bayes.ball_test(calls, rng, theta, x, design, reference, torch.ones(4), 49)["p_value"]
+
+
+@pytest.mark.parametrize("name", list(REFERENCES))
+def test_expected_coverage_of_the_exact_posterior_is_uniform_for_any_reference(name: str) -> None:
+    """p-values of many repetitions are themselves uniform: ECP(c) = c whatever the law of the reference point."""
+    p = p_values(REFERENCES[name])[:, 0]
+    assert stats.kstest(p.numpy(), "uniform").pvalue > 0.01
+
+
+def test_a_reference_that_knows_the_answer_breaks_the_test() -> None:
+    """The one thing a reference point may not depend on is theta*: then even the exact posterior fails."""
+    p = p_values(lambda theta, x, rng: theta + 0.3 * torch.randn(theta.shape, generator=rng))[:, 0]
+    assert float((p <= 0.05).double().mean()) > 0.9
+
+
+def test_tarp_sees_the_bias_that_hpd_coverage_and_ranks_do_not() -> None:
+    tarp, hpd, sbc = (rejections(name, 400, 48) for name in ("tarp", "hpd_coverage", "sbc"))
+    assert tarp["exact"] <= 0.17 and hpd["exact"] <= 0.17 and sbc["exact"] <= 0.17
+    assert tarp["blind"] >= 0.9 and hpd["blind"] <= 0.17 and sbc["blind"] <= 0.17
+    assert tarp["prior"] >= 0.9 and hpd["prior"] <= 0.17 and sbc["prior"] <= 0.17
+    assert min(tarp["overconfident"], tarp["underconfident"]) >= 0.8
+    assert min(hpd["overconfident"], hpd["underconfident"], sbc["shifted"]) >= 0.9
+
+
+def test_only_references_that_depend_on_x_find_an_estimator_that_ignores_x() -> None:
+    uniform = rejections("tarp_uniform", 400, 48, seed=1)
+    assert uniform["prior"] <= 0.17 and uniform["exact"] <= 0.17
+    assert uniform["blind"] >= 0.9
+
+
+def test_tarp_spends_its_pilot_from_the_rung() -> None:
+    spent: list[int] = []
+    context = session("coverage/linear_gaussian")
+    plain = context.simulators["simulator"]
+    context.simulators["simulator"] = lambda theta, *rest: spent.append(len(theta)) or plain(theta, *rest)
+    batch = bayes.inputs(TASKS["coverage/linear_gaussian"], 3, generator(), CPU)
+    method("tarp").run(context, batch, 60)
+    assert sum(spent) == 180
+
+
+# Effects ------------------------------------------------------------------------------------------------------------------
+
+
+def series(people: int, days: int, seed: int) -> tuple[dict[str, Tensor], np.ndarray]:
+    """Observational series and the exact effects."""
+    rng = np.random.default_rng(seed)
+    parameters = wearable.parameters(people, rng)
+    x, y = wearable.series(parameters, days, rng, coin=False)
+    batch = {"treatment": torch.from_numpy(x), "outcome": torch.from_numpy(y)}
+    return batch, wearable.exact_effect(parameters)
+
+
+def errors(name: str, batch: dict[str, Tensor], truth: np.ndarray, rung: int) -> np.ndarray:
+    found: Any = method(name).run(session("effect/wearable"), batch, rung)
+    assert bool((found["low"] <= found["high"]).all())
+    return found["effect"].numpy() - truth
+
+
+def test_motr_recovers_the_interventional_effect() -> None:
+    """From long series the error vanishes, carry-over, interaction and confounding notwithstanding; the naive one stays."""
+    batch, truth = series(16, 6_000, seed=1)
+    motr, naive = (errors(name, batch, truth, 12) for name in ("motr", "naive_difference"))
+    assert abs(motr.mean()) < 0.02 and np.abs(motr).max() < 0.1
+    assert naive.mean() > 0.2
+    # The coefficient of a regression that knows no interaction averages over the wrong days: a small bias, but a bias.
+    regression = errors("lagged_regression", batch, truth, 1)
+    assert np.sqrt((motr**2).mean()) < np.sqrt((regression**2).mean()) + 0.01
+
+
+@pytest.mark.parametrize("name", ["motr", "motr_forest", "lagged_regression", "propensity_weighting"])
+def test_adjusting_for_the_past_removes_most_of_the_bias(name: str) -> None:
+    batch, truth = series(48, 222, seed=2)
+    rung = 64 if name.startswith("motr") else 1
+    adjusted, naive = errors(name, batch, truth, rung), errors("naive_difference", batch, truth, 1)
+    assert abs(adjusted.mean()) < 0.5 * abs(naive.mean())
+    assert np.sqrt((adjusted**2).mean()) < np.sqrt((naive**2).mean())
+
+
+@pytest.mark.parametrize("name", ["motr", "motr_forest"])
+def test_virtual_trials_toss_fair_coins_and_keep_the_law_of_the_residuals(name: str) -> None:
+    """Where neither treatment nor the past matters, a virtual trial is the person's own outcomes, reshuffled."""
+    rng = np.random.default_rng(3)
+    y = 7 + rng.exponential(1.0, (2, 2_000)) - 1
+    x = (rng.random((2, 2_000)) < 0.3).astype(float)
+    kept: dict[str, Tensor] = {}
+
+    def spy(start: Tensor, treatment: Tensor, noise: Tensor, step: Callable[..., Tensor]) -> Tensor:
+        kept.update(start=start, treatment=treatment, outcome=bayes.virtual_trial(start, treatment, noise, step))
+        return kept["outcome"]
+
+    context = session("effect/wearable")
+    context.simulators = {"trial": spy}
+    batch = {"treatment": torch.from_numpy(x), "outcome": torch.from_numpy(y)}
+    found: Any = method(name).run(context, batch, 5)
+    tossed = kept["treatment"].reshape(2, 5, -1)
+    assert abs(float(tossed.mean()) - 0.5) < 0.02  # not the 0.3 of the data
+    lagged = torch.corrcoef(torch.stack([tossed[..., 1:].flatten(), tossed[..., :-1].flatten()]))[0, 1]
+    assert abs(float(lagged)) < 0.03
+    for person in range(2):
+        simulated = kept["outcome"].reshape(2, -1)[person].numpy()
+        own = y[person] if name == "motr_forest" else (y[person] - y[person].mean()) / y[person].std(ddof=1)
+        assert stats.ks_2samp(simulated, own).statistic < 0.05
+    assert bool((found["effect"].abs() < 0.15).all())
+
+
+def test_motr_does_not_let_the_past_choose_the_treatment() -> None:
+    """Treatment and yesterday's outcome are dependent in the data, independent in the virtual trials."""
+    batch, _ = series(4, 222, seed=4)
+    kept: list[Tensor] = []
+    context = session("effect/wearable")
+
+    def spy(start: Tensor, treatment: Tensor, noise: Tensor, step: Callable[..., Tensor]) -> Tensor:
+        outcome = bayes.virtual_trial(start, treatment, noise, step)
+        kept.extend([treatment[:, 1:].flatten(), outcome[:, :-1].flatten()])
+        return outcome
+
+    context.simulators = {"trial": spy}
+    method("motr").run(context, batch, 60)
+    assert abs(float(torch.corrcoef(torch.stack(kept))[0, 1])) < 0.02
+    observed = torch.stack([batch["treatment"][:, 1:].flatten(), batch["outcome"][:, :-1].flatten()])
+    assert float(torch.corrcoef(observed)[0, 1]) > 0.3
+
+
+def test_regression_and_weights_equal_reference_implementations() -> None:
+    import statistics
+
+    from sklearn.linear_model import LogisticRegression
+
+    batch, _ = series(1, 222, seed=5)
+    x, y = batch["treatment"][0].numpy(), batch["outcome"][0].numpy()
+    design = np.stack([np.ones(221), x[1:], x[:-1], y[:-1]], axis=-1)
+    regression: Any = method("lagged_regression").run(session("effect/wearable"), batch, 1)
+    expected = np.linalg.lstsq(design, y[1:], rcond=None)[0][1]
+    assert float(regression["effect"]) == pytest.approx(float(expected), abs=1e-8)
+
+    features = np.stack([x[:-1], y[:-1] - y.mean()], axis=-1)
+    chance = LogisticRegression(C=1.0, tol=1e-10, max_iter=500).fit(features, x[1:]).predict_proba(features)[:, 1]
+    chance = chance.clip(0.02, 0.98)
+    treated, untreated = x[1:] / chance, (1 - x[1:]) / (1 - chance)
+    expected = (treated * y[1:]).sum() / treated.sum() - (untreated * y[1:]).sum() / untreated.sum()
+    weighted: Any = method("propensity_weighting").run(session("effect/wearable"), batch, 1)
+    assert float(weighted["effect"]) == pytest.approx(float(expected), abs=1e-3)
+
+    naive: Any = method("naive_difference").run(session("effect/wearable"), batch, 1)
+    difference = statistics.fmean(y[x == 1]) - statistics.fmean(y[x == 0])
+    half = 1.96 * np.sqrt(y[x == 1].var(ddof=1) / (x == 1).sum() + y[x == 0].var(ddof=1) / (x == 0).sum())
+    assert float(naive["effect"]) == pytest.approx(difference, abs=1e-9)
+    assert float(naive["high"] - naive["effect"]) == pytest.approx(float(half), abs=1e-9)
+
+
+# The contract -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_smoke_cell_is_ok_and_keeps_to_its_rung(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEPMARK_CACHE", str(tmp_path))
+    task = TASKS[METHODS[name].tasks[0]]
+    rung = task.ladder("smoke")[0]
+    record = runs.measure(runs.Cell(name, task.id, rung, 0, "smoke"), timing=False, show_progress=False)
+    assert (record.status, record.message, record.flags) == ("ok", None, [])
+    assert set(record.quality) == set(task.metrics)
+    assert record.counts["nfe"] <= rung
+
+
+def test_rows_of_the_score_network_are_what_the_rung_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """F-NPSE at 9600 evaluations per 100 draws and 30 observations: three Langevin steps, 9000 rows for each set."""
+    monkeypatch.setenv("STEPMARK_CACHE", str(tmp_path))
+    task = "posterior/gaussian_n30"
+    record = runs.measure(runs.Cell("compositional_score_sbi", task, 9_600, 0, "smoke"), timing=False, show_progress=False)
+    assert record.counts["nfe"] == 9_000

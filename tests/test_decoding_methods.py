@@ -1,0 +1,650 @@
+"""Decoding methods that draft with the target itself: Jacobi, lookahead, Draft & Verify, Kangaroo."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from stepmark import backbones, plugins
+from stepmark.backbones import lm
+from stepmark.meter.counts import BudgetExceeded, Ledger, watch
+from stepmark.task import load_split
+from stepmark.tracks import decoding
+from stepmark.tracks.decoding import Decoder, EarlyExitDecoder, ExitAdapter, speculate, train_exit_adapter
+
+TASKS = {task.id: task for task in decoding.TASKS}
+METHODS = ("jacobi", "lookahead_decoding", "self_speculative_decoding", "kangaroo", "early_exit_fixed")
+SMALL = {"lookahead_decoding": {"W": 4, "N": 4, "G": 3}, "jacobi": {"WINDOW": 5}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def target() -> nn.Module:
+    return backbones.load("lm_target")
+
+
+def tiny(seed: int, layers: int = 3, vocabulary: int = 13, eos: int = 1) -> Any:
+    """A random Llama with 2 query heads on 1 key/value head; weights large enough for texts that wander."""
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=eos,
+        pad_token_id=0,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, 0.4, generator=generator)
+    return model.eval().requires_grad_(False)
+
+
+def adapter_of(model: nn.Module, seed: int = 0) -> nn.Module:
+    """An untrained adapter: bad drafts on purpose."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ExitAdapter(model).eval().requires_grad_(False)
+
+
+def greedy_without_cache(model: nn.Module, prompt: list[int], room: int, eos: int = 1) -> list[int]:
+    tokens = list(prompt)
+    with torch.no_grad():
+        while len(tokens) < len(prompt) + room and (len(tokens) == len(prompt) or tokens[-1] != eos):
+            tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def load(name: str, **constants: Any) -> Any:
+    """A method with some of its module's constants replaced."""
+    method = plugins.load_class(plugins.methods()[name])()
+    method.run.__globals__.update(SMALL.get(name, {}) | constants)
+    return method
+
+
+def session_of(model: nn.Module, seed: int = 0, skipped: Tensor | None = None, adapter: nn.Module | None = None) -> Any:
+    """What `run` sees, with everything counted as the harness counts it."""
+    ledger = Ledger(bounded=("target",))
+    for part in model.modules():
+        part.__dict__.pop("forward", None)
+    layers = decoding.layers(TASKS["greedy/sums"], "target", model)
+    watch(ledger, "target", model, layers)
+    if skipped is None:
+        skipped = torch.rand(len(layers), 2, generator=torch.Generator().manual_seed(seed)) < 0.4
+    return SimpleNamespace(
+        networks={"target": model, "adapter": adapter or adapter_of(model, seed)},
+        state={"skipped": skipped},
+        rng=torch.Generator().manual_seed(seed),
+        device=torch.device("cpu"),
+        ledger=ledger,
+    )
+
+
+def run(method: Any, session: Any, prompts: list[list[int]], room: int, budget: int, temperature: float = 0.0) -> Any:
+    n = len(prompts)
+    session.ledger.reset(limit=budget * n)
+    with torch.no_grad():
+        batch = {"prompt": prompts, "max_new_tokens": [room] * n, "temperature": [temperature] * n}
+        return method.run(session, batch, budget)
+
+
+def prompt_of(seed: int, vocabulary: int = 13) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, vocabulary, (3 + seed % 5,), generator=generator).tolist()
+
+
+@pytest.fixture
+def decoders(monkeypatch: pytest.MonkeyPatch) -> list[Decoder]:
+    """Every decoder built while the test runs."""
+    built: list[Decoder] = []
+    original = Decoder.__init__
+
+    def init(self: Decoder, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        built.append(self)
+
+    monkeypatch.setattr(Decoder, "__init__", init)
+    return built
+
+
+# -- lossless, greedy -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_output_is_greedy_decoding_on_random_models(name: str) -> None:
+    """Untrained targets, two query heads per key/value head, random masks and adapters, every budget."""
+    tokens = forwards = 0.0
+    lengths = set()
+    for seed in range(8):
+        model = tiny(seed, layers=3 + seed % 2)
+        prompt = prompt_of(seed)
+        session = session_of(model, seed)
+        truth = greedy_without_cache(model, prompt, 30)
+        lengths.add(len(truth))
+        for budget in (1, 2, 3, 5, 9, 1000):
+            got = run(load(name), session, [prompt], 30, budget)[0]
+            assert got == truth[: len(got)]
+            assert session.ledger.spent <= budget + 1e-9
+            assert len(got) >= 1
+            if name in ("jacobi", "lookahead_decoding"):
+                assert len(got) >= min(budget, len(truth)), "fewer than one token per forward"
+        assert got == truth
+        tokens, forwards = tokens + len(got), forwards + session.ledger.spent
+    assert len(lengths) > 1, "no text ends by itself: the end of the sequence is not tried"
+    if name in ("jacobi", "lookahead_decoding"):
+        assert tokens > 1.1 * forwards, "nothing is ever accepted"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_output_is_greedy_decoding_on_the_trained_target(name: str, target: nn.Module) -> None:
+    session = session_of(target, skipped=torch.tensor([[0, 0], [1, 1], [0, 1], [1, 0]]).bool())
+    method = load(name, W=7, N=5, G=7)
+    for workload, count in (("sums", 2), ("words", 3), ("hops", 2), ("stories", 1)):
+        prompts = [lm.encode(text) for text in load_split(workload, "test")["prompt"][20 : 20 + count]]
+        room = decoding.MAX_NEW_TOKENS[workload]
+        outputs = run(method, session, prompts, room, 1000)
+        spent = session.ledger.spent
+        for prompt, output in zip(prompts, outputs, strict=True):
+            assert decoding.agreement(target, prompt, output) == len(output)
+            assert output[-1] == lm.EOS or len(output) == room
+        if name == "lookahead_decoding":
+            assert spent < 0.9 * sum(map(len, outputs))
+
+
+# -- lookahead: mask, logits, pool ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("w", "n", "g"), [(4, 4, 3), (3, 2, 2), (1, 3, 1), (5, 3, 0)])
+def test_lookahead_mask_is_the_papers(w: int, n: int, g: int) -> None:
+    """Built cell by cell from the definition: window cell (r, i) sees row 0 up to column i, then its column down to r."""
+    method = load("lookahead_decoding", W=w, N=n, G=g)
+    mask, positions = method.layout()
+    cells: list[tuple[Any, ...]] = [("window", r, i) for r in range(n - 1) for i in range(w) if (r, i) != (0, 0)]
+    cells += [("ngram", branch, depth) for branch in range(g) for depth in range(n - 1)]
+    index = {cell: k for k, cell in enumerate(cells)}
+    expected = torch.zeros(len(cells), len(cells), dtype=torch.bool)
+    for cell in cells:
+        kind, a, b = cell
+        if kind == "window":
+            seen = [("window", 0, j) for j in range(1, b + 1)] + [("window", r, b) for r in range(1, a + 1)]
+            assert positions[index[cell]] == a + b
+        else:
+            seen = [("ngram", a, depth) for depth in range(b + 1)]
+            assert positions[index[cell]] == b + 1
+        for other in seen:
+            expected[index[cell], index[other]] = True
+    assert torch.equal(mask, expected)
+
+
+def test_lookahead_logits_equal_sequential_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every forward every cell answers as the model does, without a cache, after the tokens that the cell sees."""
+    model = tiny(5, layers=3)
+    seen: list[tuple[list[int], int, Tensor, Tensor]] = []
+    answers: list[Tensor] = []
+    embed, forward, logits = Decoder.embed, Decoder.run, Decoder.logits
+    ids: list[list[int]] = []
+
+    def spy_run(self: Decoder, hidden: Tensor, start: int, chosen: Any, positions: Tensor, mask: Tensor) -> Tensor:
+        seen.append((ids[-1], start, positions.clone(), mask.clone()))
+        out = forward(self, hidden, start, chosen, positions, mask)
+        answers.append(logits(self, out))
+        return out
+
+    monkeypatch.setattr(Decoder, "embed", lambda self, new: ids.append(list(new)) or embed(self, new))
+    monkeypatch.setattr(Decoder, "run", spy_run)
+    prompt = prompt_of(7)
+    output = run(load("lookahead_decoding"), session_of(model), [prompt], 24, 1000)[0]
+    text = prompt + output
+    checked = ngrams = 0
+    with torch.no_grad():
+        for (tokens, start, positions, mask), found in zip(seen, answers, strict=True):
+            slots = [*range(start), *positions.tolist()]
+            held = text[:start] + tokens
+            for row in range(len(tokens)):
+                keys = sorted((slots[k], held[k]) for k in mask[row].nonzero()[:, 0].tolist())
+                assert [position for position, _ in keys] == list(range(int(positions[row]) + 1))
+                alone = model(torch.tensor([[token for _, token in keys]]), use_cache=False).logits[0, -1]
+                assert torch.allclose(found[row], alone, atol=1e-4)
+                checked += 1
+            ngrams += len(tokens) - 11 > 1
+    assert checked > 150
+    assert ngrams > 3, "the verification branch was never tried"
+
+
+def test_lookahead_pool_is_the_brute_force_one() -> None:
+    """Against the whole history: per first token the G n-grams seen last, in the order in which they were."""
+    method = load("lookahead_decoding", W=5, N=4, G=3)
+    generator = torch.Generator().manual_seed(0)
+    pool: dict[int, list[tuple[int, ...]]] = {}
+    history: list[tuple[int, ...]] = []
+    for _ in range(40):
+        window = torch.randint(3, (3, 5), generator=generator).tolist()
+        new = torch.randint(3, (5,), generator=generator).tolist()
+        method.remember(pool, window, new)
+        history += [(window[0][i], window[1][i], window[2][i], new[i]) for i in range(5)]
+        for first in range(3):
+            latest: list[tuple[int, ...]] = []
+            for ngram in reversed(history):
+                if ngram[0] == first and ngram[1:] not in latest:
+                    latest.append(ngram[1:])
+            assert pool.get(first, []) == latest[:3][::-1]
+
+
+def test_lookahead_window_moves_by_one_jacobi_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest row goes, the greedy answers to the youngest one come in, the last token of the text leads."""
+    method = load("lookahead_decoding", W=4, N=4, G=3)
+    steps: list[tuple[list[list[int]], list[int]]] = []
+    answers: list[list[int]] = []
+    original, logits = method.remember, Decoder.logits
+
+    def spy(pool: Any, window: list[list[int]], new: list[int]) -> None:
+        steps.append(([list(row) for row in window], list(new)))
+        original(pool, window, new)
+
+    def spy_logits(self: Decoder, hidden: Tensor) -> Tensor:
+        found = logits(self, hidden)
+        answers.append(found[8:12].argmax(-1).tolist())  # after the last token: 11 cells, of which 4 are the last row
+        return found
+
+    monkeypatch.setattr(type(method), "remember", staticmethod(spy))
+    monkeypatch.setattr(Decoder, "logits", spy_logits)
+    prompt = prompt_of(2)
+    text = prompt + run(method, session_of(tiny(3)), [prompt], 20, 1000)[0]
+    assert len(steps) > 3
+    assert steps[0][0][0][0] == prompt[-1]
+    for (window, new), (following, _), answer in zip(steps, steps[1:], answers, strict=False):
+        assert new == answer
+        assert following[0][1:] == window[1][1:]
+        assert following[0][0] in text
+        assert following[1] == window[2]
+        assert all(a == b if b != 1 else a in text for a, b in zip(following[2], new, strict=True))
+
+
+# -- lookahead: sampling ----------------------------------------------------------------------------------------------
+
+Table = dict[tuple[int, ...], np.ndarray]
+
+
+def tables(vocabulary: int, depth: int, seed: int) -> Table:
+    """A random distribution after every prefix of up to `depth` tokens."""
+    rng = np.random.default_rng(seed)
+    prefixes = [p for k in range(depth + 1) for p in itertools.product(range(vocabulary), repeat=k)]
+    return {prefix: rng.dirichlet(np.full(vocabulary, 0.8)) for prefix in prefixes}
+
+
+def exact(table: Table, length: int) -> np.ndarray:
+    """Probability of every text of that length."""
+    vocabulary = len(table[()])
+    return np.array(
+        [
+            np.prod([table[text[:k]][text[k]] for k in range(length)])
+            for text in itertools.product(range(vocabulary), repeat=length)
+        ]
+    )
+
+
+def p_value(texts: list[tuple[int, ...]], probabilities: np.ndarray, vocabulary: int) -> float:
+    length = len(texts[0])
+    counts = Counter(texts)
+    observed = np.array([counts[text] for text in itertools.product(range(vocabulary), repeat=length)])
+    keep = probabilities * len(texts) >= 5
+    observed = np.append(observed[keep], observed[~keep].sum())
+    expected = np.append(probabilities[keep], probabilities[~keep].sum()) * len(texts)
+    if expected[-1] == 0:
+        observed, expected = observed[:-1], expected[:-1]
+    return float(stats.chisquare(observed, expected).pvalue)
+
+
+def no_zeroing(ngrams: Any, own: Tensor, answers: Tensor, u: list[float]) -> tuple[list[int], int]:
+    """A wrong rule: what was rejected is left in p."""
+    p = own[0].double().softmax(-1)
+    for branch, ngram in enumerate(ngrams):
+        if u.pop() < float(p[ngram[0]]):
+            return [ngram[0], decoding.draw(answers[3 * branch].double().softmax(-1), u.pop())], branch
+    return [decoding.draw(p, u.pop())], 0
+
+
+@pytest.mark.parametrize("rule", ["right", "wrong"])
+def test_lookahead_sampling_keeps_the_distribution(rule: str) -> None:
+    """50,000 steps with five n-grams that share prefixes; tokens a step does not give are drawn exactly."""
+    method = load("lookahead_decoding", W=4, N=4, G=5)
+    table = tables(3, 3, seed=4)
+    ngrams = [(0, 1, 2), (0, 1, 0), (2, 2, 2), (0, 2, 1), (2, 0, 1)]
+    own = torch.tensor(table[()]).log()[None]
+    answers = torch.stack([torch.tensor(table[ngram[: k + 1]]).log() for ngram in ngrams for k in range(3)])
+    verify = method.verify_sampling if rule == "right" else no_zeroing
+    generator = torch.Generator().manual_seed(1)
+    rng = np.random.default_rng(2)
+    uniforms = torch.rand(50_000, 20, generator=generator, dtype=torch.float64).tolist()
+    texts = []
+    kept_lengths: Counter[int] = Counter()
+    for u in uniforms:
+        kept, branch = verify(ngrams, own, answers, u)
+        kept_lengths[len(kept)] += 1
+        assert list(ngrams[branch][: len(kept) - 1]) == kept[:-1]
+        while len(kept) < 4:
+            kept.append(int(rng.choice(3, p=table[tuple(kept)])))
+        texts.append(tuple(kept))
+    p = p_value(texts, exact(table, 4), 3)
+    assert p > 1e-3 if rule == "right" else p < 1e-12
+    if rule == "right":
+        assert set(kept_lengths) == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("name", ["lookahead_decoding", "self_speculative_decoding", "kangaroo", "early_exit_fixed"])
+def test_sampled_texts_have_the_targets_distribution(name: str) -> None:
+    """Whole runs at temperature 1: the last two of five tokens, against the enumeration of all texts."""
+    vocabulary, length, n = 4, 5, 1500
+    model = tiny(1, layers=2, vocabulary=vocabulary, eos=99)
+    prompt = [2, 3, 2]
+    texts = torch.tensor(list(itertools.product(range(vocabulary), repeat=length)))
+    with torch.no_grad():
+        whole = torch.cat([torch.tensor(prompt).expand(len(texts), -1), texts], 1)
+        logp = model(whole[:, :-1], use_cache=False).logits[:, len(prompt) - 1 :].double().log_softmax(-1)
+        p = logp.gather(2, texts[..., None])[..., 0].sum(1).exp()
+    marginal = p.view(vocabulary**3, -1).sum(0).numpy()
+    session = session_of(model, seed=3, skipped=torch.tensor([[0, 1], [1, 0]]).bool())
+    outputs = run(load(name, W=3, N=3, G=3, GAMMA=3), session, [prompt] * n, length, 1000, temperature=1.0)
+    assert p_value([tuple(o[-2:]) for o in outputs], marginal, vocabulary) > 1e-3
+    assert session.ledger.spent < 1.1 * n * length or name in ("self_speculative_decoding", "kangaroo", "early_exit_fixed")
+
+
+# -- caches -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("budget", [2, 4, 7, 12])
+def test_cache_after_rollback_is_what_recomputation_gives(name: str, budget: int, decoders: list[Decoder]) -> None:
+    for seed in range(3):
+        model, prompt = tiny(seed), prompt_of(seed)
+        del decoders[:]
+        output = run(load(name), session_of(model, seed), [prompt], 20, budget)[0]
+        used = decoders[0]
+        text = (prompt + output)[: used.length]
+        assert len(prompt) + len(output) - 1 <= used.length <= len(prompt) + len(output) or output[-1] == 1 or len(output) == 20
+        fresh = Decoder(model, len(text))
+        with torch.no_grad():
+            fresh.forward(text)
+        for layer in range(3):
+            for ours, theirs in zip(
+                used.cache.states(layer, len(text)), fresh.cache.states(layer, len(text)), strict=True
+            ):
+                assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+# -- Draft & Verify ---------------------------------------------------------------------------------------------------
+
+
+def test_skipped_sub_layers_add_nothing_and_come_back() -> None:
+    """Drafting logits are those of a copy whose skipped sub-layers write zeros; afterwards the model is whole again."""
+    method = load("self_speculative_decoding")
+    model, ablated = tiny(4, layers=4), tiny(4, layers=4)
+    skipped = torch.tensor([[0, 1], [1, 0], [1, 1], [0, 0]]).bool()
+    for layer, (attention, mlp) in zip(ablated.model.layers, skipped.tolist(), strict=True):
+        layer.self_attn.o_proj.weight *= not attention
+        layer.mlp.down_proj.weight *= not mlp
+    before = [(layer.self_attn, layer.mlp) for layer in model.model.layers]
+    ids = prompt_of(3)
+    with torch.no_grad():
+        decoder = Decoder(model, 20)
+        with method.skipping(decoder.layers, skipped) as layers:
+            assert layers == [decoder.layers[0], decoder.layers[1], decoder.layers[3]]
+            found = decoder.logits(decoder.run(decoder.embed(ids), 0, layers))
+        assert torch.allclose(found, ablated(torch.tensor([ids]), use_cache=False).logits[0], atol=1e-5)
+        with pytest.raises(RuntimeError, match="stop"), method.skipping(decoder.layers, skipped):
+            raise RuntimeError("stop")
+    assert [(layer.self_attn, layer.mlp) for layer in model.model.layers] == before
+
+
+def test_self_speculation_costs_its_drafts_and_its_checks(decoders: list[Decoder], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layer evaluations = layers x checks + layers entered x drafted tokens, by the harness's count."""
+    passes: list[tuple[int, int]] = []
+    forward = Decoder.run
+
+    def spy(self: Decoder, hidden: Tensor, start: int, chosen: Any = None, *rest: Any) -> Tensor:
+        passes.append((len(self.layers if chosen is None else chosen), hidden.shape[1]))
+        return forward(self, hidden, start, chosen, *rest)
+
+    monkeypatch.setattr(Decoder, "run", spy)
+    skipped = torch.tensor([[1, 1], [0, 0], [0, 1], [1, 1]]).bool()
+    session = session_of(tiny(6, layers=4), skipped=skipped)
+    run(load("self_speculative_decoding"), session, [prompt_of(1)], 40, 1000)
+    drafts = sum(entered == 2 for entered, _ in passes)
+    checks = sum(entered == 4 for entered, _ in passes)
+    assert drafts + checks == len(passes)
+    assert min(drafts, checks) > 3
+    assert session.ledger.entries["target"].layer_rows == 4 * checks + 2 * drafts
+    # Every check runs over the last token and all that was drafted since the check before.
+    assert sum(width for entered, width in passes if entered == 4) == len(prompt_of(1)) + (checks - 1) + drafts
+
+
+def test_exit_threshold_follows_the_rate_of_acceptance() -> None:
+    method = load("self_speculative_decoding")
+    gamma, rate = method.adapted(0.6, 0.0, 1.0)
+    assert (gamma, rate) == pytest.approx((0.9 * 0.6 + 0.1 * 0.61, 0.5))
+    gamma, rate = method.adapted(0.6, 0.9, 0.95)
+    assert (gamma, rate) == pytest.approx((0.9 * 0.6 + 0.1 * 0.59, 0.925))
+
+
+@pytest.mark.parametrize(("threshold", "width"), [(1.1, 1), (-1.0, 12)])
+def test_self_speculation_stops_drafting_below_the_threshold(
+    threshold: float, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With nothing skipped all drafts are kept, the rate handed on is 1, and gamma alone sets their length."""
+    method = load("self_speculative_decoding", GAMMA=threshold)
+    rates: list[float] = []
+    adapted = method.adapted
+    monkeypatch.setattr(
+        type(method), "adapted", staticmethod(lambda g, r, now: rates.append(now) or (adapted(g, r, now)[0], r))
+    )
+    model = next(m for m in map(tiny, range(50)) if len(greedy_without_cache(m, prompt_of(0), 40)) == 40)
+    session = session_of(model, skipped=torch.zeros(3, 2, dtype=torch.bool))
+    output = run(method, session, [prompt_of(0)], 40, 1000)[0]
+    assert len(output) == 40
+    assert set(rates) == {1.0}
+    cycles = -(-39 // (width + 1))
+    drafted = 39 - cycles  # every cycle drafts all it gives but one
+    assert session.ledger.spent == 1 + cycles + drafted
+
+
+def test_mask_search_beats_random_search_and_tries_nothing_twice() -> None:
+    method = load("self_speculative_decoding")
+    better = []
+    for seed in range(4):
+        rng = np.random.default_rng(100 + seed)
+        harm = rng.exponential(0.1, 16)
+        tried: list[bytes] = []
+
+        def cost(mask: np.ndarray, harm: np.ndarray = harm, tried: list[bytes] = tried) -> float:
+            """A draft that costs the layers entered; the chance of acceptance falls with the harm of what is skipped."""
+            tried.append(mask.tobytes())
+            share = 1 - mask.reshape(-1, 2).all(1).mean()
+            accept = np.exp(-float(harm @ mask))
+            return (1 + 6 * share) / sum(accept**k for k in range(7))
+
+        found = method.search(cost, 8, range(40), np.random.default_rng(seed))
+        assert len(set(tried)) == len(tried) == 44
+        assert np.array_equal(found, method.search(cost, 8, range(40), np.random.default_rng(seed)))
+        random = min(cost(rng.random(16) < rng.random()) for _ in range(44))
+        better.append(cost(found) / random)
+        assert cost(found) <= 1.0 + 1e-12
+    assert max(better) <= 1.0
+    assert np.mean(better) < 0.95
+
+
+# -- Kangaroo ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["kangaroo", "early_exit_fixed"])
+def test_early_exit_runs_no_layer_twice_over_a_token(name: str) -> None:
+    """Each layer sees each drafted or accepted token once, the deep ones in the check only."""
+    model = tiny(8, layers=4)
+    session = session_of(model)
+    seen: list[list[int]] = [[] for _ in range(4)]
+    for i, layer in enumerate(model.model.layers):
+        counted = layer.forward
+
+        def spy(hidden: Tensor, *args: Any, i: int = i, counted: Any = counted, **kwargs: Any) -> Tensor:
+            seen[i].append(hidden.shape[1])
+            return counted(hidden, *args, **kwargs)
+
+        layer.forward = spy
+    prompt = prompt_of(4)
+    output = run(load(name, ETA=0.3), session, [prompt], 40, 1000)[0]
+    for layer in model.model.layers:
+        del layer.forward
+    checks = seen[1][1:]
+    drafted = sum(checks) - len(checks)
+    assert drafted > len(checks)
+    assert seen[1] == seen[2] == seen[3]
+    assert sum(seen[0]) == sum(seen[1]) == len(prompt) + len(checks) + drafted
+    assert set(seen[0][1:]) == {1}
+    assert session.ledger.spent == pytest.approx(1 + len(checks) + drafted / 4)
+    assert len(output) >= len(checks)
+
+
+def test_confidence_ends_a_draft_and_gamma_bounds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    widths: dict[float, set[int]] = {}
+    for eta in (-1.0, 1.1, 0.5):
+        drafts: list[int] = []
+        probabilities: list[list[float]] = []
+
+        def spy(target: Any, prompt: Any, room: int, budget: Any, temperature: float, propose: Any, rng: Any) -> Any:
+            def watched(tokens: list[int], most: int) -> Any:
+                probabilities.append([])
+                draft, q = propose(tokens, most)
+                if most >= 6 and draft[-1] != target.eos:
+                    drafts.append(len(draft))
+                    sure = [top >= eta for top in probabilities[-1]]
+                    assert all(sure[:-1])
+                    assert len(draft) == len(sure)
+                    assert not sure[-1] or len(draft) == 6
+                return draft, q
+
+            return speculate(target, prompt, room, budget, temperature, watched, rng)
+
+        exit_logits = EarlyExitDecoder.exit_logits
+
+        def spy_exit(self: EarlyExitDecoder, token: int, exit_logits: Any = exit_logits) -> Tensor:
+            found = exit_logits(self, token)
+            probabilities[-1].append(float(found.double().softmax(-1).max()))
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(EarlyExitDecoder, "exit_logits", spy_exit)
+            for seed in range(4):
+                run(load("kangaroo", ETA=eta, speculate=spy), session_of(tiny(seed), seed), [prompt_of(seed)], 30, 1000)
+        widths[eta] = set(drafts)
+    assert widths[-1.0] == {6}
+    assert widths[1.1] == {1}
+    assert len(widths[0.5]) > 1
+
+
+def test_early_exit_cache_equals_one_pass(target: nn.Module) -> None:
+    """Token by token, with rollbacks and after checks, the exit answers as one pass over the whole text does."""
+    adapter = adapter_of(target)
+    prompt = lm.encode(load_split("words", "test")["prompt"][0])
+    tail = lm.encode("tom finds 5 pears ; 3 + 5")
+
+    def whole(tokens: list[int]) -> Tensor:
+        inner: Any = target.model
+        hidden = inner.embed_tokens(torch.tensor([tokens]))
+        rotary = inner.rotary_emb(hidden, torch.arange(len(tokens))[None])
+        hidden = inner.layers[0](hidden, attention_mask=None, position_embeddings=rotary)
+        return target.lm_head(adapter(hidden, rotary))[0, -1]  # type: ignore[operator]
+
+    with torch.no_grad():
+        decoder = EarlyExitDecoder(target, 80, 1, adapter)
+        decoder.forward(prompt)
+        held = list(prompt)
+        for kept, drafted in ((2, 4), (4, 4), (0, 3), (1, 1)):
+            for j in range(drafted):
+                assert torch.allclose(decoder.exit_logits(tail[j]), whole(held + tail[: j + 1]), atol=1e-4)
+            decoder.forward(tail[: drafted + 1])
+            held += tail[: kept + 1]
+            decoder.rollback(len(held))
+        assert torch.allclose(decoder.exit_logits(tail[0]), whole([*held, tail[0]]), atol=1e-4)
+
+
+def test_adapter_learns_the_targets_distribution(target: nn.Module) -> None:
+    data = load_split("sums", "train")
+    rows = [
+        (lm.encode(p), [*lm.encode(t), lm.EOS]) for p, t in zip(data["prompt"][:200], data["target"][:200], strict=True)
+    ]
+    batches = list(itertools.islice(lm.batches(rows, 400, 0), 5))
+    overlaps = []
+    for steps in (1, 40):
+        adapter = adapter_of(target).requires_grad_(True)
+        before = [p.clone() for p in target.parameters()]
+        overlaps.append(train_exit_adapter(adapter, target, 1, batches, steps, lambda r, _: r))
+        assert all(torch.equal(a, b) for a, b in zip(before, target.parameters(), strict=True))
+    assert overlaps[0] < 0.5
+    assert overlaps[1] > overlaps[0] + 0.25
+
+
+# -- Jacobi -----------------------------------------------------------------------------------------------------------
+
+
+def test_jacobi_iterates_are_the_answers_to_the_last_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each forward is asked the answers of the one before, from the first that is not fixed yet, and fresh guesses."""
+    asked: list[list[int]] = []
+    answers: list[list[int]] = []
+    forward = Decoder.forward
+
+    def spy(self: Decoder, ids: list[int], last: int | None = None) -> Tensor:
+        asked.append(list(ids))
+        found = forward(self, ids, last)
+        answers.append(found.argmax(-1).tolist())
+        return found
+
+    monkeypatch.setattr(Decoder, "forward", spy)
+    prompt = prompt_of(3)
+    output = run(load("jacobi"), session_of(tiny(2)), [prompt], 25, 1000)[0]
+    text, fixed = prompt + output, len(prompt)
+    for ids, answer, following in zip(asked, answers, asked[1:], strict=False):
+        gained = 1
+        while gained <= 5 and ids[-6 + gained] == answer[gained - 1]:
+            gained += 1
+        fixed += gained
+        assert following[0] == text[fixed - 1]
+        assert following[1 : 7 - gained] == answer[gained:]
+        assert len(following) == 6
+    assert len(asked) > 3
+
+
+# -- budget -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_budget_of_many_prompts_is_kept_for_each(name: str, decoders: list[Decoder]) -> None:
+    model = tiny(0)
+    session = session_of(model)
+    for budget in (1, 3, 6):
+        del decoders[:]
+        run(load(name), session, [prompt_of(seed) for seed in range(4)], 30, budget)
+        assert len(decoders) == 4
+        assert all(decoder.spent <= budget + 1e-9 for decoder in decoders)
+        assert sum(decoder.spent for decoder in decoders) == pytest.approx(session.ledger.spent)
+    session.ledger.reset(limit=0.5)
+    with pytest.raises(BudgetExceeded), torch.no_grad():
+        Decoder(model, 4).forward([2])

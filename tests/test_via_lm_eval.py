@@ -1,0 +1,71 @@
+"""Decoding methods through lm-eval: the same answers as through the harness, and right log-likelihoods."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from stepmark import plugins
+from stepmark.backbones.lm import decode, encode
+from stepmark.run import Bench
+from stepmark.task import load_split
+from stepmark.tracks.decoding import MAX_NEW_TOKENS
+
+pytest.importorskip("lm_eval", reason="the extra stepmark[lm-eval] is not installed")
+
+
+def test_lm_eval_gives_the_harness_answers(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stepmark.via_lm_eval import StepmarkLM, evaluate
+
+    monkeypatch.setenv("STEPMARK_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = evaluate("speculative", "greedy/hops", rung=24, n=6)
+    data = load_split("hops", "test")
+    bench = Bench(plugins.methods()["speculative"], "greedy/hops", show_progress=False)
+    batch = {
+        "prompt": [encode(text) for text in data["prompt"][:6]],
+        "max_new_tokens": [MAX_NEW_TOKENS["hops"]] * 6,
+        "temperature": [0.0] * 6,
+    }
+    texts = [decode(ids) for ids in bench.run(batch, 24, seed=0)]
+    samples = sorted(found["samples"]["hops"], key=lambda sample: sample["doc_id"])
+    assert [sample["resps"][0][0] for sample in samples] == texts
+    right = [text.rpartition("ans ")[2] == answer for text, answer in zip(texts, data["answer"], strict=False)]
+    assert found["results"]["hops"]["exact_match,answer"] == sum(right) / 6 > 0
+    assert found["counts"]["target"] == bench.ledger.entries["target"].evaluations
+
+    model = StepmarkLM(bench, 24)
+    context, continuation = data["prompt"][0], texts[0]
+    request = SimpleNamespace(args=(context, continuation))
+    (total, greedy), *_ = model.loglikelihood([request])
+    whole = encode(f"{context} {continuation}")
+    with torch.no_grad():
+        logp = bench.judges()["target"](torch.tensor([whole])).logits[0].double().log_softmax(-1)
+    start = len(encode(context))
+    expected = sum(float(logp[i - 1, whole[i]]) for i in range(start, len(whole)))
+    assert greedy and total == pytest.approx(expected, abs=1e-4)
+    other = SimpleNamespace(args=(context, "ans ans"))
+    assert not model.loglikelihood([other])[0][1]
+    rolling = model.loglikelihood_rolling([SimpleNamespace(args=(f"{context} {continuation}",))])[0]
+    assert rolling == pytest.approx(sum(float(logp[i - 1, whole[i]]) for i in range(1, len(whole))), abs=1e-4)
+
+
+def test_stop_strings_and_lengths_are_kept(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stepmark.via_lm_eval import StepmarkLM, evaluate
+
+    monkeypatch.setenv("STEPMARK_CACHE", str(tmp_path))
+    model = StepmarkLM(Bench(plugins.methods()["autoregressive"], "greedy/hops", show_progress=False), 24)
+    context = load_split("hops", "test")["prompt"][0]
+    whole, stopped, short = model.generate_until(
+        [
+            SimpleNamespace(args=(context, {"until": []})),
+            SimpleNamespace(args=(context, {"until": [" ;"]})),
+            SimpleNamespace(args=(context, {"until": [], "max_gen_toks": 2})),
+        ]
+    )
+    assert stopped == whole.partition(" ;")[0] != whole
+    assert short == " ".join(whole.split()[:2])
+    with pytest.raises(ValueError, match="no answer"):
+        evaluate("autoregressive", "greedy/stories", rung=8)
