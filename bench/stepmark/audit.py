@@ -45,6 +45,7 @@ class Guard(TorchDispatchMode):
         self.flags: list[str] = []
         self._allowed = {rng.initial_seed(), seed}
         self._seed = seed
+        self._draws: dict[Any, bool] = {}  # operator -> whether it takes a generator
 
     def _flag(self, text: str) -> None:
         if text not in self.flags:
@@ -67,7 +68,9 @@ class Guard(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(argument.name == "generator" for argument in func._schema.arguments):
+        if func not in self._draws:
+            self._draws[func] = any(argument.name == "generator" for argument in func._schema.arguments)
+        if self._draws[func]:
             generator = kwargs.get("generator")
             if generator is None:
                 generator = next((a for a in args if isinstance(a, torch.Generator)), None)

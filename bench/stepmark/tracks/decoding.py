@@ -42,7 +42,7 @@ TASKS = (
         seeds=1,
         smoke_n=2,
         smoke_rungs=(8,),
-        probe=2,
+        probe=1,
     ),
     Task(
         id="greedy/words",
@@ -60,7 +60,7 @@ TASKS = (
         seeds=1,
         smoke_n=2,
         smoke_rungs=(8,),
-        probe=2,
+        probe=1,
     ),
     Task(
         id="greedy/hops",
@@ -78,7 +78,7 @@ TASKS = (
         seeds=1,
         smoke_n=2,
         smoke_rungs=(8,),
-        probe=2,
+        probe=1,
     ),
     Task(
         id="greedy/stories",
@@ -96,7 +96,7 @@ TASKS = (
         seeds=1,
         smoke_n=2,
         smoke_rungs=(8,),
-        probe=2,
+        probe=1,
     ),
     Task(
         id="greedy/sums_deep",
@@ -114,7 +114,7 @@ TASKS = (
         seeds=1,
         smoke_n=2,
         smoke_rungs=(8,),
-        probe=2,
+        probe=1,
     ),
     Task(
         id="greedy/words_deep",
@@ -132,7 +132,7 @@ TASKS = (
         seeds=1,
         smoke_n=2,
         smoke_rungs=(8,),
-        probe=2,
+        probe=1,
     ),
     Task(
         id="greedy/stories_deep",
@@ -150,7 +150,7 @@ TASKS = (
         seeds=1,
         smoke_n=2,
         smoke_rungs=(8,),
-        probe=2,
+        probe=1,
     ),
     Task(
         id="sampling/stories",
@@ -168,7 +168,7 @@ TASKS = (
         seeds=3,
         smoke_n=2,
         smoke_rungs=(8,),
-        probe=2,
+        probe=1,
     ),
 )
 
