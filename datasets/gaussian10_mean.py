@@ -1,7 +1,8 @@
 """Mean of a correlated Gaussian, standard normal prior: theta ~ N(0, I) in 10-D, x_j | theta ~ N(theta, Sigma) i.i.d.
 
 The problem of `gaussian_mean` with ten parameters: too many for sampling from the prior, and for learning the posterior
-of a large set from few sets. The posterior of any number of observations is Gaussian and known (``stepmark.tracks.bayes`` computes it).
+of a large set from few sets. The posterior of any number of observations is Gaussian and known
+(``stepmark.tracks.bayes`` computes it).
 
 ``train`` holds four layouts of one simulation budget of 10 000 calls: ``theta_m`` float32 [10000 // m, 10] and ``x_m``
 float32 [10000 // m, m, 10] for m = 1, 5, 10, 30 observations of each parameter. A method uses one of them, so all spend

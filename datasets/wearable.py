@@ -64,9 +64,7 @@ def noise(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
     return np.where(short, -1.2 + variance**0.5 * normal, 0.3 + 0.6 * normal)
 
 
-def series(
-    p: dict[str, np.ndarray], days: int, rng: np.random.Generator, coin: bool
-) -> tuple[np.ndarray, np.ndarray]:
+def series(p: dict[str, np.ndarray], days: int, rng: np.random.Generator, coin: bool) -> tuple[np.ndarray, np.ndarray]:
     """Treatment and outcome (hours), float64 [count, days]; ``coin``: X is tossed fairly instead of following the past."""
     count = len(p["a"])
     x, y = np.zeros(count), np.zeros(count)

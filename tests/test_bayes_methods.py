@@ -446,5 +446,7 @@ def test_rows_of_the_score_network_are_what_the_rung_says(tmp_path: Path, monkey
     """F-NPSE at 9600 evaluations per 100 draws and 30 observations: three Langevin steps, 9000 rows for each set."""
     monkeypatch.setenv("STEPMARK_CACHE", str(tmp_path))
     task = "posterior/gaussian_n30"
-    record = runs.measure(runs.Cell("compositional_score_sbi", task, 9_600, 0, "smoke"), timing=False, show_progress=False)
+    record = runs.measure(
+        runs.Cell("compositional_score_sbi", task, 9_600, 0, "smoke"), timing=False, show_progress=False
+    )
     assert record.counts["nfe"] == 9_000

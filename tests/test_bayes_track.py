@@ -134,6 +134,7 @@ def test_squared_mmd_is_unbiased_and_equals_the_sample_estimate() -> None:
     other = one.sample(6_000, generator(10))
     expected = 0.0
     for h in (0.5, 1.0, 2.0):
+
         def kernel(a: Tensor, b: Tensor, h: float = h) -> Tensor:
             return torch.exp(-torch.cdist(a, b).square() / (2 * h * h))
 

@@ -366,7 +366,11 @@ def test_sampled_texts_have_the_targets_distribution(name: str) -> None:
     session = session_of(model, seed=3, skipped=torch.tensor([[0, 1], [1, 0]]).bool())
     outputs = run(load(name, W=3, N=3, G=3, GAMMA=3), session, [prompt] * n, length, 1000, temperature=1.0)
     assert p_value([tuple(o[-2:]) for o in outputs], marginal, vocabulary) > 1e-3
-    assert session.ledger.spent < 1.1 * n * length or name in ("self_speculative_decoding", "kangaroo", "early_exit_fixed")
+    assert session.ledger.spent < 1.1 * n * length or name in (
+        "self_speculative_decoding",
+        "kangaroo",
+        "early_exit_fixed",
+    )
 
 
 # -- caches -----------------------------------------------------------------------------------------------------------
@@ -381,7 +385,11 @@ def test_cache_after_rollback_is_what_recomputation_gives(name: str, budget: int
         output = run(load(name), session_of(model, seed), [prompt], 20, budget)[0]
         used = decoders[0]
         text = (prompt + output)[: used.length]
-        assert len(prompt) + len(output) - 1 <= used.length <= len(prompt) + len(output) or output[-1] == 1 or len(output) == 20
+        assert (
+            len(prompt) + len(output) - 1 <= used.length <= len(prompt) + len(output)
+            or output[-1] == 1
+            or len(output) == 20
+        )
         fresh = Decoder(model, len(text))
         with torch.no_grad():
             fresh.forward(text)
@@ -416,7 +424,9 @@ def test_skipped_sub_layers_add_nothing_and_come_back() -> None:
     assert [(layer.self_attn, layer.mlp) for layer in model.model.layers] == before
 
 
-def test_self_speculation_costs_its_drafts_and_its_checks(decoders: list[Decoder], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_self_speculation_costs_its_drafts_and_its_checks(
+    decoders: list[Decoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Layer evaluations = layers x checks + layers entered x drafted tokens, by the harness's count."""
     passes: list[tuple[int, int]] = []
     forward = Decoder.run

@@ -21,7 +21,13 @@ class ABCRejection(Method):
     Source: Pritchard et al. 1999; Beaumont, Zhang and Balding 2002 (tolerance as a quantile, without regression).
     """
 
-    tasks = ("posterior/gaussian_n30", "posterior/gaussian10_n30", "posterior/gaussian_n10", "posterior/gaussian_n1", "posterior/mixture_n10")
+    tasks = (
+        "posterior/gaussian_n30",
+        "posterior/gaussian10_n30",
+        "posterior/gaussian_n10",
+        "posterior/gaussian_n1",
+        "posterior/mixture_n10",
+    )
 
     def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> Tensor:
         """Posterior draws [B, DRAWS, d] for the sets x [B, n, d]."""

@@ -22,7 +22,13 @@ class ImportanceSampling(Method):
     Source: Rubin 1988 (SIR); Kitagawa 1996 (systematic resampling). Needs the likelihood, which amortised methods do not.
     """
 
-    tasks = ("posterior/gaussian_n30", "posterior/gaussian10_n30", "posterior/gaussian_n10", "posterior/gaussian_n1", "posterior/mixture_n10")
+    tasks = (
+        "posterior/gaussian_n30",
+        "posterior/gaussian10_n30",
+        "posterior/gaussian_n10",
+        "posterior/gaussian_n1",
+        "posterior/mixture_n10",
+    )
 
     def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> Tensor:
         """Posterior draws [B, DRAWS, d] for the sets x [B, n, d]."""

@@ -64,7 +64,10 @@ class MoTR(Method):
         start = torch.stack([x.gather(1, day), standard.gather(1, day)], dim=-1)
         rows = beta.repeat_interleave(rung, dim=0)
         outcomes = session.simulators["trial"](
-            start.flatten(0, 1), tossed.flatten(0, 1), noise.flatten(0, 1), lambda now, x_lag, y_lag: predict(rows, now, x_lag, y_lag)
+            start.flatten(0, 1),
+            tossed.flatten(0, 1),
+            noise.flatten(0, 1),
+            lambda now, x_lag, y_lag: predict(rows, now, x_lag, y_lag),
         ).reshape(shape)
 
         treated = tossed.sum(-1).clamp_min(1)

@@ -82,6 +82,8 @@ class MoTRForest(Method):
         )
         forest.fit(np.stack([x[1:], x[:-1], y[:-1]], axis=-1), y[1:])
         levels = np.linspace(y.min(), y.max(), self.grid)
-        points = [np.stack([np.full_like(levels, a), np.full_like(levels, b), levels], -1) for a in (0, 1) for b in (0, 1)]
+        points = [
+            np.stack([np.full_like(levels, a), np.full_like(levels, b), levels], -1) for a in (0, 1) for b in (0, 1)
+        ]
         residuals = y[1:] - forest.oob_prediction_
         return forest.predict(np.concatenate(points)), residuals - residuals.mean()

@@ -62,7 +62,7 @@ class NaiveSumReverseSDE(Method):
             return bayes.compose_scores(bayes.set_scores(network, theta, t, context), prior.score(theta), t)
 
         start = torch.randn(b, bayes.DRAWS, x.shape[-1], generator=session.rng, device=x.device)
-        mean, covariance = prior.moments()
+        covariance = prior.moments()[1]
         reach = 6 * float(covariance.diagonal().max()) ** 0.5
         steps = max(1, rung // (bayes.DRAWS * n))
         return reverse_sde(composed, start, steps, network.variance, n, reach, session.rng)

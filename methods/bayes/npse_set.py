@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,13 @@ class NPSESet(Method):
     and Ermon 2021, eq. 12. Same network, optimiser and early stopping as the compositional methods.
     """
 
-    tasks = ("posterior/gaussian_n30", "posterior/gaussian10_n30", "posterior/gaussian_n10", "posterior/gaussian_n1", "posterior/mixture_n10")
+    tasks = (
+        "posterior/gaussian_n30",
+        "posterior/gaussian10_n30",
+        "posterior/gaussian_n10",
+        "posterior/gaussian_n1",
+        "posterior/mixture_n10",
+    )
 
     def networks(self, session: Session) -> dict[str, nn.Module]:
         """The score network and the embedding of a set."""
@@ -55,7 +62,7 @@ class NPSESet(Method):
         steps = min(200, max(1, rung // bayes.DRAWS))
         times = [max(bayes.T_MIN, (1 - i / steps) ** 2) for i in range(steps + 1)]
         theta = torch.randn(len(x), bayes.DRAWS, x.shape[-1], generator=session.rng, device=x.device)
-        for t, s in zip(times[:-1], times[1:], strict=True):
+        for t, s in pairwise(times):
             a_t, a_s = bayes.alpha_bar(t), bayes.alpha_bar(s)
             score = bayes.set_scores(session.networks["score"], theta, t, context)[:, :, 0]
             noise = -((1 - a_t) ** 0.5) * score

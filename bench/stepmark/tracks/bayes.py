@@ -391,9 +391,9 @@ def _posterior_scores(posterior: GaussianMixture, draws: Tensor, resample: np.nd
 def squared_mmd(points: Tensor, target: GaussianMixture, widths: tuple[float, ...] = (0.5, 1.0, 2.0)) -> Tensor:
     """Unbiased estimate [B] of the squared MMD between points [B, S, d] and mixtures (leading dimension B).
 
-    Gaussian kernels, averaged over `widths`, in units of sqrt(d / 2), by which distances grow (Gretton et al. 2012, eq. 3). Only the points are sampled: the kernel's
-    expectations under a mixture of Gaussians are Gaussian integrals, E k(x, Y) = sum_k w_k h^d |C_k + h^2 I|^(-1/2)
-    exp(-r' (C_k + h^2 I)^(-1) r / 2).
+    Gaussian kernels, averaged over `widths`, in units of sqrt(d / 2), by which distances grow (Gretton et al. 2012, eq.
+    3). Only the points are sampled: the kernel's expectations under a mixture of Gaussians are Gaussian integrals, E
+    k(x, Y) = sum_k w_k h^d |C_k + h^2 I|^(-1/2) exp(-r' (C_k + h^2 I)^(-1) r / 2).
     """
     s, d = points.shape[-2:]
     eye = torch.eye(d, dtype=points.dtype)
@@ -561,7 +561,9 @@ def layers(task: Task, role: str, network: nn.Module) -> list[nn.Module]:
 # Coverage tests, shared -------------------------------------------------------------------------------------------------
 
 
-def simulate_pairs(simulators: Mapping[str, Callable[..., Any]], generator: torch.Generator, design: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def simulate_pairs(
+    simulators: Mapping[str, Callable[..., Any]], generator: torch.Generator, design: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
     """`count` simulated pairs for each model: theta* [B, N, 4], x [B, N, 6]."""
     theta = simulators["prior"]((len(design), count), generator)
     x = simulators["simulator"](theta.flatten(0, 1), design, generator)
@@ -637,7 +639,9 @@ class SetEncoder(nn.Module):
 
     def __init__(self, observables: int, width: int = 24) -> None:
         super().__init__()
-        self.feature = nn.Sequential(nn.Linear(observables, 48), nn.SiLU(), nn.Linear(48, 48), nn.SiLU(), nn.Linear(48, width - 1))
+        self.feature = nn.Sequential(
+            nn.Linear(observables, 48), nn.SiLU(), nn.Linear(48, 48), nn.SiLU(), nn.Linear(48, width - 1)
+        )
         self.register_buffer("mean", torch.zeros(observables))
         self.register_buffer("std", torch.ones(observables))
 
@@ -678,7 +682,9 @@ class ScoreNetwork(nn.Module):
         """theta [R, d], t [R] in (0, 1], context [R, c]."""
         a = alpha_bar(t)
         ratio = torch.log(a / (1 - a)) / 8
-        features = torch.stack([t, ratio, torch.sin(math.pi * t), torch.cos(math.pi * t), torch.cos(3 * math.pi * t)], dim=-1)
+        features = torch.stack(
+            [t, ratio, torch.sin(math.pi * t), torch.cos(math.pi * t), torch.cos(3 * math.pi * t)], dim=-1
+        )
         a = a[:, None]
         gap = a.sqrt() * self.net(torch.cat([theta, context, features], dim=-1)) - theta
         return (gap @ self.basis / (a * self.variances + 1 - a)) @ self.basis.mT
@@ -687,7 +693,6 @@ class ScoreNetwork(nn.Module):
     def variance(self) -> float:
         """Mean variance of a parameter under an undiffused posterior."""
         return float(self.variances.mean())
-
 
 
 def fit_score(
@@ -816,13 +821,15 @@ def annealed_langevin(
             theta = theta + delta * score_of(theta, t) + math.sqrt(2 * delta) * noise
     return theta
 
+
 def bridging_schedule(steps: int, variance: float, factors: int) -> tuple[list[float], list[float], int]:
     """Times and step sizes from T = 1 down, and repeats at each, for `steps` Langevin steps over bridging densities.
 
     Levels stand at t = end + (1 - end) u^3, u uniform. `end` is where the noise variance is 2 % of `variance` (T_MIN at
-    least): diffusing a factor by so little does not show in the product, while a network's error grows towards t = 0. The step is a fraction (0.7 falling to 0.2) of the variance that `factors` composed
-    factors leave at t, each of undiffused variance `variance`: the density has the precision of all of them together.
-    Every level is repeated up to 5 times once there are more than 80.
+    least): diffusing a factor by so little does not show in the product, while a network's error grows towards t = 0.
+    The step is a fraction (0.7 falling to 0.2) of the variance that `factors` composed factors leave at t, each of
+    undiffused variance `variance`: the density has the precision of all of them together. Every level is repeated up to
+    5 times once there are more than 80.
     """
     repeats = min(5, max(1, steps // 80))
     levels = max(1, steps // repeats)
