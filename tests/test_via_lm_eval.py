@@ -45,7 +45,8 @@ def test_lm_eval_gives_the_harness_answers(tmp_path: object, monkeypatch: pytest
         logp = bench.judges()["target"](torch.tensor([whole])).logits[0].double().log_softmax(-1)
     start = len(encode(context))
     expected = sum(float(logp[i - 1, whole[i]]) for i in range(start, len(whole)))
-    assert greedy and total == pytest.approx(expected, abs=1e-4)
+    assert greedy
+    assert total == pytest.approx(expected, abs=1e-4)
     other = SimpleNamespace(args=(context, "ans ans"))
     assert not model.loglikelihood([other])[0][1]
     rolling = model.loglikelihood_rolling([SimpleNamespace(args=(f"{context} {continuation}",))])[0]

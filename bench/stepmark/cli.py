@@ -154,15 +154,16 @@ def _columns(rows: Sequence[tuple[str, ...]], indent: str = "  ") -> str:
 
 def _list(arguments: argparse.Namespace) -> int:
     wanted = arguments.what
+    methods = plugins.methods() if wanted in {"all", "tracks", "methods"} else {}
     blocks: list[str] = []
     if wanted in {"all", "tracks"}:
         rows: list[tuple[str, ...]] = [
-            (track, f"{sum(m.track == track for m in plugins.methods().values())} methods")
+            (track, f"{sum(m.track == track for m in methods.values())} methods")
             for track in plugins.tracks()
         ]
         blocks.append("tracks\n" + _columns(rows))
-    if wanted in {"all", "methods"} and plugins.methods():
-        order = sorted(plugins.methods().values(), key=lambda m: (m.track, bool(m.baselines), m.id))
+    if wanted in {"all", "methods"} and methods:
+        order = sorted(methods.values(), key=lambda m: (m.track, bool(m.baselines), m.id))
         blocks.append("methods\n" + _columns([(m.id, m.track, m.title[:90]) for m in order]))
     if wanted in {"all", "tasks"} and plugins.tasks():
         rows = [(t.id, track, f"v{t.version}", t.unit, t.summary[:80]) for track, t in plugins.tasks().values()]

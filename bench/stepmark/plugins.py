@@ -66,6 +66,13 @@ def method_folders() -> list[Path]:
                 f"STEPMARK_METHODS names {item!r}, which is no folder; give folders that hold <track>/<id>.py"
             )
         folders.append(Path(item).resolve())
+    return [*folders, *_installed_folders()]
+
+
+@lru_cache(maxsize=1)
+def _installed_folders() -> list[Path]:
+    """Folders that installed distributions offer; looked up once, for it reads the metadata of all of them."""
+    folders: list[Path] = []
     for point in entry_points(group="stepmark.methods"):
         spec = importlib.util.find_spec(point.value)
         if spec is None or not spec.submodule_search_locations:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,7 +74,7 @@ class SelfSpeculativeDecoding(Method):
     def prepare(self, session: Session) -> dict[str, Tensor]:
         """Search the mask on the first prompts of the train split. {"skipped": bool [L, 2]: attention, MLP}."""
         model = session.networks["target"]
-        prompts = [encode(text) for text in session.train["prompt"][: session.scale(8, 1)]]
+        prompts = [encode(text) for text in session.train["prompt"][: session.scale(4, 1)]]
         room = session.scale(32, 6)
         rng = np.random.default_rng(session.seed)
 
@@ -160,7 +160,7 @@ class SelfSpeculativeDecoding(Method):
 
     @staticmethod
     def search(
-        cost: Callable[[np.ndarray], float], layers: int, tries: Iterator[int], rng: np.random.Generator
+        cost: Callable[[np.ndarray], float], layers: int, tries: Iterable[int], rng: np.random.Generator
     ) -> np.ndarray:
         """The cheapest mask found, bool [2 layers]: Bayesian optimisation, one evaluation of `cost` per try."""
         size = 2 * layers

@@ -273,7 +273,7 @@ def split_depth(source: nn.Module, target: nn.Module) -> None:
 
 
 def train_target(model: nn.Module, progress: Progress) -> dict[str, float]:
-    """About 6 minutes on one core."""
+    """About 10 minutes on one core."""
     return fit(model, progress, steps=2300, lr=3e-3, seed=1)
 
 
@@ -283,7 +283,7 @@ def train_draft(model: nn.Module, progress: Progress) -> dict[str, float]:
 
 
 def train_deep(model: nn.Module, progress: Progress) -> dict[str, float]:
-    """About 8 minutes on one core, starting from the committed `lm_target`."""
+    """About 5 minutes on one core, starting from the committed `lm_target`."""
     from stepmark.backbones import load
 
     split_depth(load("lm_target"), model)
