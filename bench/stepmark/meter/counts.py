@@ -154,6 +154,11 @@ def watch(ledger: Ledger, name: str, module: nn.Module, layers: Sequence[nn.Modu
     _intercept(ledger, module, on_call)
     for layer in layers:
         _intercept(ledger, layer, on_layer)
+    if layers:  # embedding, norms and head belong to an evaluation too, when a method calls them by themselves
+        inner = {id(part) for layer in layers for part in layer.modules()}
+        for part in module.modules():
+            if part is not module and id(part) not in inner and not any(True for _ in part.children()):
+                _intercept(ledger, part, lambda args, kwargs: None)
     return module
 
 
