@@ -170,6 +170,7 @@ import torch
 torch.set_num_threads(1)
 from stepmark import suite, run
 import stepmark.tracks.image
+run.backbones.recipes()  # imported once here instead of in every victim
 def walk(results, delay):
     pid = os.fork()
     if pid == 0:
@@ -182,14 +183,14 @@ def walk(results, delay):
 assert walk({str(whole)!r}, 600) == 0
 rng = random.Random(0)
 kills = 0
-for i in range(60):
-    delay = -rng.uniform(0.01, 0.99) if i % 3 == 0 else rng.uniform(0.0, 0.6)
+for i in range(40):
+    delay = -rng.uniform(0.01, 0.99) if i % 3 == 0 else rng.uniform(0.0, 0.4)
     status = walk({str(broken)!r}, delay)
     kills += os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-    if status == 0:
+    if kills >= 22:
+        break
+    if status == 0:  # it came to the end: begin anew, so that the next kills meet a suite at work
         import shutil
-        if kills >= 20:
-            break
         shutil.rmtree({str(broken)!r})
 walk({str(broken)!r}, 600)
 print("kills", kills)

@@ -74,7 +74,8 @@ def cells(selection: Selection) -> list[Cell]:
                 continue
             task = plugins.tasks()[task_id][1]
             seeds = range(1 if selection.tier == "smoke" else task.seeds)
-            ladder = selection.rungs or task.ladder(selection.tier)
+            chosen = tuple(rung for rung in task.rungs if rung in selection.rungs)
+            ladder = chosen if selection.rungs else task.ladder(selection.tier)
             found += [
                 Cell(info.id, task_id, rung, seed, selection.tier)
                 for seed in seeds

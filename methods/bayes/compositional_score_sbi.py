@@ -28,7 +28,7 @@ class CompositionalScoreSBI(Method):
     with 5 steps each and delta_t proportional to 1 - alpha_t / alpha_{t-1}, far beyond the ladder, and that step is
     unstable on a coarse schedule. Here delta_t = tau_t (alpha_bar v + 1 - alpha_bar) / n, a fraction tau_t (0.7 falling
     to 0.2) of the variance that n composed factors leave, v being the residual variance of a linear regression on the
-    training pairs; levels are dense near t = 0 and stop where the noise is 2 % of v; each is repeated up to 5 times
+    training pairs; levels are dense near t = 0 and stop at 0.01 of T; each is repeated up to 5 times
     once there are 160 steps. The network is small (14k parameters) and trained on the known prior's own scale.
     """
 

@@ -164,15 +164,17 @@ class SelfSpeculativeDecoding(Method):
     ) -> np.ndarray:
         """The cheapest mask found, bool [2 layers]: Bayesian optimisation, one evaluation of `cost` per try."""
         size = 2 * layers
-        masks = [np.zeros(size, bool), np.arange(size) // 2 % 2 == 1, rng.random(size) < 0.25, rng.random(size) < 0.5]
+        every_second = np.arange(size) // 2 % 2 == 1
+        masks = [np.zeros(size, bool), every_second, *(rng.random((3, size)) < np.array([[0.25], [0.5], [0.75]]))]
         costs = [cost(mask) for mask in masks]
         process = GaussianProcessRegressor(Matern(np.sqrt(size) / 2, "fixed", nu=2.5), alpha=1e-2, normalize_y=True)
         for _ in tries:
-            near = [masks[i] for i in np.argsort(costs, kind="stable")[:4] for _ in range(64)]
-            flips = rng.random((len(near), size)) < 1.5 / size
-            whole = np.repeat(rng.random((len(near), layers)) < 1.5 / layers, 2, axis=1)
-            flips = np.where(rng.random((len(near), 1)) < 0.5, flips, whole)
-            candidates = np.unique(np.stack(near) ^ flips, axis=0)
+            best = np.stack([masks[i] for i in np.argsort(costs, kind="stable")[:4]])
+            near = np.repeat(best, 64, axis=0)
+            single = rng.random((256, size)) < 1.5 / size
+            whole = np.repeat(rng.random((256, layers)) < 1.5 / layers, 2, axis=1)
+            anywhere = rng.random((128, size)) < rng.random((128, 1))
+            candidates = np.unique(np.concatenate([near ^ single, near ^ whole, anywhere]), axis=0)
             candidates = candidates[[not any((c == mask).all() for mask in masks) for c in candidates]]
             process.fit(np.stack(masks).astype(float), np.array(costs))
             mean, deviation = process.predict(candidates.astype(float), return_std=True)

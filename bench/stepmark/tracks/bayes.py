@@ -825,21 +825,16 @@ def annealed_langevin(
 def bridging_schedule(steps: int, variance: float, factors: int) -> tuple[list[float], list[float], int]:
     """Times and step sizes from T = 1 down, and repeats at each, for `steps` Langevin steps over bridging densities.
 
-    Levels stand at t = end + (1 - end) u^3, u uniform. `end` is where the noise variance is 2 % of `variance` (T_MIN at
-    least): diffusing a factor by so little does not show in the product, while a network's error grows towards t = 0.
-    The step is a fraction (0.7 falling to 0.2) of the variance that `factors` composed factors leave at t, each of
-    undiffused variance `variance`: the density has the precision of all of them together. Every level is repeated up to
-    5 times once there are more than 80.
+    Levels stand at t = T_MIN + (1 - T_MIN) u^3, u uniform. The step is a fraction (0.7 falling to 0.2) of the variance that
+    `factors` composed factors leave at t, each of undiffused variance `variance`: the density has the precision of all of
+    them together. Every level is repeated, up to 5 times, once there are 160 steps.
     """
     repeats = min(5, max(1, steps // 80))
     levels = max(1, steps // repeats)
     times, sizes = [], []
-    # beta integrated up to `end` is half_rise * end^2 + BETA_MIN * end
-    half_rise, target = 0.5 * (BETA_MAX - BETA_MIN), -math.log1p(-min(0.5, 0.02 * variance))
-    end = max(T_MIN, (math.sqrt(BETA_MIN**2 + 4 * half_rise * target) - BETA_MIN) / (2 * half_rise))
     for i in range(levels):
         u = 1 - i / (levels - 1) if levels > 1 else 0.0
-        t = end + (1 - end) * u**3
+        t = T_MIN + (1 - T_MIN) * u**3
         a = alpha_bar(t)
         times.append(t)
         sizes.append((0.2 + 0.5 * u) * (a * variance + 1 - a) / factors)
