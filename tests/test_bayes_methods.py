@@ -148,7 +148,7 @@ def test_bridging_score_is_the_posteriors_at_zero(task: str, subset: int) -> Non
 )
 def test_langevin_with_exact_scores_reaches_the_posterior(name: str, task: str, rung: int) -> None:
     found = exact_run(name, task, rung)
-    assert found["mmd"] < 0.09 and found["mean_error"] < 0.22 and found["spread_error"] < 0.13, found
+    assert found["mmd"] < 0.09 and found["mean_error"] < 0.22 and found["spread_error"] < 0.2, found
 
 
 def test_reverse_sde_with_summed_exact_scores_does_not() -> None:
@@ -179,7 +179,7 @@ def test_reverse_sde_with_summed_exact_scores_does_not() -> None:
 @pytest.mark.parametrize("task", ["posterior/gaussian_n30", "posterior/mixture_n10"])
 def test_reverse_diffusion_with_the_exact_set_score_reaches_the_posterior(task: str) -> None:
     found = exact_run("npse_set", task, 20_000, sets=16)
-    assert found["mmd"] < 0.07 and found["mean_error"] < 0.18 and found["spread_error"] < 0.13, found
+    assert found["mmd"] < 0.07 and found["mean_error"] < 0.18 and found["spread_error"] < 0.2, found
 
 
 def test_a_wrong_prior_correction_is_noticed() -> None:

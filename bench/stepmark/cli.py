@@ -158,8 +158,7 @@ def _list(arguments: argparse.Namespace) -> int:
     blocks: list[str] = []
     if wanted in {"all", "tracks"}:
         rows: list[tuple[str, ...]] = [
-            (track, f"{sum(m.track == track for m in methods.values())} methods")
-            for track in plugins.tracks()
+            (track, f"{sum(m.track == track for m in methods.values())} methods") for track in plugins.tracks()
         ]
         blocks.append("tracks\n" + _columns(rows))
     if wanted in {"all", "methods"} and methods:
