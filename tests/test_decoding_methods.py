@@ -484,7 +484,7 @@ def test_mask_search_improves_on_its_starts_and_tries_nothing_twice() -> None:
     better = []
     for seed in range(4):
         rng = np.random.default_rng(100 + seed)
-        harm = rng.exponential(0.3, 16)
+        harm = rng.exponential(0.05, 16)
         tried: list[bytes] = []
 
         def cost(mask: np.ndarray, harm: np.ndarray = harm, tried: list[bytes] = tried) -> float:
