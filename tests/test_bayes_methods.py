@@ -84,8 +84,8 @@ class ExactScore(nn.Module):
         super().__init__()
         self.encoder = encoder
         data = load_split(TASKS[task].dataset, "train")
-        residual = bayes._residual_covariance(data[f"theta_{subset}"], data[f"x_{subset}"].mean(1))
-        self.variance = float(residual.diagonal().mean())
+        self.covariance = bayes._residual_covariance(data[f"theta_{subset}"], data[f"x_{subset}"].mean(1))
+        self.variances = torch.linalg.eigvalsh(self.covariance)
 
     def forward(self, theta: Tensor, t: Tensor, context: Tensor) -> Tensor:
         # As GaussianMixture.score, with the matrices of each set inverted once instead of once a row.
@@ -167,7 +167,7 @@ def test_reverse_sde_with_summed_exact_scores_does_not() -> None:
         lambda theta, t: bayes.set_scores(exact, theta, t, context)[:, :, 0],
         torch.randn(24, bayes.DRAWS, 2, generator=generator(1)),
         300,
-        exact.variance,
+        float(exact.variances.mean()),
         1,
         6.0,
         generator(2),
@@ -188,7 +188,7 @@ def test_a_wrong_prior_correction_is_noticed() -> None:
     batch = bayes.inputs(TASKS[task], 6, generator(1), CPU)
     exact, encoder = exact_networks(task)
     numbers = encoder(batch["x"].reshape(180, 1, 2)).reshape(6, 30, 1)
-    times, sizes, repeats = bayes.bridging_schedule(200, exact.variance, 30)
+    times, sizes, repeats = bayes.bridging_schedule(200, exact.covariance, 30)
     draws = bayes.annealed_langevin(
         lambda theta, t: bayes.set_scores(exact, theta, t, numbers).sum(2),
         torch.randn(6, bayes.DRAWS, 2, generator=generator(2)) / 30**0.5,
@@ -202,12 +202,16 @@ def test_a_wrong_prior_correction_is_noticed() -> None:
 
 
 def test_schedules_keep_to_their_steps() -> None:
+    covariance = torch.tensor([[0.4, 0.2], [0.2, 0.4]])
     for steps in (1, 3, 32, 96, 960):
-        times, sizes, repeats = bayes.bridging_schedule(steps, 0.4, 30)
+        times, sizes, repeats = bayes.bridging_schedule(steps, covariance, 30)
         assert len(times) == len(sizes) and len(times) * repeats <= steps < (len(times) + 1) * repeats
-        assert times == sorted(times, reverse=True) and min(times) >= bayes.T_MIN
-        assert all(0 < size <= 0.7 / 30 for size in sizes)
-        assert times[-1] == pytest.approx(bayes.T_MIN)
+        assert times == sorted(times, reverse=True) and times[-1] == pytest.approx(bayes.T_MIN)
+        # Stable and short in every direction: below the covariance that 30 factors leave, at both ends of the path.
+        for size, t in zip(sizes, times, strict=True):
+            a = bayes.alpha_bar(t)
+            room = (a * covariance + (1 - a) * torch.eye(2)) / 30 - size
+            assert float(torch.linalg.eigvalsh(size).min()) > 0 and float(torch.linalg.eigvalsh(room).min()) > 0
 
 
 # Monte Carlo baselines ----------------------------------------------------------------------------------------------------

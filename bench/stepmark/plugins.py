@@ -1,6 +1,6 @@
 """Finding plugins without importing them, and mounting their folders.
 
-`methods`, `datasets`, `kernels` and `leaderboard` lie at the root of the checkout, outside the package, and hold no
+`methods`, `datasets` and `leaderboard` lie at the root of the checkout, outside the package, and hold no
 `__init__.py`: a top-level package called `datasets` would shadow Hugging Face's. They are mounted as namespace packages
 `stepmark.methods`, `stepmark.datasets` ...: from the checkout, else from inside the wheel, plus
 every folder in `$STEPMARK_METHODS` and every entry point of group `stepmark.methods`.
@@ -24,7 +24,7 @@ from stepmark.method import Claim, Method, Paper
 from stepmark.task import Dataset, Task
 
 PACKAGE = Path(__file__).parent
-MOUNTS = ("methods", "datasets", "kernels", "leaderboard")
+MOUNTS = ("methods", "datasets", "leaderboard")
 
 
 class PluginError(Exception):
@@ -82,7 +82,7 @@ def _installed_folders() -> list[Path]:
 
 
 def mount() -> None:
-    """Make `stepmark.methods`, `.datasets` and `.kernels` importable. Called once, by `import stepmark`."""
+    """Make `stepmark.methods`, `.datasets` and `.leaderboard` importable. Called once, by `import stepmark`."""
     root = checkout() or PACKAGE
     for name in MOUNTS:
         module = types.ModuleType(f"stepmark.{name}", f"Mounted from {name}/ (see stepmark.plugins).")

@@ -26,10 +26,10 @@ class CompositionalScoreSBI(Method):
 
     Source: Geffner, Papamakarios and Mnih 2023, sections 3.1-3.3 and algorithm 1. Differences: the paper walks 400 levels
     with 5 steps each and delta_t proportional to 1 - alpha_t / alpha_{t-1}, far beyond the ladder, and that step is
-    unstable on a coarse schedule. Here delta_t = tau_t (alpha_bar v + 1 - alpha_bar) / n, a fraction tau_t (0.7 falling
-    to 0.2) of the variance that n composed factors leave, v being the residual variance of a linear regression on the
-    training pairs; levels are dense near t = 0 and stop at 0.01 of T; each is repeated up to 5 times
-    once there are 160 steps. The network is small (14k parameters) and trained on the known prior's own scale.
+    unstable on a coarse schedule. Here the step is a matrix, tau_t (alpha_bar V + (1 - alpha_bar) I) / n: a fraction tau_t
+    (0.7 falling to 0.2) of the covariance that n composed factors leave, V being the residual covariance of a linear
+    regression on the training pairs; levels are dense near t = 0 and stop at 0.01 T; each is repeated up to 5 times once
+    there are 160 steps. The network is small (14k parameters) and trained on the known prior's own scale.
     """
 
     paper = Paper(
@@ -92,7 +92,7 @@ class CompositionalScoreSBI(Method):
         network = session.networks["score"]
         prior = bayes.problem(session.task).prior.to(x.device)
         context = session.networks["encoder"](x.reshape(b * n, 1, -1)).reshape(b, n, -1)
-        times, sizes, repeats = bayes.bridging_schedule(rung // (bayes.DRAWS * n), network.variance, n)
+        times, sizes, repeats = bayes.bridging_schedule(rung // (bayes.DRAWS * n), network.covariance, n)
 
         def bridging_score(theta: Tensor, t: float) -> Tensor:
             return bayes.compose_scores(bayes.set_scores(network, theta, t, context), prior.score(theta), t)

@@ -80,7 +80,7 @@ class PartiallyFactorisedNPSE(Method):
         size[:, -1] = n - (factors - 1) * self.subset
         sets = padded.reshape(b * factors, self.subset, d)
         context = session.networks["encoder"](sets, size.reshape(-1)).reshape(b, factors, -1)
-        times, sizes, repeats = bayes.bridging_schedule(rung // (bayes.DRAWS * factors), network.variance, factors)
+        times, sizes, repeats = bayes.bridging_schedule(rung // (bayes.DRAWS * factors), network.covariance, factors)
 
         def bridging_score(theta: Tensor, t: float) -> Tensor:
             return bayes.compose_scores(bayes.set_scores(network, theta, t, context), prior.score(theta), t)

@@ -65,7 +65,7 @@ class NaiveSumReverseSDE(Method):
         covariance = prior.moments()[1]
         reach = 6 * float(covariance.diagonal().max()) ** 0.5
         steps = max(1, rung // (bayes.DRAWS * n))
-        return reverse_sde(composed, start, steps, network.variance, n, reach, session.rng)
+        return reverse_sde(composed, start, steps, float(network.variances.mean()), n, reach, session.rng)
 
 
 def reverse_sde(

@@ -690,9 +690,9 @@ class ScoreNetwork(nn.Module):
         return (gap @ self.basis / (a * self.variances + 1 - a)) @ self.basis.mT
 
     @property
-    def variance(self) -> float:
-        """Mean variance of a parameter under an undiffused posterior."""
-        return float(self.variances.mean())
+    def covariance(self) -> Tensor:
+        """V, [d, d]."""
+        return (self.basis * self.variances) @ self.basis.mT
 
 
 def fit_score(
@@ -810,32 +810,38 @@ def annealed_langevin(
     score_of: Callable[[Tensor, float], Tensor],
     theta: Tensor,
     times: Iterable[float],
-    step_sizes: Iterable[float],
+    step_sizes: Iterable[Tensor],
     repeats: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """Annealed Langevin dynamics: `repeats` steps theta += delta S(theta, t) + sqrt(2 delta) z at each (t, delta)."""
-    for t, delta in zip(times, step_sizes, strict=True):
+    """Annealed Langevin dynamics on theta [..., d]: `repeats` steps theta += D S(theta, t) + sqrt(2 D) z at each (t, D).
+
+    Step sizes are symmetric positive matrices [d, d]: any of them leaves the density with score S invariant, up to the
+    discretisation; delta * I is the plain method.
+    """
+    for t, step in zip(times, step_sizes, strict=True):
+        root = torch.linalg.cholesky(2 * step).mT
         for _ in range(repeats):
             noise = torch.randn(theta.shape, generator=generator, device=theta.device, dtype=theta.dtype)
-            theta = theta + delta * score_of(theta, t) + math.sqrt(2 * delta) * noise
+            theta = theta + score_of(theta, t) @ step + noise @ root
     return theta
 
 
-def bridging_schedule(steps: int, variance: float, factors: int) -> tuple[list[float], list[float], int]:
-    """Times and step sizes from T = 1 down, and repeats at each, for `steps` Langevin steps over bridging densities.
+def bridging_schedule(steps: int, covariance: Tensor, factors: int) -> tuple[list[float], list[Tensor], int]:
+    """Times and step sizes [d, d] from T = 1 down, and repeats at each, for `steps` Langevin steps over bridging densities.
 
-    Levels stand at t = T_MIN + (1 - T_MIN) u^3, u uniform. The step is a fraction (0.7 falling to 0.2) of the variance that
-    `factors` composed factors leave at t, each of undiffused variance `variance`: the density has the precision of all of
-    them together. Every level is repeated, up to 5 times, once there are 160 steps.
+    Levels stand at t = T_MIN + (1 - T_MIN) u^3, u uniform. The step is a fraction (0.7 falling to 0.2) of the covariance
+    that `factors` composed factors leave at t, each of undiffused covariance `covariance`: the density has the precision
+    of all of them together. Every level is repeated, up to 5 times, once there are 160 steps.
     """
     repeats = min(5, max(1, steps // 80))
     levels = max(1, steps // repeats)
+    eye = torch.eye(len(covariance), device=covariance.device, dtype=covariance.dtype)
     times, sizes = [], []
     for i in range(levels):
         u = 1 - i / (levels - 1) if levels > 1 else 0.0
         t = T_MIN + (1 - T_MIN) * u**3
         a = alpha_bar(t)
         times.append(t)
-        sizes.append((0.2 + 0.5 * u) * (a * variance + 1 - a) / factors)
+        sizes.append((0.2 + 0.5 * u) * (a * covariance + (1 - a) * eye) / factors)
     return times, sizes, repeats
