@@ -28,7 +28,7 @@ class SelfSpeculativeDecoding(Method):
     z in {0, 1}^(2 L) marks the attention and MLP sub-layers that drafting skips (h passes them by unchanged). It is
     found offline by Bayesian optimisation, equation 3: z* = argmin f(z), f the cost per token on calibration prompts,
     with a Gaussian process on log f (Matern 5/2 plus a linear kernel, as sub-layers do much of their harm each for
-    itself) and expected improvement.
+    itself, over z and over which layers go whole, as only those save evaluations) and expected improvement.
 
     A step drafts one token after another until the draft's greatest probability falls below gamma (equation 5), then
     runs the whole target once over the drafted tokens (algorithm 1). The longest agreeing prefix is kept, in sampling
@@ -168,6 +168,11 @@ class SelfSpeculativeDecoding(Method):
         every_second = np.arange(size) // 2 % 2 == 1
         masks = [np.zeros(size, bool), every_second, *(rng.random((3, size)) < np.array([[0.25], [0.5], [0.75]]))]
         costs = [cost(mask) for mask in masks]
+
+        def features(z: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
+            whole = np.stack(z).reshape(len(z), layers, 2).all(2)
+            return np.concatenate([np.stack(z), whole], axis=1).astype(float)
+
         kernel = ConstantKernel(20 / size, "fixed") * DotProduct(1.0, "fixed") + Matern(np.sqrt(size), "fixed", nu=2.5)
         process = GaussianProcessRegressor(kernel, alpha=1e-2, normalize_y=True)
         for _ in tries:
@@ -177,9 +182,10 @@ class SelfSpeculativeDecoding(Method):
             whole = np.repeat(rng.random((256, layers)) < 1.5 / layers, 2, axis=1)
             anywhere = rng.random((128, size)) < rng.random((128, 1))
             candidates = np.unique(np.concatenate([near ^ single, near ^ whole, anywhere]), axis=0)
-            candidates = candidates[[not any((c == mask).all() for mask in masks) for c in candidates]]
-            process.fit(np.stack(masks).astype(float), np.log(costs))
-            mean, deviation = process.predict(candidates.astype(float), return_std=True)
+            seen = {mask.tobytes() for mask in masks}
+            candidates = candidates[[c.tobytes() not in seen for c in candidates]]
+            process.fit(features(masks), np.log(costs))
+            mean, deviation = process.predict(features(candidates), return_std=True)
             better = np.log(min(costs)) - mean
             gain = better * norm.cdf(better / deviation) + deviation * norm.pdf(better / deviation)
             masks.append(candidates[int(gain.argmax())])
