@@ -506,17 +506,25 @@ def stale(record: Record, info: MethodInfo | None, task: Task) -> bool:
 
 
 class CatalogueEntry(NamedTuple):
-    """A paper of `leaderboard/catalogue.jsonl`."""
+    """A paper of `leaderboard/catalogue.jsonl`. `headline`: its own figures, each with its setting; null: not found."""
 
     id: str
     title: str
-    authors: str | None
+    authors: list[str] | None
     year: int | None
     arxiv: str | None
+    reference: str | None
     kind: str
     track: str
     tags: list[str]
     code: str | None
+    headline: list[str]
+
+    @property
+    def byline(self) -> str:
+        """All authors, or the first three and how many more."""
+        names = self.authors or []
+        return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
 
 
 @dataclass

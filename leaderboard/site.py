@@ -772,7 +772,7 @@ def _papers(found: Board) -> list[str]:
         year = paper.year if paper else entry.year
         arxiv = paper.arxiv if paper and paper.arxiv else entry.arxiv
         title = link(f"methods/{each.info.id}.html", entry.title) if each.info else esc(entry.title)
-        who = paper.authors if paper else entry.authors
+        who = entry.byline or (paper.authors if paper else "")
         code = (paper.code if paper else None) or entry.code
         links = [link(f"https://arxiv.org/abs/{arxiv}", "arXiv")] if arxiv else []
         links += [link(f"https://github.com/{code}", "code")] if code else []

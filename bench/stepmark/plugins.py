@@ -152,6 +152,13 @@ def read_method(path: Path) -> MethodInfo:
         PluginError: no such class, two of them, or an attribute that is no plain literal.
     """
     source = path / "__init__.py" if path.is_dir() else path
+    state = source.stat()
+    return _read_method(path, source, (state.st_mtime_ns, state.st_size, state.st_ino))
+
+
+@lru_cache(maxsize=4096)
+def _read_method(path: Path, source: Path, state: tuple[int, ...]) -> MethodInfo:
+    """`state` stands for the bytes of the file: a suite asks for all methods several times a cell."""
     classes = [
         node
         for node in _parse(source).body
