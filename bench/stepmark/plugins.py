@@ -9,12 +9,14 @@ every folder in `$STEPMARK_METHODS` and every entry point of group `stepmark.met
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib.util
+import json
 import os
 import sys
 import types
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -25,6 +27,7 @@ from stepmark.task import Dataset, Task
 
 PACKAGE = Path(__file__).parent
 MOUNTS = ("methods", "datasets", "leaderboard")
+TRACK_CALLS = ("handles", "layers", "inputs", "check", "reference_call", "score")  # what the harness asks of a track
 
 
 class PluginError(Exception):
@@ -240,6 +243,110 @@ def datasets() -> dict[str, Dataset]:
         if "DATASET" in values:
             found[path.stem] = values["DATASET"]
     return found
+
+
+def code_digest(path: Path, roots: Iterable[str] | None = None) -> str:
+    """sha256 of what a source file makes happen: its syntax tree without comments, layout, docstrings, and a method's
+    paper, claims and list of tasks. Correcting the text of a method leaves its records current.
+
+    `roots`: only the top-level definitions of these names and what they use, directly or not, count: a track may gain
+    functions without touching the methods that do not use them. Of a plugin folder all Python files count.
+    """
+    files = sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]
+    sha = hashlib.sha256()
+    for file in files:
+        state = file.stat()
+        definitions = _definitions(file, (state.st_mtime_ns, state.st_size, state.st_ino))
+        wanted = set(range(len(definitions)))
+        if roots is not None:
+            open_names, seen, wanted = set(roots), set(), set()
+            while open_names:
+                name = open_names.pop()
+                seen.add(name)
+                for index, (defined, used, _) in enumerate(definitions):
+                    if name in defined and index not in wanted:
+                        wanted.add(index)
+                        open_names |= used - seen
+        for index in sorted(wanted):
+            sha.update(definitions[index][2].encode())
+    return sha.hexdigest()
+
+
+@lru_cache(maxsize=4096)
+def _definitions(path: Path, state: tuple[int, ...]) -> list[tuple[frozenset[str], frozenset[str], str]]:
+    """(names defined, identifiers used, dump) of each top-level statement of a file."""
+    found = []
+    for node in _Bare().visit(_parse(path)).body:
+        inside = list(ast.walk(node))
+        used = {n.id for n in inside if isinstance(n, ast.Name)} | {
+            n.attr for n in inside if isinstance(n, ast.Attribute)
+        }
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            defined = {node.name}
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            defined = {alias.asname or alias.name.partition(".")[0] for alias in node.names}
+            used |= {alias.name for alias in node.names}
+        else:
+            defined = {n.id for n in inside if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        found.append((frozenset(defined), frozenset(used), _dump(node)))
+    return found
+
+
+def _dump(node: object) -> str:
+    """A syntax tree as text that is the same on every version of Python, which `ast.dump` is not."""
+    if isinstance(node, ast.AST):
+        fields = [
+            f"{name}={_dump(value)}" for name, value in ast.iter_fields(node) if value is not None and value != []
+        ]
+        return f"{type(node).__name__}({','.join(fields)})"
+    if isinstance(node, list):
+        return f"[{','.join(map(_dump, node))}]"
+    return repr(node)
+
+
+class _Bare(ast.NodeTransformer):
+    """Drops docstrings, and of classes what is only metadata."""
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        super().generic_visit(node)
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            if isinstance(
+                node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+            ) and ast.get_docstring(node, clean=False):
+                body = body[1:]
+            if isinstance(node, ast.ClassDef):
+                body = [line for line in body if not _is_metadata(line)]
+            node.body = body or [ast.Pass()]  # type: ignore[attr-defined]
+        return node
+
+
+def _is_metadata(line: ast.stmt) -> bool:
+    targets = line.targets if isinstance(line, ast.Assign) else [line.target] if isinstance(line, ast.AnnAssign) else []
+    return any(isinstance(t, ast.Name) and t.id in {"paper", "claims", "tasks"} for t in targets)
+
+
+def source_digests(info: MethodInfo, task: Task) -> dict[str, str]:
+    """Digests of a method, of what it and the harness use of its track, of the task and of the dataset.
+
+    Of a task all counts but its summary and how many cells there are.
+    """
+    track = PACKAGE / "tracks" / f"{tasks()[task.id][0]}.py"
+    more = {"summary", "rungs", "smoke_rungs", "seeds"}
+    asked = {name: value for name, value in asdict(task).items() if name not in more}
+    return {
+        "method": code_digest(info.path),
+        "track": code_digest(track, {*TRACK_CALLS, *identifiers(info.path)} - {"TASKS"}),
+        "task": hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest(),
+        "dataset": code_digest((checkout() or PACKAGE) / "datasets" / f"{task.dataset}.py"),
+    }
+
+
+def identifiers(path: Path) -> frozenset[str]:
+    """Every name that a source file mentions."""
+    state = path.stat()
+    parts = _definitions(path, (state.st_mtime_ns, state.st_size, state.st_ino))
+    return frozenset().union(*(defined | used for defined, used, _ in parts))
 
 
 def load_class(info: MethodInfo) -> type[Method]:

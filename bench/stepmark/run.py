@@ -18,7 +18,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepmark import __version__, backbones, plugins
+from stepmark import __version__, backbones, plugins, samples
 from stepmark import record as records
 from stepmark.audit import Guard
 from stepmark.meter import energy, latency, machine, memory
@@ -114,12 +114,7 @@ def source_digest(*paths: Path) -> str:
 
 def digests(info: MethodInfo, task: Task) -> dict[str, str]:
     """Everything that can move a figure, by name."""
-    found = {
-        "method": source_digest(info.path),
-        "track": source_digest(plugins.PACKAGE / "tracks" / f"{plugins.tasks()[task.id][0]}.py"),
-        "task": hashlib.sha256(json.dumps(asdict(task), sort_keys=True).encode()).hexdigest(),
-        "dataset": source_digest((plugins.checkout() or plugins.PACKAGE) / "datasets" / f"{task.dataset}.py"),
-    }
+    found = plugins.source_digests(info, task)
     for role, backbone in sorted((task.backbones | task.judges).items()):
         found[f"backbone_{role}"] = backbones.digest(backbone)
     return found
@@ -128,6 +123,13 @@ def digests(info: MethodInfo, task: Task) -> dict[str, str]:
 def cache_folder() -> Path:
     """Where prepared states are kept: `$STEPMARK_CACHE`, else `~/.cache/stepmark`."""
     return Path(os.environ.get("STEPMARK_CACHE") or Path.home() / ".cache" / "stepmark")
+
+
+def prepared_path(info: MethodInfo, task: Task, tier: str, device: torch.device) -> Path:
+    """Where the prepared state of a method is kept, under a digest of all that it hangs on."""
+    parts = digests(info, task) | {"tier": tier, "contract": CONTRACT, "device": device.type}
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return cache_folder() / "prepared" / f"{info.id}-{digest[:32]}.safetensors"
 
 
 @contextlib.contextmanager
@@ -181,10 +183,6 @@ class Bench:
 
     # -- prepare ------------------------------------------------------------------------------------------------
 
-    def _digest(self) -> str:
-        parts = digests(self.info, self.task) | {"tier": self.tier, "contract": CONTRACT, "device": self.device.type}
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
     def _prepare(self) -> records.Offline:
         seed = derive_seed("prepare", self.task.id, self.task.version)
         self.session.begin("prepare", seed)
@@ -196,7 +194,7 @@ class Bench:
                 part.__dict__.pop("forward", None)
             network.to(self.device)
             self.networks[name] = self._watched(name, network)
-        path = cache_folder() / "prepared" / f"{self.info.id}-{self._digest()[:32]}.safetensors"
+        path = prepared_path(self.info, self.task, self.tier, self.device)
         with _locked(path.with_suffix(".lock")):
             if not path.exists():
                 self._train(own, path)
@@ -441,6 +439,13 @@ def measure(cell: Cell, device: str = "cpu", timing: bool = True, show_progress:
 
     Timing, memory and energy are read at seed 0 only, where `timing` is set: other seeds repeat the quality.
     """
+    return measured(cell, device, timing, show_progress)[0]
+
+
+def measured(
+    cell: Cell, device: str = "cpu", timing: bool = True, show_progress: bool = True
+) -> tuple[records.Record, samples.Shown | None]:
+    """As `measure`, and what the cell gave to look at (seed 0 only)."""
     info = plugins.methods().get(cell.method)
     if info is None:
         raise KeyError(f"no method {cell.method!r}; see: stepmark list methods")
@@ -461,8 +466,10 @@ def measure(cell: Cell, device: str = "cpu", timing: bool = True, show_progress:
         "created": dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": commit(),
     }
+    shown: samples.Shown | None = None
     try:
-        fields |= _passes(cell, info, device, timing, show_progress)
+        passed, shown = _passes(cell, info, device, timing, show_progress)
+        fields |= passed
     except Skip as reason:
         fields |= {"status": "skipped", "message": _one_line(str(reason))}
     except (BudgetExceeded, BadOutput, Sealed) as error:
@@ -472,10 +479,12 @@ def measure(cell: Cell, device: str = "cpu", timing: bool = True, show_progress:
             "status": "failed",
             "message": _one_line(f"{type(error).__name__}: {error} {_place(error, info.path)}"),
         }
-    return records.Record(**fields)
+    return records.Record(**fields), shown
 
 
-def _passes(cell: Cell, info: MethodInfo, device: str, timing: bool, show_progress: bool) -> dict[str, Any]:
+def _passes(
+    cell: Cell, info: MethodInfo, device: str, timing: bool, show_progress: bool
+) -> tuple[dict[str, Any], samples.Shown | None]:
     mine = bench(cell.method, cell.task, cell.tier, device, source_digest(info.path), show_progress)
     mine.method = mine._load()  # globals that an earlier rung left in the module are gone
     task = mine.task
@@ -534,7 +543,8 @@ def _passes(cell: Cell, info: MethodInfo, device: str, timing: bool, show_progre
         reasons |= dict.fromkeys(("latency", "memory", "energy"), "run without timing")
     if flags:
         bench.cache_clear()  # whatever the plugin left behind must not reach the next cell
-    return found | {"counts": counts, "reasons": reasons, "flags": flags, "status": "flagged" if flags else "ok"}
+    found |= {"counts": counts, "reasons": reasons, "flags": flags, "status": "flagged" if flags else "ok"}
+    return found, samples.of_outputs(inputs, outputs) if cell.seed == 0 else None
 
 
 def _again(mine: Bench, batch: Mapping[str, Any], cell: Cell) -> Callable[[], Any]:

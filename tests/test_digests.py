@@ -1,0 +1,101 @@
+"""What makes a record old: a change of what runs, not of what is said about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from stepmark import plugins
+
+METHOD = '''"""A method."""
+from stepmark.method import Claim, Method
+from stepmark.tracks.toy import step
+
+
+class Toy(Method):
+    """Docstring."""
+
+    tasks = ("a/b",)
+    claims = (Claim("fd[toy,1] < 2", says="small"),)
+    width = 3
+
+    def run(self, session, batch, rung):
+        """Another."""
+        return step(batch, self.width)  # comment
+'''
+TRACK = '''"""A track."""
+import math
+
+
+def step(x, width):
+    return inner(x) * width
+
+
+def inner(x):
+    return x + SHIFT
+
+
+SHIFT = math.pi
+
+
+def unrelated(x):
+    return x
+'''
+
+
+def digest(tmp_path: Path, text: str, roots: set[str] | None = None) -> str:
+    path = tmp_path / "toy.py"
+    path.write_text(text)
+    return plugins.code_digest(path, roots)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("  # comment", "  # another"),
+        ('"""Docstring."""', '"""Words, and\n\n    more words."""'),
+        ('says="small"', 'says="tiny"'),
+        ('tasks = ("a/b",)', 'tasks = ("a/b", "a/c")'),
+        ("return step(batch, self.width)", "return step(\n            batch,\n            self.width,\n        )"),
+        ('        """Another."""\n', ""),
+    ],
+)
+def test_words_leave_the_digest_alone(tmp_path: Path, old: str, new: str) -> None:
+    assert old in METHOD
+    assert digest(tmp_path, METHOD.replace(old, new)) == digest(tmp_path, METHOD)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("width = 3", "width = 4"), ("return step", "return 2 * step"), ("import step", "import leap as step")],
+)
+def test_code_moves_the_digest(tmp_path: Path, old: str, new: str) -> None:
+    assert old in METHOD
+    assert digest(tmp_path, METHOD.replace(old, new)) != digest(tmp_path, METHOD)
+
+
+def test_of_a_track_only_what_is_used_counts(tmp_path: Path) -> None:
+    path = tmp_path / "method.py"
+    path.write_text(METHOD)
+    used = set(plugins.identifiers(path))
+    before = digest(tmp_path, TRACK, used)
+    assert digest(tmp_path, TRACK.replace("return x\n", "return -x\n"), used) == before
+    assert digest(tmp_path, TRACK + "\n\ndef more():\n    return 1\n", used) == before
+    for old, new in (
+        ("* width", "/ width"),
+        ("x + SHIFT", "x - SHIFT"),
+        ("math.pi", "math.e"),
+        ("import math", "import cmath as math"),
+    ):
+        assert digest(tmp_path, TRACK.replace(old, new), used) != before, f"{old} -> {new} went unseen"
+
+
+def test_every_file_of_a_plugin_folder_counts(tmp_path: Path) -> None:
+    folder = tmp_path / "toy"
+    folder.mkdir()
+    (folder / "__init__.py").write_text(METHOD)
+    (folder / "part.py").write_text("A = 1\n")
+    before = plugins.code_digest(folder / "__init__.py")
+    (folder / "part.py").write_text("A = 2\n")
+    assert plugins.code_digest(folder / "__init__.py") != before
