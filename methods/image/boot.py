@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from stepmark import Claim, Method, Paper
+from stepmark.session import Session
+from stepmark.tracks.image import Schedule, fit, schedule_of
+
+
+def signal_step(schedule: Schedule, y: Tensor, x0: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """One DDIM step of the Signal-ODE, y_s = y_t + (1 - e^(lambda_t - lambda_s)) (x0 - y_t) (equation 8).
+
+    y and x0 [B, ...], the teacher's prediction at alpha_t y + sigma_t eps; times t > s [B]; lambda = log(alpha / sigma).
+    """
+    ratio = (schedule.alpha(t) * schedule.sigma(s)) / (schedule.sigma(t) * schedule.alpha(s))
+    return x0 + ratio.view(-1, *[1] * (y.dim() - 1)) * (y - x0)
+
+
+class Boot(Method):
+    """BOOT: distil a sampler into one step from noise alone, each level bootstrapping on the one above it.
+
+    The student y(eps, t) predicts from the initial noise the signal of the teacher's trajectory at every level,
+    y_t = (x_t - sigma_t eps) / alpha_t, so that y(eps, 0) is a sample in one evaluation. The signal obeys an ODE without
+    a noise term (equation 7), and two levels t and s = t - delta are tied by one step of it with the teacher's x0:
+
+        loss = |y(eps, s) - sg[y_s]|^2 / delta^2,   y_s = signal step from y(eps, t), x0 = f(alpha_t y(eps, t) + sigma_t eps, t)
+             + beta |y(eps, 1) - f(eps, 1)|^2                                                     (equations 9 and 10)
+
+    No image is read: only noise and labels. The student starts from the teacher's weights, its time input meaning the
+    level to reach; with a flow teacher y(eps, t) = eps - student(eps, t), which meets the boundary at t = 1 from the
+    start. Levels t are uniform, delta is 1/16, and 1 / delta^2 is dropped with it, being constant.
+
+    One evaluation is made at every rung: more cannot help a map that starts from the noise.
+    """
+
+    paper = Paper(
+        id="boot",
+        title="BOOT: Data-free Distillation of Denoising Diffusion Models with Bootstrapping",
+        authors="Gu, Zhai, Zhang, Liu, Susskind",
+        year=2023,
+        arxiv="2306.05544",
+    )
+    tasks = ("class_to_image/digits_flow", "class_to_image/digits_flow_b")
+    baselines = ("euler", "reflow")
+    claims = (
+        Claim("fd[boot,1] < fd[euler,1]", says="one step is better than one step of the teacher"),
+        Claim("fd[boot,1] <= 1.5 * fd[euler,9]", says="and within half as much again of nine"),
+    )
+
+    delta, beta, batch, steps, rate = 1 / 16, 1.0, 64, 700, 5e-4
+
+    def networks(self, session: Session) -> dict[str, nn.Module]:
+        return {"student": session.clone("teacher")}
+
+    def prepare(self, session: Session) -> None:
+        teacher, student, rng = session.networks["teacher"], session.networks["student"], session.rng
+        labels = session.train["condition"].to(session.device)
+        shape = (self.batch, *session.train["x0"].shape[1:])  # all that is taken of the images
+        schedule = schedule_of(teacher)
+
+        def column(t: Tensor) -> Tensor:
+            return t.view(-1, *[1] * (len(shape) - 1))
+
+        def predicted(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+            return x - column(schedule.sigma(t)) * teacher(x, t, condition)
+
+        def loss() -> Tensor:
+            condition = labels[torch.randint(len(labels), (self.batch,), generator=rng, device=session.device)]
+            eps = torch.randn(shape, generator=rng, device=session.device)
+            t = self.delta + (1 - self.delta) * torch.rand(self.batch, generator=rng, device=session.device)
+            s, one = t - self.delta, torch.ones_like(t)
+            with torch.no_grad():
+                y = self.signal(student, eps, t, condition)
+                x0 = predicted(column(schedule.alpha(t)) * y + column(schedule.sigma(t)) * eps, t, condition)
+                target = signal_step(schedule, y, x0, t, s)
+                edge = predicted(eps, one, condition)
+            both = self.signal(
+                student, eps.repeat(2, *[1] * (len(shape) - 1)), torch.cat([s, one]), condition.repeat(2)
+            )
+            below, boundary = both.chunk(2)
+            return (below - target).square().mean() + self.beta * (boundary - edge).square().mean()
+
+        fit(session, student, loss, session.scale(self.steps, 4), self.rate)
+
+    @staticmethod
+    def signal(student: nn.Module, eps: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """y(eps, t) [B, ...]."""
+        return eps - student(eps, t, condition)
+
+    @torch.no_grad()
+    def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> Tensor:
+        eps = batch["noise"]
+        level = torch.zeros(len(eps), dtype=eps.dtype, device=eps.device)
+        return self.signal(session.networks["student"], eps, level, batch["condition"])

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stepmark import Claim, Method, Paper
+from stepmark.session import Session
+from stepmark.tracks.image import Denoiser, Schedule, ddim_step, uniform_times
+
+
+def exponential_weights(schedule: Schedule, times: Sequence[float], s: float) -> list[float]:
+    """Weight of the noise predicted at each of `times` (the latest last) in the integral from the latest to s > 0.
+
+    integral of l_i(log rho) d rho over rho = sigma / alpha, l_i the Lagrange basis on the nodes log rho(times): exact
+    by Gauss-Legendre quadrature, as the integrand is a polynomial times an exponential.
+    """
+    nodes = [-schedule.log_snr(t) for t in times]
+    start, end = nodes[-1], -schedule.log_snr(s)
+    place, weight = np.polynomial.legendre.leggauss(16)
+    at = 0.5 * (end - start) * place + 0.5 * (end + start)
+    found = []
+    for i, node in enumerate(nodes):
+        basis = np.prod([(at - other) / (node - other) for j, other in enumerate(nodes) if j != i], axis=0)
+        found.append(float((0.5 * (end - start) * weight * basis * np.exp(at)).sum()))
+    return found
+
+
+class DEIS(Method):
+    """DEIS: Adams-Bashforth for the predicted noise, with the schedule's part of the ODE integrated exactly.
+
+    In y = x / alpha and rho = sigma / alpha the probability-flow ODE is dy / d rho = eps(x, t) (proposition 3). The
+    noise between t and s is extrapolated by the polynomial through the last r + 1 predictions, and the integral of that
+    polynomial is taken in closed form (equation 15):
+
+        y_s = y_t + sum_i C_i eps_i,   C_i = integral of l_i d rho from t to s
+
+    Here the polynomial is in log rho and of degree 2 (order 3); the first two steps have fewer predictions, and the
+    last step, on which log rho has no end, is DDIM's, which is degree 0. Times are equally spaced. The paper also fits
+    polynomials in t and in rho.
+    """
+
+    paper = Paper(
+        id="deis",
+        title="Fast Sampling of Diffusion Models with Exponential Integrator",
+        authors="Zhang, Chen",
+        year=2023,
+        arxiv="2204.13902",
+        code="qsh-zh/deis",
+    )
+    tasks = ("class_to_image/digits_eps", "class_to_image/digits_eps_b", "sampling/mixtures_eps")
+    baselines = ("ddim",)
+    claims = (Claim("fd[deis,10] < fd[ddim,10]", says="better samples than DDIM at 10 evaluations"),)
+
+    order = 3
+
+    @torch.no_grad()
+    def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> Tensor:
+        denoise = Denoiser(session.networks["teacher"], batch["condition"])
+        schedule, x = denoise.schedule, batch["noise"]
+        past: list[tuple[float, Tensor]] = []
+        for t, s in pairwise(uniform_times(rung)):
+            x0, eps = denoise(x, t)
+            past = [*past, (t, eps)][-self.order :]
+            if s == 0:
+                return ddim_step(schedule, x0, eps, s)
+            weights = exponential_weights(schedule, [u for u, _ in past], s)
+            step = torch.stack([w * e for w, (_, e) in zip(weights, past, strict=True)]).sum(0)
+            x = schedule.alpha(s) * (x / schedule.alpha(t) + step)
+        return x

@@ -1,0 +1,222 @@
+"""Tuned timesteps, bootstrapped and fine-tuned students, retrieved trajectories: each against what is known exactly."""
+
+from __future__ import annotations
+
+import importlib
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stepmark import backbones
+from stepmark.meter.counts import Ledger, watch
+from stepmark.run import track_of
+from stepmark.session import Session
+from stepmark.tracks import image
+
+torch.set_num_threads(1)
+
+
+def module_of(method: str) -> Any:
+    """The module of a plugin."""
+    return importlib.import_module(f"stepmark.methods.image.{method}")
+
+
+aligner, boot, redi, mmd = (module_of(name) for name in ("timestep_aligner", "boot", "redi", "mmd_ddm"))
+
+
+def session_of(task: str, network: nn.Module | None = None) -> Session:
+    """A smoke session on a task, with another teacher where given."""
+    spec, ledger = track_of(task)[1], Ledger()
+    teacher = watch(ledger, "teacher", network or backbones.load(spec.backbones["teacher"]))
+    return Session(spec, "smoke", torch.device("cpu"), torch.float32, {"teacher": teacher}, {}, ledger, False)
+
+
+def batch_of(n: int, shape: tuple[int, ...], classes: int, seed: int = 3) -> dict[str, Tensor]:
+    """Noise and balanced conditions."""
+    noise = torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
+    return {"noise": noise, "condition": torch.arange(n) % classes}
+
+
+class Gaussian(nn.Module):
+    """The exact network of data N(0, 1/4): linear in x, so that every solver is a number."""
+
+    def __init__(self, prediction: str) -> None:
+        super().__init__()
+        self.prediction = prediction
+        self.times: list[float] = []
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        schedule = image.Schedule(self.prediction)
+        time = float(t[0]) if schedule.flow else (float(t[0]) + 1) / 1000
+        self.times.append(time)
+        alpha, sigma = schedule.alpha(time), schedule.sigma(time)
+        variance = alpha**2 / 4 + sigma**2
+        eps, x0 = sigma / variance * x, alpha / 4 / variance * x
+        return eps - x0 if schedule.flow else eps
+
+
+# --- timestep aligner ------------------------------------------------------------------------------------------------
+
+
+def test_untuned_steps_are_ddim_bit_for_bit() -> None:
+    session, batch = session_of("class_to_image/digits_eps"), batch_of(10, (1, 8, 8), 10)
+    plain = module_of("ddim").DDIM().run(session, batch, 5)
+    assert torch.equal(aligner.TimestepAligner().run(session, batch, 5), plain)
+
+
+def test_tuned_timesteps_minimise_the_change_of_direction_and_are_what_the_network_is_told() -> None:
+    network, x = Gaussian("epsilon"), batch_of(64, (2,), 1)
+    method, rung = aligner.TimestepAligner(), 5
+    ratios = method.tune(network, x["noise"], x["condition"], rung, 40)
+    state = x["noise"].double()
+    for (t, s), ratio in zip(list(pairwise(image.uniform_times(rung)))[:-1], ratios.tolist(), strict=False):
+
+        def gap(r: float, state: Tensor = state, t: float = t, s: float = s) -> float:
+            begin = method.noise(network, state, t, x["condition"])
+            end = method.noise(network, method.step(network, state, t, s, r, x["condition"]), s, x["condition"])
+            return float((begin - end).square().sum())
+
+        grid = [gap(r) for r in np.linspace(0.7, min(1.2, 1 / t), 200)]
+        assert gap(ratio) <= min(grid) + 1e-4 * max(grid)
+        assert gap(ratio) <= gap(1.0)
+        state = method.step(network, state, t, s, ratio, x["condition"])
+    assert ratios[-1] == 1
+    assert (ratios[:-1] - 1).abs().max() > 0.01
+    session = session_of("sampling/mixtures_eps", network)
+    session.state = {f"ratios_{rung}": ratios}
+    network.times.clear()
+    method.run(session, x, rung)
+    assert network.times == pytest.approx(
+        [r * t for r, t in zip(ratios.tolist(), image.uniform_times(rung), strict=False)]
+    )
+
+
+# --- BOOT ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction", ["flow", "epsilon"])
+def test_the_signal_ode_is_the_samplers_own(prediction: str) -> None:
+    """Stepping the signal from the noise and adding the noise back gives the DDIM trajectory at every level."""
+    network, batch = Gaussian(prediction), batch_of(8, (2,), 1)
+    denoise, eps = image.Denoiser(network, batch["condition"]), batch["noise"].double()
+    schedule, x = denoise.schedule, batch["noise"].double()
+    y = torch.zeros_like(x) if schedule.flow else (x - schedule.sigma(1.0) * eps) / schedule.alpha(1.0)
+    for t, s in pairwise(image.uniform_times(7)):
+        x0, noise = denoise(x, t)
+        y = boot.signal_step(schedule, y, x0, *(torch.full((8,), u, dtype=torch.float64) for u in (t, s)))
+        x = image.ddim_step(schedule, x0, noise, s)
+        torch.testing.assert_close(schedule.alpha(s) * y + schedule.sigma(s) * eps, x)
+
+
+def test_an_untrained_student_meets_the_boundary() -> None:
+    session = session_of("class_to_image/digits_flow")
+    student, batch = boot.Boot().networks(session)["student"], batch_of(10, (1, 8, 8), 10)
+    with torch.no_grad():
+        ours = boot.Boot.signal(student, batch["noise"], torch.ones(10), batch["condition"])
+        teachers = image.Denoiser(session.networks["teacher"], batch["condition"])(batch["noise"], 1.0)[0]
+    torch.testing.assert_close(ours, teachers)
+
+
+def test_no_image_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training on images of nothing gives the same student, bit for bit."""
+    weights = []
+    for blank in (False, True):
+        session = session_of("class_to_image/digits_flow")
+        session.begin("prepare", 7)
+        train = dict(session.train)
+        if blank:
+            train["x0"] = torch.full_like(train["x0"], float("nan"))
+        monkeypatch.setattr(Session, "train", property(lambda self, train=train: train))
+        session.networks["student"] = boot.Boot().networks(session)["student"]
+        before = session.networks["student"].state_dict()["unet.conv_out.weight"].clone()
+        boot.Boot().prepare(session)
+        monkeypatch.undo()
+        weights.append(session.networks["student"].state_dict()["unet.conv_out.weight"])
+        assert not torch.equal(before, weights[-1])
+    assert torch.equal(*weights)
+
+
+# --- ReDi ------------------------------------------------------------------------------------------------------------
+
+
+def prepared(session: Session, seed: int = 5) -> tuple[Any, dict[str, Tensor]]:
+    """A prepared ReDi, and the noises and labels of the trajectories that it stored."""
+    method = redi.ReDi()
+    session.begin("prepare", seed)
+    session.state = method.prepare(session)
+    draw = torch.Generator().manual_seed(seed)
+    label = load_labels(session)
+    condition = label[torch.randint(len(label), (40,), generator=draw)]
+    assert torch.equal(condition, session.state["condition"])
+    return method, {"noise": torch.randn(40, 2, generator=draw), "condition": condition}
+
+
+def load_labels(session: Session) -> Tensor:
+    """Labels of the train split."""
+    return session.train["condition"]
+
+
+@pytest.mark.parametrize("rung", [2, 4])
+def test_a_stored_trajectory_is_found_again(rung: int) -> None:
+    """From a stored noise the jump lands on its own trajectory: S steps for the price of half."""
+    session = session_of("sampling/mixtures_flow")
+    method, batch = prepared(session)
+    whole = module_of("euler").Euler().run(session, batch, 2 * rung)
+    session.begin("run", 1, rung * 40)
+    torch.testing.assert_close(method.run(session, batch, rung), whole, rtol=1e-3, atol=1e-3)
+    assert session.spent == rung * 40
+
+
+def test_on_a_linear_flow_the_jump_is_exact() -> None:
+    """There values are linear in keys, so a query that the keys span lands where the whole sampler would."""
+    session = session_of("sampling/mixtures_flow", Gaussian("flow"))
+    method, _ = prepared(session)
+    batch = batch_of(20, (2,), 2, seed=9)
+    whole = module_of("euler").Euler().run(session, batch, 8)
+    torch.testing.assert_close(method.run(session, batch, 4), whole, rtol=1e-3, atol=1e-4)
+    nearest = redi.ReDi()
+    nearest.neighbours = 1
+    assert (nearest.run(session, batch, 4) - whole).abs().max() > 0.01
+
+
+# --- MMD fine-tuning -------------------------------------------------------------------------------------------------
+
+
+def test_squared_mmd_is_unbiased() -> None:
+    draw = torch.Generator().manual_seed(0)
+    pairs = [(torch.randn(12, 3, generator=draw), torch.randn(9, 3, generator=draw)) for _ in range(4000)]
+    found = torch.stack([mmd.squared_mmd(x, y) for x, y in pairs])
+    error = found.std() / len(found) ** 0.5
+    assert abs(found.mean()) < 4 * error
+    # With the diagonals left in, as in the biased statistic, the same test fails by far.
+    kernel = ((torch.stack([x for x, _ in pairs]).square().sum(-1) / 3 + 1) ** 3).mean() / 12
+    assert kernel > 40 * error
+    shifted = torch.stack([mmd.squared_mmd(x + 0.5, y) for x, y in pairs[:200]])
+    assert shifted.mean() > 5 * shifted.std() / 200**0.5
+
+
+def test_gradients_reach_every_step() -> None:
+    class PerCall(nn.Module):
+        prediction = "epsilon"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scales, self.calls = nn.ParameterList([torch.tensor(0.9) for _ in range(4)]), 0
+
+        def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+            self.calls += 1
+            return self.scales[self.calls - 1] * x
+
+    network, batch = PerCall(), batch_of(16, (4,), 1)
+    samples = mmd.MMDFinetuning.sample(network, batch["noise"], batch["condition"], 4)
+    mmd.squared_mmd(samples, torch.randn(16, 4, generator=torch.Generator().manual_seed(1))).backward()
+    assert network.calls == 4
+    assert all(scale.grad is not None and scale.grad.abs() > 0 for scale in network.scales)
+    plain = module_of("ddim").DDIM()
+    network.calls = 0
+    assert torch.equal(plain.run(SimpleNamespace(networks={"teacher": network}), batch, 4), samples.detach())

@@ -1,0 +1,151 @@
+"""Reference solvers: order of convergence on exact scores, limits in which they become others, and diffusers."""
+
+from __future__ import annotations
+
+import importlib
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stepmark import backbones
+from stepmark.tracks import image
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*")
+
+
+def module_of(method: str) -> Any:
+    """The module of a plugin."""
+    return importlib.import_module(f"stepmark.methods.image.{method}")
+
+
+unipc, deis = module_of("unipc"), module_of("deis")
+
+
+def session(network: nn.Module) -> Any:
+    """What these solvers need of a session."""
+    return SimpleNamespace(networks={"teacher": network})
+
+
+def batch_of(n: int, shape: tuple[int, ...] = (1, 8, 8), classes: int = 10) -> dict[str, Tensor]:
+    """Noise and balanced conditions."""
+    noise = torch.randn(n, *shape, generator=torch.Generator().manual_seed(3))
+    return {"noise": noise, "condition": torch.arange(n) % classes}
+
+
+def across(solver: str, network: nn.Module, n: int) -> Tensor:
+    """From t = 0.8 to 0.2 in n steps equal in log-SNR, from the same points, the first two steps by Heun."""
+    points = batch_of(64, (2,), 2)
+    denoise, x = image.Denoiser(network, points["condition"]), points["noise"].double()
+    schedule = denoise.schedule
+    ends = [schedule.log_snr(t) for t in (0.8, 0.2)]
+    times = [schedule.time(ends[0] + (ends[1] - ends[0]) * i / n) for i in range(n + 1)]
+    past: list[tuple[float, Tensor]] = []
+    before = x
+    for i, (t, s) in enumerate(pairwise(times)):
+        x0, eps = denoise(x, t)
+        if solver == "unic" and i > 2:
+            x = unipc.unipc_step(schedule, before, past, t, 2, ahead=x0)
+        past = [*past, (t, x0 if solver.startswith("uni") else eps)][-3:]
+        before = x
+        if i < 2:
+            for a, b in pairwise(np.linspace(t, s, 9).tolist()):
+                x = image.heun_step(denoise, x, a, b)
+        elif solver.startswith("uni"):
+            x = unipc.unipc_step(schedule, x, past[-2:], s, 2)
+        else:
+            weights = deis.exponential_weights(schedule, [u for u, _ in past], s)
+            x = schedule.alpha(s) * (
+                x / schedule.alpha(t) + sum(w * e for w, (_, e) in zip(weights, past, strict=True))
+            )
+    return x
+
+
+@pytest.mark.parametrize(("solver", "order"), [("unip", 2), ("unic", 3), ("deis", 3)])
+def test_order_of_convergence(solver: str, order: int) -> None:
+    network = backbones.load("mixtures_eps").double()
+    coarse, middle, fine = (across(solver, network, n) for n in (40, 80, 160))
+    ratio = (coarse - middle).norm(dim=1).mean() / (middle - fine).norm(dim=1).mean()
+    assert np.log2(ratio.item()) == pytest.approx(order, abs=0.3)
+
+
+def test_first_order_is_ddim() -> None:
+    network, batch = backbones.load("digits_eps_a"), batch_of(10)
+    plain = module_of("ddim").DDIM().run(session(network), batch, 5)
+    method = deis.DEIS()
+    method.order = 1
+    torch.testing.assert_close(method.run(session(network), batch, 5), plain, rtol=1e-4, atol=1e-4)
+    step = unipc.unipc_step(image.Schedule("epsilon"), batch["noise"], [(0.6, plain)], 0.4)
+    eps = (batch["noise"] - image.Schedule("epsilon").alpha(0.6) * plain) / image.Schedule("epsilon").sigma(0.6)
+    torch.testing.assert_close(step, image.ddim_step(image.Schedule("epsilon"), plain, eps, 0.4))
+
+
+def test_weights_integrate_polynomials_exactly() -> None:
+    """Noise that is a quadratic in log rho along the path is integrated without error, a cubic is not."""
+    schedule = image.Schedule("epsilon")
+    times, s = [0.9, 0.7, 0.6], 0.4
+    logs = [-schedule.log_snr(t) for t in times]
+    weights = deis.exponential_weights(schedule, times, s)
+
+    def integral(power: int) -> float:
+        grid = np.linspace(logs[-1], -schedule.log_snr(s), 20001)
+        return float(np.trapezoid(grid**power * np.exp(grid), grid))
+
+    for power in range(3):
+        assert sum(w * x**power for w, x in zip(weights, logs, strict=True)) == pytest.approx(integral(power), rel=1e-6)
+    assert sum(w * x**3 for w, x in zip(weights, logs, strict=True)) != pytest.approx(integral(3), rel=1e-2)
+
+
+def _theirs(scheduler: Any, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    x = batch["noise"]
+    for t in scheduler.timesteps:
+        output = network(x, t.expand(len(x)).float(), batch["condition"])
+        x = scheduler.step(output, t, x).prev_sample
+    return x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n", [1, 2, 5, 10])
+def test_unipc_equals_diffusers(n: int) -> None:
+    from diffusers import UniPCMultistepScheduler
+
+    network, batch = backbones.load("digits_eps_a"), batch_of(20)
+    scheduler = UniPCMultistepScheduler(
+        1000, 1e-4, 0.02, "linear", solver_order=2, timestep_spacing="trailing", final_sigmas_type="zero"
+    )
+    scheduler.set_timesteps(n)
+    theirs = _theirs(scheduler, network, batch)
+    ours = unipc.UniPC().run(session(network), batch, n)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_deis_equals_diffusers_before_the_last_step() -> None:
+    """Their last step ends at the first training timestep, ours at the data: the states before it agree."""
+    from diffusers import DEISMultistepScheduler
+
+    network, batch = backbones.load("digits_eps_a"), batch_of(20)
+    scheduler = DEISMultistepScheduler(
+        1000, 1e-4, 0.02, "linear", solver_order=3, timestep_spacing="trailing", lower_order_final=False
+    )
+    scheduler.set_timesteps(10)
+    x = batch["noise"]
+    asked: list[Tensor] = []
+
+    class Spy(nn.Module):
+        prediction = "epsilon"
+
+        def forward(self, y: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+            asked.append(y)
+            return network(y, t, condition)
+
+    for t in scheduler.timesteps:
+        theirs, output = x, network(x, t.expand(len(x)).float(), batch["condition"])
+        x = scheduler.step(output, t, x).prev_sample
+    deis.DEIS().run(session(Spy()), batch, 10)
+    torch.testing.assert_close(asked[-1], theirs, rtol=1e-3, atol=1e-3)
