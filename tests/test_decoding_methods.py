@@ -502,6 +502,83 @@ def test_mask_search_finds_the_redundant_layers_and_beats_random_search() -> Non
         assert cost(found) <= 1.05 * best < 0.9 * random
 
 
+# -- Medusa -----------------------------------------------------------------------------------------------------------
+
+TREE = [(0,), (1,), (0, 0), (2,), (0, 2), (1, 1), (0, 2, 0), (1, 1, 3), (0, 2, 0, 1)]
+
+
+def medusa_session(model: Any, heads: Any) -> Any:
+    session = session_of(model)
+    session.networks["heads"] = heads
+    session.state["tree"] = torch.tensor([[*path, *[-1] * (4 - len(path))] for path in TREE])
+    return session
+
+
+def test_medusa_with_bad_heads_is_greedy_decoding() -> None:
+    kept = 0
+    for seed in range(8):
+        model, prompt, truth = truth_of(seed)
+        method = load("medusa")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            heads = method.run.__globals__["MedusaHeads"](model)
+            for parameter in heads.parameters():
+                parameter.data += 0.3 * torch.randn_like(parameter)
+        session = medusa_session(model, heads)
+        for budget in (1, 2, 5, 9, 1000):
+            got = run(method, session, [prompt], 30, budget)[0]
+            assert got == truth[: len(got)]
+            assert len(got) >= min(budget, len(truth)), "fewer than one token per forward"
+            assert session.ledger.spent <= budget
+        assert got == truth
+        kept += len(got) - int(session.ledger.spent)
+    assert kept > 0, "no guess is ever accepted"
+
+
+@pytest.mark.parametrize("path", [(0, 2, 0, 1), (1, 1, 3), (0, 0), (2,)])
+def test_medusa_keeps_the_whole_branch_that_is_right(path: tuple[int, ...], decoders: list[Decoder]) -> None:
+    """Heads that put the true tokens at the ranks of one branch, and others elsewhere: that branch is kept each time.
+
+    The tokens after a kept branch come from keys and values moved from the tree into place, so wrong positions, a
+    wrong mask or a wrong move would show in the text that follows.
+    """
+    for seed in range(4):
+        model, prompt, truth = truth_of(seed)
+
+        def oracle(hidden: Tensor, prompt: list[int] = prompt, truth: list[int] = truth) -> Tensor:
+            known = decoders[-1].length + 1 - len(prompt)  # new tokens so far
+            logits = torch.randn(1, 4, 13, generator=torch.Generator().manual_seed(known))
+            for k, rank in enumerate(path):
+                token = truth[known + k] if known + k < len(truth) else 5
+                order = [word for word in logits[0, k].argsort(descending=True).tolist() if word != token]
+                order.insert(rank, token)
+                logits[0, k, order] = torch.arange(13, 0, -1.0)
+            return logits
+
+        session = medusa_session(model, oracle)
+        got = run(load("medusa"), session, [prompt], 30, 1000)[0]
+        assert got == truth
+        assert session.ledger.spent <= 1 + -(-(len(truth) - 1) // (len(path) + 1))
+
+
+def test_untrained_medusa_heads_repeat_the_target() -> None:
+    model = tiny(3)
+    heads = load("medusa").run.__globals__["MedusaHeads"](model)
+    hidden = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(heads(hidden), model.lm_head(hidden)[:, None].expand(-1, 4, -1))
+
+
+def test_medusa_tree_holds_the_likeliest_paths() -> None:
+    build = load("medusa").run.__globals__["sparse_tree"]
+    accuracy = torch.rand(3, 4, generator=torch.Generator().manual_seed(2)).sort(dim=1, descending=True).values
+    every = [path for depth in (1, 2, 3) for path in itertools.product(range(4), repeat=depth)]
+    likely = {path: float(np.prod([accuracy[k, r] for k, r in enumerate(path)])) for path in every}
+    tree = build(accuracy, 15)
+    assert set(tree) == set(sorted(every, key=lambda path: -likely[path])[:15])
+    assert all(path[:-1] in tree[:i] or len(path) == 1 for i, path in enumerate(tree)), "a child before its parent"
+
+
 # -- Kangaroo ---------------------------------------------------------------------------------------------------------
 
 
