@@ -502,6 +502,52 @@ def test_mask_search_finds_the_redundant_layers_and_beats_random_search() -> Non
         assert cost(found) <= 1.05 * best < 0.9 * random
 
 
+# -- HARP -------------------------------------------------------------------------------------------------------------
+
+
+def harp(**settings: float) -> Any:
+    method = load("harp")
+    for name, value in settings.items():
+        setattr(method, name, value)
+    return method
+
+
+def test_harp_without_hesitation_or_without_drops_is_greedy_decoding() -> None:
+    for seed in range(4):
+        model, prompt, truth = truth_of(seed)
+        session = session_of(model)
+        assert run(harp(theta=1e9), session, [prompt], 30, 1000)[0] == truth
+        assert session.ledger.spent == len(truth)
+        assert run(harp(theta=-1.0, delta=0.0), session, [prompt], 30, 1000)[0] == truth
+        assert session.ledger.spent == 2 * len(truth), "not one second pass a token"
+        short = run(harp(theta=-1.0, delta=0.0), session, [prompt], 30, 7)[0]
+        assert short == truth[: len(short)]
+        assert session.ledger.spent <= 7
+
+
+def test_harp_mixes_clean_logits_with_those_of_the_dropped_embeddings() -> None:
+    """Every token is recomputed without caches from the same masks; a second pass that left traces in the cache of the
+    first, or masks of other positions, would change the text."""
+    hesitated = 0
+    for seed in range(4):
+        model, prompt, _ = truth_of(seed)
+        session = session_of(model, seed)
+        got = run(harp(theta=1.5), session, [prompt], 20, 1000)[0]
+        rng, tokens = torch.Generator().manual_seed(seed), list(prompt)
+        with torch.no_grad():
+            for token in got:
+                logits = model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+                p = logits.softmax(-1)
+                if float(stats.entropy(p.double().numpy())) > 1.5:
+                    embedded = model.model.embed_tokens(torch.tensor([tokens]))
+                    kept = torch.rand(embedded.shape, generator=rng) >= 0.2
+                    other = model(inputs_embeds=embedded * kept / 0.8, use_cache=False).logits[0, -1]
+                    logits, hesitated = (logits + other) / 2, hesitated + 1
+                assert token == int(logits.argmax())
+                tokens.append(token)
+    assert hesitated > 5
+
+
 # -- Medusa -----------------------------------------------------------------------------------------------------------
 
 TREE = [(0,), (1,), (0, 0), (2,), (0, 2), (1, 1), (0, 2, 0), (1, 1, 3), (0, 2, 0, 1)]

@@ -1,0 +1,83 @@
+"""HARP: a second, perturbed forward pass where the model hesitates (Storai and Hwang 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from stepmark.method import Claim, Method, Paper
+from stepmark.session import Session
+from stepmark.tracks.decoding import Decoder, draw
+
+
+class HARP(Method):
+    """HARP: think again, from a reframed prompt, where the next token is uncertain.
+
+    After every forward pass the Shannon entropy H of softmax(l1) is taken (equation 1). With H <= theta the token comes
+    from l1 as ever. Else the model hesitates: entries of the input embeddings of the whole text are dropped with
+    probability delta and the others scaled by 1 / (1 - delta) (equation 2), a second pass over them gives l2, and the
+    token comes from beta l1 + (1 - beta) l2 (equation 3, algorithm 1). theta = 1 nat, delta = 0.2, beta = 0.5. At most
+    one more pass a token; the rest of the network is left as it is.
+
+    The second pass runs over the whole text with a cache of its own, so that the clean keys and values stay clean. It
+    counts as one forward, as the prefill does; its positions show in the FLOPs. A rung that is used up ends the text.
+    """
+
+    paper = Paper(
+        id="harp",
+        title="HARP: Hesitation-Aware Reframing in Transformer Inference Pass",
+        authors="Romain Storaï, Seung-won Hwang",
+        year=2024,
+        arxiv="2412.07282",
+    )
+    tasks = ("greedy/words", "greedy/hops", "greedy/sums", "greedy/stories")
+    baselines = ("autoregressive",)
+    claims = (
+        Claim(
+            "accuracy[harp,32] >= accuracy[autoregressive,32] and nfe[harp,32] <= 2 * nfe[autoregressive,32]",
+            says="no fewer right answers than greedy decoding, in at most twice the forwards",
+        ),
+        Claim(
+            "accuracy[harp,24] > accuracy[autoregressive,24]",
+            says="more right answers where the target is often wrong",
+            task="greedy/hops",
+        ),
+    )
+
+    theta, delta, beta = 1.0, 0.2, 0.5
+
+    def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
+        """New token ids per prompt."""
+        return [
+            self.decode(session, prompt, room, temperature, rung)
+            for prompt, room, temperature in zip(
+                batch["prompt"], batch["max_new_tokens"], batch["temperature"], strict=True
+            )
+        ]
+
+    def decode(
+        self, session: Session, prompt: Sequence[int], room: int, temperature: float, budget: float
+    ) -> list[int]:
+        """New token ids for one prompt in at most `budget` forwards."""
+        model, tokens = session.networks["target"], list(prompt)
+        target, reframed = (Decoder(model, len(prompt) + room) for _ in range(2))
+        logits = target.forward(tokens, last=1)[0]
+        while True:
+            log_p = logits.log_softmax(-1)
+            spent = target.spent + reframed.spent
+            if -(log_p.exp() * log_p).sum() > self.theta and spent + 1 <= budget:
+                embedded = reframed.embed(tokens)
+                kept = torch.rand(embedded.shape, generator=session.rng, device=target.device) >= self.delta
+                again = reframed.run(embedded * kept / (1 - self.delta), 0)
+                logits = self.beta * logits + (1 - self.beta) * reframed.logits(again[:, -1:])[0]
+            if temperature == 0:
+                tokens.append(int(logits.argmax()))
+            else:
+                u = float(torch.rand((), generator=session.rng, device=target.device))
+                tokens.append(draw((logits / temperature).softmax(-1), u))
+            done = tokens[-1] == target.eos or len(tokens) == len(prompt) + room
+            if done or target.spent + reframed.spent + 1 > budget:
+                return tokens[len(prompt) :]
+            logits = target.forward(tokens[-1:])[0]
