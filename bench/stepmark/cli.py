@@ -7,8 +7,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stepmark import __version__, plugins
+
+if TYPE_CHECKING:
+    from stepmark.record import Record
 
 
 def results_folder(tier: str) -> Path:
@@ -116,8 +120,34 @@ def _parser() -> argparse.ArgumentParser:
     found = command(
         "verify", _verify, "run recorded cells again and say what agrees", "Exit status 1 when something does not."
     )
-    found.add_argument("record", help="a record file, or FILE:LINE for one record of it")
+    found.add_argument("record", nargs="?", help="a record file, or FILE:LINE for one record of it")
+    found.add_argument("--sample", type=int, metavar="N", help="instead: N published records, drawn over the methods")
+    found.add_argument("--seed-of-sample", type=int, default=0, metavar="S", help="another S draws others (default 0)")
+    found.add_argument("--tier", choices=["smoke", "embedded", "hub"], default="embedded", help="with --sample")
     found.add_argument("--device", default="cpu")
+    _results(found)
+
+    found = command(
+        "samples",
+        _samples,
+        "make the pictures and texts of the method pages for recorded cells that lack them",
+        "Only the first batch of a cell of seed 0\nis run again, on the machine that wrote its record.",
+    )
+    _selection(found)
+    found.add_argument("--device", default="cpu")
+    found.add_argument("--prepare", action="store_true", help="also where the prepared state is not in the cache")
+
+    found = command(
+        "release",
+        _release,
+        "freeze the records, the lock, the catalogue and the site of this suite version",
+        "Raise the version in\npyproject.toml and bench/stepmark/__init__.py afterwards: what is released stays as it is.",
+    )
+    found.add_argument(
+        "--force", action="store_true", help="also with stale records or a changed tree; the manifest says so"
+    )
+    found.add_argument("--check", action="store_true", help="only compare the releases with their manifests")
+    _results(found)
 
     found = command("site", _site, "build the static site from the records")
     _results(found)
@@ -307,6 +337,10 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    if (arguments.record is None) == (arguments.sample is None):
+        raise ValueError("give a record file, FILE:LINE, or --sample N")
+    if arguments.sample is not None:
+        return _verify_sample(arguments)
     from stepmark import record
     from stepmark.verify import verify
 
@@ -333,6 +367,82 @@ def _verify(arguments: argparse.Namespace) -> int:
             print(f"    {text}")
     print(f"{len(records) - wrong} of {len(records)} records agree")
     return 1 if wrong else 0
+
+
+def _verify_sample(arguments: argparse.Namespace) -> int:
+    from stepmark.record import read_all
+    from stepmark.verify import draw, verify
+
+    results = arguments.results or results_folder(arguments.tier)
+    chosen = draw(
+        [r for r in read_all(results) if r.tier == arguments.tier], arguments.sample, arguments.seed_of_sample
+    )
+    if not chosen:
+        raise ValueError(f"no record of tier {arguments.tier} below {results} can be run again here")
+    rows: list[tuple[str, ...]] = [("method", "task", "rung", "seed", "record", "verdict", "what")]
+    wrong = 0
+    for record in chosen:
+        found = verify(record, arguments.device)
+        wrong += bool(found.differs)
+        what = "; ".join(found.differs or found.agrees)
+        rows.append(
+            (record.method, record.task, str(record.rung), str(record.seed), record_name(record),
+             "differs" if found.differs else "agrees", "".join(c if c.isprintable() else "?" for c in what)[:160])
+        )  # fmt: skip
+    print(_columns(rows, ""))
+    print(f"{len(chosen) - wrong} of {len(chosen)} records agree (sample {arguments.seed_of_sample})")
+    return 1 if wrong else 0
+
+
+def record_name(record: Record) -> str:
+    """The id that a dispute quotes."""
+    from stepmark.leaderboard.board import record_id
+
+    return record_id(record)
+
+
+def _samples(arguments: argparse.Namespace) -> int:
+    from stepmark import samples, suite
+    from stepmark.meter.machine import machine_id
+    from stepmark.record import read_all
+
+    chosen = _chosen(arguments)
+    assert isinstance(chosen, suite.Selection)
+    suite.check_selection(chosen)
+    results = arguments.results or results_folder(arguments.tier)
+    records = [
+        r
+        for r in read_all(results)
+        if r.tier == arguments.tier
+        and r.suite == __version__
+        and r.machine == machine_id()
+        and (not chosen.methods or r.method in chosen.methods)
+        and (not chosen.tracks or r.track in chosen.tracks)
+        and (not chosen.tasks or r.task in chosen.tasks)
+        and (not chosen.rungs or r.rung in chosen.rungs)
+    ]
+    made, left = samples.refresh(
+        records, results, arguments.device, arguments.prepare, lambda text: print(text, file=sys.stderr)
+    )
+    print(f"{made} samples written below {results}" + (f", {left} could not be made" if left else ""))
+    return 0
+
+
+def _release(arguments: argparse.Namespace) -> int:
+    from stepmark.leaderboard import release
+
+    results = arguments.results or results_folder("embedded")
+    if arguments.check:
+        faults = release.check_all(results)
+        for fault in faults:
+            print(fault)
+        print("every release agrees with its manifest" if not faults else f"{len(faults)} to mend")
+        return 1 if faults else 0
+    manifest = release.freeze(results, force=arguments.force)
+    print(f"released {manifest.suite}: {manifest.records} records, digest {manifest.digest}")
+    for text in manifest.forced:
+        print(f"forced: {text}")
+    return 0
 
 
 def _site(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Where cells run: in this process, or on a Ray cluster. Both yield the same records; the caller writes them.
+"""Where cells run: in this process, or on a Ray cluster. Both yield the same records and samples; the caller writes.
 
 A cell that is timed has its device to itself: locally by a lock file for each core or GPU, on Ray by taking every CPU
 (and a GPU) of a node.
@@ -15,7 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from stepmark.record import Record, parse
-from stepmark.run import Cell, cache_folder, measure
+from stepmark.run import Cell, cache_folder, measured
+from stepmark.samples import SHOWN, Shown
 
 
 class DeviceBusy(Exception):
@@ -54,7 +55,7 @@ def device_lock(device: str) -> Iterator[None]:
         yield
 
 
-def local(cells: Iterable[Cell], device: str, timing: bool) -> Iterator[Record]:
+def local(cells: Iterable[Cell], device: str, timing: bool) -> Iterator[tuple[Record, Shown | None]]:
     """Run cells one after the other in this process.
 
     Raises:
@@ -62,11 +63,13 @@ def local(cells: Iterable[Cell], device: str, timing: bool) -> Iterator[Record]:
     """
     with device_lock(device) if timing else contextlib.nullcontext():
         for cell in cells:
-            yield measure(cell, device, timing)
+            yield measured(cell, device, timing)
 
 
-def ray(cells: Iterable[Cell], device: str, timing: bool, address: str | None = None) -> Iterator[Record]:
-    """Run cells on a Ray cluster (a local one when `address` is None), yielding records as they arrive.
+def ray(
+    cells: Iterable[Cell], device: str, timing: bool, address: str | None = None
+) -> Iterator[tuple[Record, Shown | None]]:
+    """Run cells on a Ray cluster (a local one when `address` is None), yielding what they give as it arrives.
 
     A timed cell (seed 0) asks for all CPUs of the smallest node, so that nothing runs beside it; the others ask for
     one CPU. On CUDA each cell asks for one GPU. Every node needs the same Stepmark installed.
@@ -80,10 +83,11 @@ def ray(cells: Iterable[Cell], device: str, timing: bool, address: str | None = 
     whole = max(1.0, min(nodes))
     gpus = 0 if device == "cpu" else 1
 
-    def work(fields: dict[str, object], on: str, timed: bool) -> str:
+    def work(fields: dict[str, object], on: str, timed: bool) -> tuple[str, str | None]:
         cell = Cell(**fields)  # type: ignore[arg-type]
         with device_lock(on) if timed else contextlib.nullcontext():
-            return measure(cell, on, timed, show_progress=False).model_dump_json()
+            record, shown = measured(cell, on, timed, show_progress=False)
+        return record.model_dump_json(), shown.model_dump_json() if shown else None
 
     remote = cluster.remote(work)
     waiting: dict[object, Cell] = {}
@@ -95,4 +99,5 @@ def ray(cells: Iterable[Cell], device: str, timing: bool, address: str | None = 
         ready, _ = cluster.wait(list(waiting), num_returns=1)
         for reference in ready:
             cell = waiting.pop(reference)
-            yield parse(cluster.get(reference), f"ray:{cell.method}")
+            record, shown = cluster.get(reference)
+            yield parse(record, f"ray:{cell.method}"), SHOWN.validate_json(shown) if shown else None

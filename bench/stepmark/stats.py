@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -54,6 +55,20 @@ def bootstrap_indices(n: int, B: int, seed: int) -> NDArray[np.int64]:
     raw = np.random.PCG64(seed).random_raw(B * n)
     unit = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return np.minimum((unit * n).astype(np.int64), n - 1).reshape(B, n)
+
+
+@lru_cache(maxsize=64)
+def _seed_draws(seeds: int, resamples: int, draws: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which seeds [draws, seeds] and which resample [draws, 1] every test of this shape takes: made once."""
+    # Child seeds keep the two index streams apart while one number repeats the test.
+    streams = np.random.SeedSequence(seed).generate_state(2)
+    which = bootstrap_indices(seeds, draws, int(streams[0]))
+    row = np.zeros((draws, 1), dtype=np.int64)
+    if resamples > 1:
+        row = bootstrap_indices(resamples, draws, int(streams[1]))[:, :1].copy()
+    which.setflags(write=False)
+    row.setflags(write=False)
+    return which, row
 
 
 def percentile_interval(resamples: ArrayLike, level: float = 0.95) -> Interval:
@@ -112,10 +127,7 @@ def paired_test(a: ArrayLike, b: ArrayLike, draws: int = 2000, seed: int = 0) ->
     if seeds == 1:
         differences = grid[0]
     else:
-        # Child seeds keep the two index streams apart while one number repeats the test.
-        streams = np.random.SeedSequence(seed).generate_state(2)
-        which = bootstrap_indices(seeds, draws, int(streams[0]))
-        row = bootstrap_indices(resamples, draws, int(streams[1]))[:, :1] if resamples > 1 else 0
+        which, row = _seed_draws(seeds, resamples, draws, seed)
         differences = grid[which, row].mean(axis=1)
     low, high = percentile_interval(differences)
     return PairedTest(float(grid.mean()), low, high, _tail_p(differences))
@@ -160,6 +172,27 @@ def paired_test_values(a: ArrayLike, b: ArrayLike, B: int = 2000, seed: int = 0)
     p = (1 + int((np.abs(t) >= abs(mean) / error).sum())) / (t.size + 1)
     below, above = np.quantile(t, [0.025, 0.975])
     return PairedTest(mean, mean - float(above) * error, mean - float(below) * error, float(min(1.0, p)))
+
+
+def standardised_difference(a: ArrayLike, b: ArrayLike, items: int) -> float | None:
+    """The mean difference a - b in standard deviations of the paired differences of single items.
+
+    `a` and `b` are paired resamples [B] or, over seeds, [S, B]. The spread of the difference over resamples, pooled
+    over seeds, is its standard error over items; times the root of `items` it is the spread of one item's difference.
+    For a metric that is a mean over items this is Cohen's d of paired samples; for others, such as a Frechet distance,
+    it is the same ratio by analogy. Unlike p it does not grow with the number of items. None where nothing varies but
+    the means differ: then no spread can be the unit.
+    """
+    first, second = np.atleast_2d(_finite(a, "effect size")), np.atleast_2d(_finite(b, "effect size"))
+    if first.shape != second.shape or items < 1:
+        raise ValueError(f"effect size: shapes {first.shape} and {second.shape} are not paired, or {items} items")
+    grid = first - second
+    mean = float(grid.mean())
+    spread = math.sqrt(float(grid.var(axis=1).mean()) * items)
+    # Below the rounding of the differences themselves a spread is no spread.
+    if spread <= 1e-12 * max(float(np.abs(first).max()), float(np.abs(second).max())):
+        return 0.0 if mean == 0.0 else None
+    return mean / spread
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:

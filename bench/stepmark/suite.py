@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stepmark import __version__, engine, plugins
+from stepmark import __version__, engine, plugins, samples
 from stepmark import record as records
 from stepmark.meter import machine
 from stepmark.run import Cell, digests
@@ -127,6 +127,8 @@ def walk(selection: Selection, options: Options) -> Iterator[records.Record]:
         stream = engine.ray(todo, options.device, options.timing, options.address)
     else:
         stream = engine.local(todo, options.device, options.timing)
-    for record in stream:
+    for record, shown in stream:
         records.append(records.path_of(options.results, record), record)
+        if shown is not None:
+            samples.keep(options.results, record, shown)
         yield record

@@ -6,8 +6,11 @@ record's own bootstrap interval, and counts must still be equal. Timings are sho
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from random import Random
 
+from stepmark import plugins
 from stepmark.record import Record
 from stepmark.run import Cell, measure
 from stepmark.stats import percentile_interval
@@ -76,3 +79,24 @@ def verify(record: Record, device: str = "cpu", timing: bool = False) -> Agreeme
     """Run the record's cell again here and compare."""
     cell = Cell(record.method, record.task, record.rung, record.seed, record.tier)
     return compare(record, measure(cell, device, timing, show_progress=False))
+
+
+def draw(records: Sequence[Record], n: int, seed: int) -> list[Record]:
+    """n of the records that can be run again here, the same for the same seed: one of a method before two of any.
+
+    The order of the records does not matter, so that another machine draws the same.
+    """
+    known, tasks = plugins.methods(), plugins.tasks()
+    by_method: dict[str, list[Record]] = {}
+    for r in sorted(records, key=lambda r: (r.suite, r.machine, *map(str, r.key), r.created)):
+        if r.status in {"ok", "flagged"} and r.method in known and r.task in tasks:
+            by_method.setdefault(r.method, []).append(r)
+    random = Random(f"sample {seed}")
+    for mine in by_method.values():
+        random.shuffle(mine)
+    chosen: list[Record] = []
+    while len(chosen) < n and any(by_method.values()):
+        order = sorted(name for name, mine in by_method.items() if mine)
+        random.shuffle(order)
+        chosen += [by_method[name].pop() for name in order]
+    return chosen[: max(n, 0)]

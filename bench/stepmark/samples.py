@@ -1,0 +1,273 @@
+"""Samples: what a reader can look at. The first outputs of a cell's quality pass, small, in a file beside the records.
+
+`leaderboard/results/<suite>/<machine>/samples/<track>/<method>.json` holds one sample per (task, rung, tier), all of
+seed 0: pictures as one PNG strip, texts with their prompts, points as numbers. Which kind is told by the outputs
+themselves. Like records they are read as untrusted input and written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+
+from stepmark.record import Digest, Figure, MachineId, Name, Record, RecordError, TaskId
+
+IMAGES, TEXTS, POINTS = 10, 2, 100  # how many items of a cell are kept
+LONGEST_FILE = 5_000_000
+Version = Annotated[str, StringConstraints(pattern=r"^[0-9A-Za-z.+-]{1,32}$")]
+Text = Annotated[str, StringConstraints(max_length=5000)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Pictures(_Strict):
+    """Images side by side, first item left, as one PNG in base64."""
+
+    kind: Literal["pictures"] = "pictures"
+    count: Annotated[int, Field(ge=1, le=100)]
+    height: Annotated[int, Field(ge=1, le=512)]
+    width: Annotated[int, Field(ge=1, le=512)]
+    png: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]+=*$", max_length=1_000_000)]
+
+    def pixels(self) -> NDArray[np.uint8]:
+        """The strip as [height, count x width] or, in colour, [height, count x width, 3].
+
+        Raises:
+            ValueError: no PNG, or not of this size.
+        """
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            image = Image.open(io.BytesIO(base64.b64decode(self.png, validate=True)), formats=["PNG"])
+            if image.size != (self.count * self.width, self.height) or image.mode not in {"L", "RGB"}:
+                raise ValueError(f"a picture is {image.mode} of {image.size}")
+            return np.asarray(image)
+        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            raise ValueError(f"a picture cannot be read: {error}") from None
+
+
+class Texts(_Strict):
+    """Prompts and what was written after them. Untrusted text."""
+
+    kind: Literal["texts"] = "texts"
+    pairs: Annotated[list[tuple[Text, Text]], Field(max_length=20)]
+
+
+class Points(_Strict):
+    """Points of the plane and the class that each was asked for."""
+
+    kind: Literal["points"] = "points"
+    points: Annotated[list[tuple[Figure, Figure]], Field(max_length=1000)]
+    classes: Annotated[list[Annotated[int, Field(ge=0, le=100)]], Field(max_length=1000)]
+
+
+Shown = Pictures | Texts | Points
+SHOWN: TypeAdapter[Shown] = TypeAdapter(Annotated[Shown, Field(discriminator="kind")])
+
+
+class Sample(_Strict):
+    """What one cell of seed 0 gave. `source` is `source_of` the record's digests."""
+
+    task: TaskId
+    rung: Annotated[int, Field(ge=0, le=10**12)]
+    tier: Literal["smoke", "embedded", "hub"]
+    source: Digest
+    shown: Annotated[Shown, Field(discriminator="kind")]
+
+    @property
+    def key(self) -> tuple[str, int, str]:
+        """(task, rung, tier)."""
+        return (self.task, self.rung, self.tier)
+
+
+class SampleFile(_Strict):
+    """All samples of a method on a machine."""
+
+    schema_version: Literal[1] = 1
+    suite: Version
+    machine: MachineId
+    track: Name
+    method: Name
+    samples: list[Sample]
+
+
+def source_of(digests: Mapping[str, str]) -> str:
+    """One digest over those of a record: a sample belongs to the records of the same sources."""
+    return hashlib.sha256(json.dumps(dict(digests), sort_keys=True).encode()).hexdigest()[:32]
+
+
+# making -----------------------------------------------------------------------------------------
+
+
+def of_outputs(inputs: Mapping[str, Any], outputs: Any) -> Shown | None:
+    """The first items of a quality pass; None where there is nothing to look at."""
+    noise, prompts = inputs.get("noise"), inputs.get("prompt")
+    if prompts is not None and isinstance(outputs, list):
+        from stepmark.backbones.lm import decode
+
+        pairs = [(decode(list(prompt)), decode(list(ids))) for prompt, ids in zip(prompts, outputs, strict=True)]
+        return Texts(pairs=[(prompt[:5000], text[:5000]) for prompt, text in pairs[:TEXTS]])
+    if noise is None or getattr(outputs, "shape", None) != noise.shape:
+        return None
+    if outputs.ndim == 4 and outputs.shape[1] in {1, 3}:
+        return _pictures(outputs[:IMAGES].detach().float().cpu().numpy())
+    if outputs.ndim == 2 and outputs.shape[1] == 2:
+        points = outputs[:POINTS].detach().double().cpu().tolist()
+        classes = inputs["condition"][:POINTS].cpu().tolist() if "condition" in inputs else [0] * len(points)
+        return Points(points=[(round(x, 3), round(y, 3)) for x, y in points], classes=classes)
+    return None
+
+
+def _pictures(images: NDArray[np.floating[Any]]) -> Pictures:
+    """[n, channels, height, width] in [-1, 1] as a strip."""
+    from PIL import Image
+
+    count, channels, height, width = images.shape
+    bytes_ = np.clip((images + 1) * 127.5, 0, 255).round().astype(np.uint8)
+    strip = bytes_.transpose(2, 0, 3, 1).reshape(height, count * width, channels)
+    stream = io.BytesIO()
+    Image.fromarray(strip[:, :, 0] if channels == 1 else strip).save(stream, "PNG", optimize=True)
+    return Pictures(count=count, height=height, width=width, png=base64.b64encode(stream.getvalue()).decode())
+
+
+# files ------------------------------------------------------------------------------------------
+
+
+def path_of(root: Path, suite: str, machine: str, track: str, method: str) -> Path:
+    """Where the samples of a method lie below a results folder."""
+    return root / suite / machine / "samples" / track / f"{method}.json"
+
+
+def read(path: Path) -> SampleFile:
+    """The samples of one file.
+
+    Raises:
+        RecordError: not readable, wild values, pictures that are none, or a file in another's place.
+    """
+    if path.stat().st_size > LONGEST_FILE:
+        raise RecordError(f"{path}: larger than {LONGEST_FILE} bytes")
+    try:
+        found = SampleFile.model_validate_json(path.read_bytes())
+        for sample in found.samples:
+            if isinstance(sample.shown, Pictures):
+                sample.shown.pixels()
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise RecordError(f"{path}: field {'.'.join(map(str, first['loc']))[:80]}: {first['msg']}") from None
+    except ValueError as error:
+        raise RecordError(f"{path}: {error}") from None
+    if path_of(Path(), found.suite, found.machine, found.track, found.method).parts != path.parts[-5:]:
+        raise RecordError(f"{path}: holds samples of {found.method} on {found.machine}, which belong elsewhere")
+    return found
+
+
+def read_all(root: Path) -> list[SampleFile]:
+    """Every sample file below a results folder."""
+    return [read(path) for path in sorted(root.glob("*/*/samples/*/*.json"))]
+
+
+def keep(root: Path, record: Record, shown: Shown) -> Path:
+    """Put a cell's sample into its method's file, in place of an older one: whole or not at all."""
+    path = path_of(root, record.suite, record.machine, record.track, record.method)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sample = Sample(task=record.task, rung=record.rung, tier=record.tier, source=source_of(record.digests), shown=shown)
+    handle = os.open(path.parent, os.O_RDONLY)  # the folder is the lock: the file itself is replaced
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        have = {each.key: each for each in read(path).samples} if path.exists() else {}
+        have[sample.key] = sample
+        made = SampleFile(
+            suite=record.suite,
+            machine=record.machine,
+            track=record.track,
+            method=record.method,
+            samples=[have[key] for key in sorted(have)],
+        )
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(_lines(made), encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        os.close(handle)
+    return path
+
+
+def _lines(file: SampleFile) -> str:
+    """JSON with a line per sample, so that a new rung is one line of a change."""
+    head = json.dumps(file.model_dump(exclude={"samples"}))[:-1]
+    body = ",\n".join(json.dumps(sample.model_dump(), ensure_ascii=False) for sample in file.samples)
+    return f'{head}, "samples": [\n{body}\n]}}\n'
+
+
+# afresh -----------------------------------------------------------------------------------------
+
+
+def lacking(records: Sequence[Record], root: Path) -> list[Record]:
+    """Records of seed 0 with figures whose sample is not there, or comes from other sources."""
+    have: dict[tuple[Any, ...], str] = {}
+    for file in read_all(root):
+        have |= {(file.suite, file.machine, file.method, *each.key): each.source for each in file.samples}
+    found = []
+    for r in records:
+        if r.seed == 0 and r.status in {"ok", "flagged"}:
+            key = (r.suite, r.machine, r.method, r.task, r.rung, r.tier)
+            if have.get(key) != source_of(r.digests):
+                found.append(r)
+    return found
+
+
+def remake(record: Record, device: str = "cpu", prepare: bool = False) -> Shown | str:
+    """The sample of a recorded cell from its first batch, the same bits as in the quality pass; or why there is none.
+
+    The random stream of a batch hangs on seed and index alone, so that the batches after the first need not run.
+    """
+    import torch
+
+    from stepmark import plugins, run
+
+    info = plugins.methods().get(record.method)
+    if info is None or record.task not in plugins.tasks():
+        return "its method or task is not in this checkout"
+    task = plugins.tasks()[record.task][1]
+    if run.digests(info, task) != record.digests:
+        return "its sources have changed since the record was written"
+    if not prepare and not run.prepared_path(info, task, record.tier, torch.device(device)).exists():
+        return "its prepared state is not in the cache (give --prepare to make it)"
+    torch.set_num_threads(1)
+    bench = run.bench(record.method, record.task, record.tier, device, run.source_digest(info.path))
+    inputs = run.cut(bench.inputs(task.items(record.tier), record.seed), 0, task.batch)
+    outputs = bench.run(inputs, record.rung, record.seed)
+    return of_outputs(inputs, outputs) or "there is nothing to look at"
+
+
+def refresh(
+    records: Sequence[Record], root: Path, device: str, prepare: bool, announce: Callable[[str], None]
+) -> tuple[int, int]:
+    """Make the samples that lack; (how many were made, how many could not)."""
+    made = 0
+    todo = lacking(records, root)
+    for r in todo:
+        try:
+            shown = remake(r, device, prepare)
+        except Exception as error:  # a plugin's own fault: the others go on
+            shown = f"{type(error).__name__}: {error}"
+        where = f"{r.method} on {r.task}, rung {r.rung}"
+        if isinstance(shown, str):
+            announce(f"{where}: no sample, {shown}")
+        else:
+            keep(root, r, shown)
+            made += 1
+            announce(f"{where}: {shown.kind}")
+    return made, len(todo) - made

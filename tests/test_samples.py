@@ -1,0 +1,149 @@
+"""Samples: what is kept of a quality pass, how it is written and read, and that making it again gives the same bits."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from stepmark.leaderboard import sample_pages
+
+from stepmark import record as records
+from stepmark import samples
+from stepmark.backbones.lm import encode
+from stepmark.cli import main
+from stepmark.record import Record, RecordError
+from stepmark.verify import draw
+
+
+def record(**fields: Any) -> Record:
+    """A record without figures."""
+    full: dict[str, Any] = {
+        "suite": "0.1.0", "track": "image", "method": "ddim", "task": "class_to_image/digits_flow", "rung": 4,
+        "seed": 0, "tier": "embedded", "machine": "test-cpu", "status": "ok", "digests": {"method": "ab" * 16},
+        "command": "stepmark run", "created": "2031-01-02T03:04:05Z",
+    }  # fmt: skip
+    return Record(**(full | fields))
+
+
+def strip() -> samples.Pictures:
+    """Three images of 2 x 4 pixels."""
+    images = torch.linspace(-1.5, 1.5, 3 * 8).reshape(3, 1, 2, 4)
+    shown = samples.of_outputs({"noise": torch.zeros(3, 1, 2, 4)}, images)
+    assert isinstance(shown, samples.Pictures)
+    return shown
+
+
+def test_pictures_are_the_outputs_clamped_and_side_by_side() -> None:
+    images = torch.linspace(-1.5, 1.5, 3 * 8).reshape(3, 1, 2, 4)
+    pixels = torch.from_numpy(strip().pixels().copy())
+    assert pixels.shape == (2, 12)
+    wanted = ((images + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
+    assert torch.equal(pixels, torch.cat(list(wanted[:, 0]), dim=1))
+    colour = samples.of_outputs({"noise": torch.zeros(20, 3, 5, 5)}, torch.rand(20, 3, 5, 5))
+    assert isinstance(colour, samples.Pictures)
+    assert colour.pixels().shape == (5, 5 * samples.IMAGES, 3)
+
+
+def test_texts_and_points_and_nothing_else() -> None:
+    prompts = [encode("tom has 3 pears"), encode("anna has 2 nuts"), encode("ben")]
+    shown = samples.of_outputs({"prompt": prompts}, [encode("ans 3 <eos> ans"), encode("ans"), encode("a")])
+    assert isinstance(shown, samples.Texts)
+    assert shown.pairs == [("tom has 3 pears", "ans 3"), ("anna has 2 nuts", "ans")]
+    batch = {"noise": torch.zeros(500, 2), "condition": torch.arange(500) % 2}
+    points = samples.of_outputs(batch, torch.full((500, 2), 1 / 3))
+    assert isinstance(points, samples.Points)
+    assert points.points[0] == (0.333, 0.333)
+    assert len(points.points) == len(points.classes) == samples.POINTS
+    assert samples.of_outputs({"observations": torch.zeros(5, 2)}, torch.zeros(5, 2)) is None
+
+
+def test_files_hold_one_sample_per_cell(tmp_path: Path) -> None:
+    first = samples.keep(tmp_path, record(), strip())
+    samples.keep(tmp_path, record(rung=2), strip())
+    later = record(digests={"method": "cd" * 16})
+    assert samples.keep(tmp_path, later, strip()) == first
+    (file,) = samples.read_all(tmp_path)
+    assert [(each.task, each.rung) for each in file.samples] == [(later.task, 2), (later.task, 4)]
+    assert file.samples[1].source == samples.source_of(later.digests)
+    assert [path.name for path in first.parent.iterdir()] == ["ddim.json"]  # nothing half written is left
+    assert records.read_all(tmp_path) == []  # samples are no records
+    assert samples.lacking([record(), later, record(rung=8), record(rung=9, seed=1)], tmp_path) == [
+        record(),
+        record(rung=8),
+    ]
+
+
+def test_a_wild_file_is_refused(tmp_path: Path) -> None:
+    path = samples.keep(tmp_path, record(), strip())
+    good = json.loads(path.read_text())
+
+    def refuse(words: str, **shown: Any) -> None:
+        bad = json.loads(json.dumps(good))
+        bad["samples"][0]["shown"] |= shown
+        path.write_text(json.dumps(bad))
+        with pytest.raises(RecordError, match=words):
+            samples.read(path)
+
+    stream = io.BytesIO()
+    Image.new("L", (9000, 10)).save(stream, "PNG")
+    refuse("a picture is L of", png=base64.b64encode(stream.getvalue()).decode())
+    refuse("cannot be read", png=base64.b64encode(b"GIF89a and no picture").decode())
+    refuse("png", png='"><script>alert(1)</script>')
+    refuse("shown", kind="nothing")
+    path.write_text(json.dumps(good | {"method": "heun"}))
+    with pytest.raises(RecordError, match="belong elsewhere"):
+        samples.read(path)
+
+
+def test_what_a_page_shows_is_described_and_escaped() -> None:
+    html = sample_pages.picture(strip(), 'ddim "at" rung 4')
+    assert 'alt="3 samples of ddim &quot;at&quot; rung 4"' in html
+    assert 'src="data:image/png;base64,' in html
+    html = sample_pages.picture(samples.Texts(pairs=[("<b>q", "</p><script>")]), "x")
+    assert "&lt;b&gt;q" in html
+    assert "<script" not in html
+    html = sample_pages.picture(samples.Points(points=[(0, 0), (1e9, 0)], classes=[0, 1]), "x")
+    assert html.count("<circle") == 2
+    assert 'cx="96.0"' in html  # what lies far out is drawn at the edge
+
+
+def test_a_run_leaves_samples_and_making_them_again_gives_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("STEPMARK_CACHE", str(tmp_path / "cache"))
+    choice = ["--tier", "smoke", "--method", "euler", "--task", "sampling/mixtures_flow", "--results", str(tmp_path)]
+    assert main(["run", *choice, "--rung", "2", "--no-timing", "--quiet"]) == 0
+    (file,) = samples.read_all(tmp_path)
+    assert [each.rung for each in file.samples] == [2]
+    (path,) = tmp_path.rglob("samples/*/*.json")
+    before = path.read_bytes()
+    assert main(["samples", *choice]) == 0
+    assert "0 samples written" in capsys.readouterr().out
+    path.unlink()
+    assert main(["samples", *choice]) == 0
+    assert "1 samples written" in capsys.readouterr().out
+    assert path.read_bytes() == before
+    path.unlink()
+    for cached in (tmp_path / "cache" / "prepared").glob("*.safetensors"):
+        cached.unlink()
+    assert main(["samples", *choice]) == 0
+    assert "not in the cache" in capsys.readouterr().err
+    assert not path.exists()
+
+
+def test_a_sample_of_the_records_is_the_same_each_time_and_spread_over_methods() -> None:
+    task = {"ddim": "class_to_image/digits_flow", "euler": "sampling/mixtures_flow", "heun": "sampling/mixtures_flow"}
+    pool = [record(method=m, task=t, rung=rung) for m, t in task.items() for rung in range(1, 40)]
+    pool += [record(rung=99, status="failed"), record(method="nobody", rung=1)]
+    chosen = draw(pool, 6, 3)
+    assert chosen == draw(pool[::-1], 6, 3)
+    assert sorted(r.method for r in chosen) == ["ddim", "ddim", "euler", "euler", "heun", "heun"]
+    assert len({r.key for r in chosen}) == 6
+    assert chosen != draw(pool, 6, 4)
+    assert len(draw(pool, 1000, 0)) == len(pool) - 2
