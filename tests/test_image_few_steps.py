@@ -26,7 +26,9 @@ def module_of(method: str) -> Any:
     return importlib.import_module(f"stepmark.methods.image.{method}")
 
 
-aligner, boot, redi, mmd = (module_of(name) for name in ("timestep_aligner", "boot", "redi", "mmd_ddm"))
+aligner, boot, redi, mmd, consistency = (
+    module_of(name) for name in ("timestep_aligner", "boot", "redi", "mmd_ddm", "consistency_distillation")
+)
 
 
 def session_of(task: str, network: nn.Module | None = None) -> Session:
@@ -220,3 +222,57 @@ def test_gradients_reach_every_step() -> None:
     plain = module_of("ddim").DDIM()
     network.calls = 0
     assert torch.equal(plain.run(SimpleNamespace(networks={"teacher": network}), batch, 4), samples.detach())
+
+
+# --- consistency distillation ----------------------------------------------------------------------------------------
+
+
+class EndPoint(nn.Module):
+    """The network with which f(x, t) is the exact end of a Gaussian flow: x / (2 sqrt((1 - t)^2 / 4 + t^2))."""
+
+    prediction = "flow"
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        t = t[:, None]
+        return (x - x / (2 * ((1 - t) ** 2 / 4 + t**2).sqrt())) / t.clamp(min=1e-9)
+
+
+class Flow(Gaussian):
+    """The exact flow for a batch of different times."""
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        t = t[:, None]
+        return (t - (1 - t) / 4) / ((1 - t) ** 2 / 4 + t**2) * x
+
+
+def disagreement(student: nn.Module, step: float) -> float:
+    """Loss of a student on the exact Gaussian flow."""
+    draw = torch.Generator().manual_seed(0)
+    t = step + (1 - step) * torch.rand(500, generator=draw, dtype=torch.float64)
+    x = torch.randn(500, 2, generator=draw, dtype=torch.float64) * ((1 - t) ** 2 / 4 + t**2).sqrt()[:, None]
+    label = torch.zeros(500, dtype=torch.int64)
+    below = consistency.ode_step(Flow("flow"), x, t, t - step, label)
+    ends = [consistency.endpoint(student, at, time, label) for at, time in ((x, t), (below, t - step))]
+    return float((ends[0] - ends[1]).norm(dim=1).mean())
+
+
+def test_the_exact_map_is_consistent_and_the_teachers_guess_is_not() -> None:
+    assert disagreement(EndPoint(), 1 / 16) < 0.01 * disagreement(Flow("flow"), 1 / 16)
+    assert disagreement(EndPoint(), 1 / 64) < disagreement(EndPoint(), 1 / 16) / 30, "the solver is not of second order"
+
+
+def test_boundary_condition_and_sampling() -> None:
+    session, batch = session_of("class_to_image/digits_flow"), batch_of(10, (1, 8, 8), 10)
+    method = consistency.ConsistencyDistillation()
+    session.networks["student"] = method.networks(session)["student"].requires_grad_(False)
+    zero, one = torch.zeros(10), torch.ones(10)
+    student, x = session.networks["student"], batch["noise"]
+    assert torch.equal(consistency.endpoint(student, x, zero, batch["condition"]), x)
+    session.begin("run", 3, 20)
+    torch.testing.assert_close(method.run(session, batch, 1), consistency.endpoint(student, x, one, batch["condition"]))
+    session.begin("run", 3, 20)
+    twice = method.run(session, batch, 2)
+    first = consistency.endpoint(student, x, one, batch["condition"])
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    again = consistency.endpoint(student, (first + noise) / 2, one / 2, batch["condition"])
+    torch.testing.assert_close(twice, again)

@@ -149,3 +149,24 @@ def test_deis_equals_diffusers_before_the_last_step() -> None:
         x = scheduler.step(output, t, x).prev_sample
     deis.DEIS().run(session(Spy()), batch, 10)
     torch.testing.assert_close(asked[-1], theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_edm_heun_spends_its_rung_on_the_karras_grid() -> None:
+    """Second order on the exact scores: the error to the exact end falls by about four when the evaluations double."""
+    network, batch = backbones.load("mixtures_eps"), batch_of(200, (2,), 2)
+    exact = image.exact_endpoints(network, batch["noise"], batch["condition"], 512)
+    method, errors, calls = module_of("edm_heun").EDMHeun(), [], []
+
+    class Counting(nn.Module):
+        prediction = "epsilon"
+
+        def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+            calls.append(1)
+            return network(x, t, condition)
+
+    for rung in (1, 2, 3, 8, 65, 129):
+        calls.clear()
+        out = method.run(session(Counting()), batch, rung)
+        assert len(calls) == rung
+        errors.append(float((out - exact).norm(dim=1).median()))
+    assert 3 < errors[-2] / errors[-1] < 6
