@@ -75,6 +75,13 @@ def test_code_moves_the_digest(tmp_path: Path, old: str, new: str) -> None:
     assert digest(tmp_path, METHOD.replace(old, new)) != digest(tmp_path, METHOD)
 
 
+@pytest.mark.parametrize("reading", ["len(self.claims)", "getattr(self, 'claims')", "self.__doc__"])
+def test_words_that_the_code_reads_count(tmp_path: Path, reading: str) -> None:
+    method = METHOD.replace("return step(batch, self.width)", f"return step(batch, {reading})")
+    for old, new in (('says="small"', 'says="tiny"'), ('"""Docstring."""', '"""Other."""')):
+        assert digest(tmp_path, method.replace(old, new)) != digest(tmp_path, method)
+
+
 def test_of_a_track_only_what_is_used_counts(tmp_path: Path) -> None:
     path = tmp_path / "method.py"
     path.write_text(METHOD)

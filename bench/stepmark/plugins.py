@@ -27,6 +27,7 @@ from stepmark.task import Dataset, Task
 
 PACKAGE = Path(__file__).parent
 MOUNTS = ("methods", "datasets", "leaderboard")
+METADATA = ("paper", "claims", "tasks")  # of a method: what is said about it, not what runs
 TRACK_CALLS = ("handles", "layers", "inputs", "check", "reference_call", "score")  # what the harness asks of a track
 
 
@@ -276,7 +277,12 @@ def code_digest(path: Path, roots: Iterable[str] | None = None) -> str:
 def _definitions(path: Path, state: tuple[int, ...]) -> list[tuple[frozenset[str], frozenset[str], str]]:
     """(names defined, identifiers used, dump) of each top-level statement of a file."""
     found = []
-    for node in _Bare().visit(_parse(path)).body:
+    tree = _parse(path)
+    asked = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)} | {
+        n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+    }
+    # Words that the code itself reads are no longer mere words.
+    for node in (tree if asked & {*METADATA, "__doc__"} else _Bare().visit(tree)).body:
         inside = list(ast.walk(node))
         used = {n.id for n in inside if isinstance(n, ast.Name)} | {
             n.attr for n in inside if isinstance(n, ast.Attribute)
@@ -323,7 +329,7 @@ class _Bare(ast.NodeTransformer):
 
 def _is_metadata(line: ast.stmt) -> bool:
     targets = line.targets if isinstance(line, ast.Assign) else [line.target] if isinstance(line, ast.AnnAssign) else []
-    return any(isinstance(t, ast.Name) and t.id in {"paper", "claims", "tasks"} for t in targets)
+    return any(isinstance(t, ast.Name) and t.id in METADATA for t in targets)
 
 
 def source_digests(info: MethodInfo, task: Task) -> dict[str, str]:
