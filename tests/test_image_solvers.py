@@ -50,16 +50,16 @@ def across(solver: str, network: nn.Module, n: int) -> Tensor:
     for i, (t, s) in enumerate(pairwise(times)):
         x0, eps = denoise(x, t)
         if solver == "unic" and i > 2:
-            x = unipc.unipc_step(schedule, before, past, t, 2, ahead=x0)
+            x = image.unipc_step(schedule, before, past, t, 2, ahead=x0)
         past = [*past, (t, x0 if solver.startswith("uni") else eps)][-3:]
         before = x
         if i < 2:
             for a, b in pairwise(np.linspace(t, s, 9).tolist()):
                 x = image.heun_step(denoise, x, a, b)
         elif solver.startswith("uni"):
-            x = unipc.unipc_step(schedule, x, past[-2:], s, 2)
+            x = image.unipc_step(schedule, x, past[-2:], s, 2)
         else:
-            weights = deis.exponential_weights(schedule, [u for u, _ in past], s)
+            weights = image.exponential_weights(schedule, [u for u, _ in past], s)
             x = schedule.alpha(s) * (
                 x / schedule.alpha(t) + sum(w * e for w, (_, e) in zip(weights, past, strict=True))
             )
@@ -80,7 +80,7 @@ def test_first_order_is_ddim() -> None:
     method = deis.DEIS()
     method.order = 1
     torch.testing.assert_close(method.run(session(network), batch, 5), plain, rtol=1e-4, atol=1e-4)
-    step = unipc.unipc_step(image.Schedule("epsilon"), batch["noise"], [(0.6, plain)], 0.4)
+    step = image.unipc_step(image.Schedule("epsilon"), batch["noise"], [(0.6, plain)], 0.4)
     eps = (batch["noise"] - image.Schedule("epsilon").alpha(0.6) * plain) / image.Schedule("epsilon").sigma(0.6)
     torch.testing.assert_close(step, image.ddim_step(image.Schedule("epsilon"), plain, eps, 0.4))
 
@@ -90,7 +90,7 @@ def test_weights_integrate_polynomials_exactly() -> None:
     schedule = image.Schedule("epsilon")
     times, s = [0.9, 0.7, 0.6], 0.4
     logs = [-schedule.log_snr(t) for t in times]
-    weights = deis.exponential_weights(schedule, times, s)
+    weights = image.exponential_weights(schedule, times, s)
 
     def integral(power: int) -> float:
         grid = np.linspace(logs[-1], -schedule.log_snr(s), 20001)
@@ -170,3 +170,43 @@ def test_edm_heun_spends_its_rung_on_the_karras_grid() -> None:
         assert len(calls) == rung
         errors.append(float((out - exact).norm(dim=1).median()))
     assert 3 < errors[-2] / errors[-1] < 6
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm_solver_pp", "unipc", "deis"])
+def test_on_equal_steps_a_solver_with_its_own_grid_is_the_plain_one(name: str) -> None:
+    network, batch = backbones.load("digits_eps_a"), batch_of(10)
+    plain = {"ddim": "DDIM", "dpm_solver_pp": "DPMSolverPP", "unipc": "UniPC", "deis": "DEIS"}[name]
+    ours = session(network)
+    expected = getattr(module_of(name), plain)().run(ours, batch, 6)
+    ours.state = {"times_6": torch.tensor(image.uniform_times(6), dtype=torch.float64)}
+    found = getattr(module_of(f"{name}_best_grid"), f"{plain}BestGrid")().run(ours, batch, 6)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_best_grid_is_the_one_that_ends_nearest() -> None:
+    """Every grid is tried by hand on other noises: the chosen one is the best or as good as the best."""
+    network = backbones.load("mixtures_eps")
+    method = module_of("ddim_best_grid").DDIMBestGrid()
+    label = torch.arange(400) % 2
+    ours = SimpleNamespace(
+        networks={"teacher": network},
+        train={"x0": torch.zeros(400, 2), "condition": label},
+        device=torch.device("cpu"),
+        rng=torch.Generator().manual_seed(1),
+        scale=lambda embedded, smoke: embedded,
+        progress=lambda items, name: items,
+        task=SimpleNamespace(rungs=(4, 8), smoke_rungs=()),
+    )
+    state = method.prepare(ours)
+    batch = batch_of(400, (2,), 2)
+    denoise = image.Denoiser(network, batch["condition"])
+    exact = image.exact_endpoints(network, batch["noise"], batch["condition"], 256)
+    for rung in (4, 8):
+        errors = {
+            tuple(grid): float((method.solve(denoise, batch["noise"], grid) - exact).square().mean())
+            for grid in image.grids(denoise.schedule, rung).values()
+        }
+        assert errors[tuple(state[f"times_{rung}"].tolist())] <= 1.1 * min(errors.values())
+        assert min(errors.values()) < 0.9 * errors[tuple(image.uniform_times(rung))]
+        assert all(len(grid) == rung + 1 and grid[-1] == 0 for grid in errors)
+        assert all(a > b for grid in errors for a, b in pairwise(grid))

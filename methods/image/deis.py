@@ -1,32 +1,14 @@
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import Denoiser, Schedule, ddim_step, uniform_times
-
-
-def exponential_weights(schedule: Schedule, times: Sequence[float], s: float) -> list[float]:
-    """Weight of the noise predicted at each of `times` (the latest last) in the integral from the latest to s > 0.
-
-    integral of l_i(log rho) d rho over rho = sigma / alpha, l_i the Lagrange basis on the nodes log rho(times): exact
-    by Gauss-Legendre quadrature, as the integrand is a polynomial times an exponential.
-    """
-    nodes = [-schedule.log_snr(t) for t in times]
-    start, end = nodes[-1], -schedule.log_snr(s)
-    place, weight = np.polynomial.legendre.leggauss(16)
-    at = 0.5 * (end - start) * place + 0.5 * (end + start)
-    found = []
-    for i, node in enumerate(nodes):
-        basis = np.prod([(at - other) / (node - other) for j, other in enumerate(nodes) if j != i], axis=0)
-        found.append(float((0.5 * (end - start) * weight * basis * np.exp(at)).sum()))
-    return found
+from stepmark.tracks.image import Denoiser, ddim_step, exponential_weights, uniform_times
 
 
 class DEIS(Method):

@@ -1,51 +1,14 @@
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import Denoiser, Schedule, uniform_times
-
-
-def unipc_step(
-    schedule: Schedule,
-    x: Tensor,
-    past: Sequence[tuple[float, Tensor]],
-    s: float,
-    order: int = 2,
-    ahead: Tensor | None = None,
-) -> Tensor:
-    """From x at the time of `past[-1]` to time s: the predictor UniP, or with `ahead` the corrector UniC.
-
-    past: (time, prediction of x0) of the evaluations so far, the latest last; `order` of them are used, and the order
-    falls to the number there is. ahead: prediction of x0 at the predicted point at s. A step of infinite length in
-    log-SNR, from pure noise of a flow or to the data, is of first order and has no corrector.
-    """
-    t, x0 = past[-1]
-    now = schedule.log_snr(t)
-    h = schedule.log_snr(s) - now
-    alpha, phi = schedule.alpha(s), math.expm1(-h)  # phi_1 of the paper times -h, and B(h) of its variant bh2
-    base = (schedule.sigma(s) / schedule.sigma(t)) * x - alpha * phi * x0
-    if math.isinf(h):
-        return base
-    known = [(schedule.log_snr(u), m) for u, m in past[-order:-1] if math.isfinite(schedule.log_snr(u))]
-    points = [((at - now) / h, m) for at, m in reversed(known)] + ([] if ahead is None else [(1.0, ahead)])
-    if not points:
-        return base
-    moments, term = [], phi / -h - 1
-    for k in range(1, len(points) + 1):
-        moments.append(term * math.factorial(k) / phi)
-        term = term / -h - 1 / math.factorial(k + 1)
-    powers = np.vander([r for r, _ in points], increasing=True).T
-    weights = [0.5] if len(points) == 1 else np.linalg.solve(powers, moments).tolist()
-    slopes = [w / r * (m - x0) for w, (r, m) in zip(weights, points, strict=True)]
-    return base - alpha * phi * torch.stack(slopes).sum(0)
+from stepmark.tracks.image import Denoiser, uniform_times, unipc_step
 
 
 class UniPC(Method):

@@ -410,6 +410,99 @@ def dpm_solver_pp_step(
     return base + schedule.alpha(s) * (slope * first + 2 * curve * bend)
 
 
+def unipc_step(
+    schedule: Schedule,
+    x: Tensor,
+    past: Sequence[tuple[float, Tensor]],
+    s: float,
+    order: int = 2,
+    ahead: Tensor | None = None,
+) -> Tensor:
+    """From x at the time of `past[-1]` to time s: the predictor UniP, or with `ahead` the corrector UniC (Zhao et al.
+    2023, equations 3 and 8, predicted data, B(h) = e^h - 1).
+
+    past: (time, prediction of x0) of the evaluations so far, the latest last; `order` of them are used, and the order
+    falls to the number there is. ahead: prediction of x0 at the predicted point at s. A step of infinite length in
+    log-SNR, from pure noise of a flow or to the data, is of first order and has no corrector.
+    """
+    t, x0 = past[-1]
+    now = schedule.log_snr(t)
+    h = schedule.log_snr(s) - now
+    alpha, phi = schedule.alpha(s), math.expm1(-h)  # phi_1 of the paper times -h, and B(h) of its variant bh2
+    base = (schedule.sigma(s) / schedule.sigma(t)) * x - alpha * phi * x0
+    if math.isinf(h):
+        return base
+    known = [(schedule.log_snr(u), m) for u, m in past[-order:-1] if math.isfinite(schedule.log_snr(u))]
+    points = [((at - now) / h, m) for at, m in reversed(known)] + ([] if ahead is None else [(1.0, ahead)])
+    if not points:
+        return base
+    moments, term = [], phi / -h - 1
+    for k in range(1, len(points) + 1):
+        moments.append(term * math.factorial(k) / phi)
+        term = term / -h - 1 / math.factorial(k + 1)
+    powers = np.vander([r for r, _ in points], increasing=True).T
+    weights = [0.5] if len(points) == 1 else np.linalg.solve(powers, moments).tolist()
+    slopes = [w / r * (m - x0) for w, (r, m) in zip(weights, points, strict=True)]
+    return base - alpha * phi * torch.stack(slopes).sum(0)
+
+
+def exponential_weights(schedule: Schedule, times: Sequence[float], s: float) -> list[float]:
+    """Weight of the noise predicted at each of `times` (the latest last) in a DEIS step to s > 0 (Zhang and Chen 2023,
+    equation 15).
+
+    integral of l_i(log rho) d rho from the latest time to s, rho = sigma / alpha, l_i the Lagrange basis on the nodes
+    log rho(times): exact by Gauss-Legendre quadrature, as the integrand is a polynomial times an exponential.
+    """
+    nodes = [-schedule.log_snr(t) for t in times]
+    start, end = nodes[-1], -schedule.log_snr(s)
+    place, weight = np.polynomial.legendre.leggauss(16)
+    at = 0.5 * (end - start) * place + 0.5 * (end + start)
+    found = []
+    for i, node in enumerate(nodes):
+        basis = np.prod([(at - other) / (node - other) for j, other in enumerate(nodes) if j != i], axis=0)
+        found.append(float((0.5 * (end - start) * weight * basis * np.exp(at)).sum()))
+    return found
+
+
+# --- the grid that suits a solver --------------------------------------------------------------------------------------
+
+
+def grids(schedule: Schedule, n: int) -> dict[str, list[float]]:
+    """The grids of n steps that samplers commonly use, by name."""
+    return {
+        "uniform": uniform_times(n),
+        "quadratic": quadratic_times(n),
+        "log-SNR": log_snr_times(schedule, n),
+        "Karras": karras_times(schedule, n),
+        "shift 2": shift_times(uniform_times(n), 2.0),
+        "shift 1/2": shift_times(uniform_times(n), 0.5),
+    }
+
+
+@torch.no_grad()
+def best_grids(session: Session, solve: Callable[[Denoiser, Tensor, list[float]], Tensor]) -> dict[str, Tensor]:
+    """Of `grids`, for every rung, the one on which a solver ends nearest to the exact solution. For `prepare`.
+
+    solve(denoise, noise, times) gives samples. Nearest in mean square over 256 noises to 64 steps of Heun's method;
+    no image is looked at. Returns {"times_<rung>": float64 [rung + 1]}.
+    """
+    label = session.train["condition"].to(session.device)
+    n, device = session.scale(256, 16), session.device
+    condition = label[torch.randint(len(label), (n,), generator=session.rng, device=device)]
+    noise = torch.randn(n, *session.train["x0"].shape[1:], generator=session.rng, device=device)
+    denoise, exact = Denoiser(session.networks["teacher"], condition), noise
+    times = uniform_times(session.scale(64, 8))
+    for t, s in pairwise(times[:-1]):
+        exact = heun_step(denoise, exact, t, s)
+    exact = ddim_step(denoise.schedule, *denoise(exact, times[-2]), 0.0)
+    chosen = {}
+    for rung in session.progress(session.scale(session.task.rungs, session.task.smoke_rungs), "grids"):
+        candidates = list(grids(denoise.schedule, rung).values())
+        errors = [float((solve(denoise, noise, grid) - exact).square().mean()) for grid in candidates]
+        chosen[f"times_{rung}"] = torch.tensor(candidates[int(np.argmin(errors))], dtype=torch.float64)
+    return chosen
+
+
 # --- training in prepare -----------------------------------------------------------------------------------------------
 
 
