@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,12 +25,25 @@ from stepmark import record as record_files
 from stepmark.method import Claim
 from stepmark.plugins import MethodInfo
 from stepmark.record import Record
-from stepmark.stats import bootstrap_indices, centred, holm, paired_test, pareto_front, tie_groups
+from stepmark.stats import (
+    PairedTest,
+    bootstrap_indices,
+    centred,
+    holm,
+    hypervolume,
+    paired_test,
+    pareto_front,
+    standardised_difference,
+    tie_groups,
+)
 from stepmark.task import Task
 
 Trust = Literal["claimed", "measured", "reproduced", "disputed"]
 Coverage = Literal["live", "not run", "no plugin yet"]
+Training = Literal["none", "calibrated", "trained"]
+NETWORK_MIB = 0.01  # the least state that is taken for trained weights: about 2600 numbers
 ALPHA = 0.05
+WILDEST = 1e100  # no measurement is larger; beyond it sums and squares leave the floating-point numbers
 LATENCY_DRAWS = 100  # where a record has no quality resamples whose number could be followed
 
 
@@ -111,24 +125,26 @@ class Row:
             return None
         if any(metric not in r.quality for r in chosen):
             return None
-        rows = [_centred(r, metric) for r in chosen]
-        return np.stack(rows) if len({row.size for row in rows}) == 1 else None
+        tables = [table for r in chosen if (table := _centred(r, metric)) is not None]
+        return np.stack(tables) if len(tables) == len(chosen) and len({t.size for t in tables}) == 1 else None
 
     @property
     def nfe(self) -> float | None:
         """Evaluations per item that count against the rung, mean over seeds."""
         found = [r.counts["nfe"] for r in self.measured.values() if "nfe" in r.counts]
-        return float(np.mean(found)) if found else None
+        return sane(math.fsum(found) / len(found)) if found and all(sane(x) is not None for x in found) else None
 
     @property
     def nfe_equivalent(self) -> float | None:
         """FLOPs spent per item / FLOPs of one reference evaluation."""
-        return next((r.counts["nfe_equivalent"] for r in self.measured.values() if "nfe_equivalent" in r.counts), None)
+        found = (r.counts["nfe_equivalent"] for r in self.measured.values() if "nfe_equivalent" in r.counts)
+        return sane(next(found, None))
 
     @cached_property
     def timed(self) -> Record | None:
         """The record that holds the latency."""
-        return next((r for _, r in sorted(self.measured.items()) if r.latency), None)
+        readings = (r for _, r in sorted(self.measured.items()) if r.latency and r.latency.items > 0)
+        return next((r for r in readings if r.latency and sane(r.latency.median_ms) is not None), None)
 
     @cached_property
     def latency_ms(self) -> Estimate | None:
@@ -136,15 +152,17 @@ class Row:
         if self.timed is None or self.timed.latency is None:
             return None
         medians = _latency_resamples(self.timed, 1000)
-        low, high = np.quantile(medians, [0.025, 0.975])
         value = self.timed.latency.median_ms / self.timed.latency.items
+        if not np.isfinite(medians).all() or sane(float(np.abs(medians).max())) is None:
+            return Estimate(value, value, value)
+        low, high = np.quantile(medians, [0.025, 0.975])
         return Estimate(value, min(float(low), value), max(float(high), value))
 
     @property
     def speedup(self) -> Estimate | None:
         """Latency of the baseline at the same rung, interleaved in the same run, over that of the method."""
         latency = self.timed.latency if self.timed else None
-        if latency is None or latency.speedup is None:
+        if latency is None or latency.speedup is None or sane(latency.speedup) is None:
             return None
         low = latency.speedup if latency.speedup_low is None else latency.speedup_low
         high = latency.speedup if latency.speedup_high is None else latency.speedup_high
@@ -153,30 +171,44 @@ class Row:
     @property
     def memory_mib(self) -> float | None:
         """Peak of one `run` call above the loaded state."""
-        return next((r.memory.peak_mib for r in self.measured.values() if r.memory), None)
+        return sane(next((r.memory.peak_mib for r in self.measured.values() if r.memory), None))
 
     @property
     def joules(self) -> float | None:
         """Joules per item."""
         for r in self.measured.values():
-            if r.energy and r.latency:
-                return r.energy.joules / r.latency.items
+            if r.energy and r.latency and r.latency.items > 0:
+                return sane(r.energy.joules / r.latency.items)
         return None
+
+    @property
+    def offline_s(self) -> float | None:
+        """Seconds of `prepare`, paid once for the whole ladder."""
+        return sane(next((r.offline.seconds for r in self.measured.values() if r.offline), None))
 
     def reason(self, name: str) -> str | None:
         """Why a figure is null, as the harness wrote it. Untrusted text."""
         return self.first.reasons.get(name)
 
     def cost(self, axis: str) -> float | None:
-        """Position on a cost axis: "unit", "nfe_equivalent" or "latency_ms"."""
+        """Position on a cost axis: "unit" or the name of a figure of the row."""
         if axis == "latency_ms":
             return self.latency_ms.value if self.latency_ms else None
-        return self.nfe_equivalent if axis == "nfe_equivalent" else self.nfe
+        value = self.nfe if axis == "unit" else getattr(self, axis)
+        return None if value is None else float(value)
 
 
-def _centred(record: Record, metric: str) -> NDArray[np.float64]:
+def sane(x: float | None) -> float | None:
+    """The figure, or None where it is no measurement: records are untrusted, and 1e308 is a number too."""
+    return x if x is not None and abs(x) <= WILDEST else None
+
+
+def _centred(record: Record, metric: str) -> NDArray[np.float64] | None:
     quality = record.quality[metric]
-    return centred(quality.resamples or [quality.value], quality.value)
+    found = np.asarray(quality.resamples or [quality.value])
+    if sane(quality.value) is None or sane(float(np.abs(found).max())) is None:
+        return None
+    return centred(found, quality.value)
 
 
 def _latency_resamples(record: Record, draws: int, against_baseline: bool = False) -> NDArray[np.float64]:
@@ -318,7 +350,7 @@ def bargain(candidates: Sequence[Row], task: Task, infos: Mapping[str, MethodInf
     own = [row for row in ranked if row.method == name]
     if not own:
         return None
-    best = max(own, key=lambda row: (row.quality[metric].value if higher else -row.quality[metric].value, -row.rung))
+    best = _best(own, metric, higher)
     cheaper = [row for row in ranked if row.method != name and (row.nfe or 0) < (best.nfe or 0)]
     matches = [row for row in cheaper if not _loses(row, best, metric, higher)]
     order = sorted(matches, key=lambda row: (row.nfe_equivalent or row.nfe or 0.0, row.nfe or 0.0, row.method))
@@ -333,6 +365,103 @@ def _loses(row: Row, other: Row, metric: str, higher: bool) -> bool:
         return True
     test = paired_test(mine, theirs)
     return test.p <= ALPHA and (test.difference < 0 if higher else test.difference > 0)
+
+
+def training(mine: Sequence[Row]) -> Training:
+    """What a method needs before it can run, from the records of its `prepare`.
+
+    *trained*: it left a state as large as a network; *calibrated*: it spent evaluations or left a smaller state.
+    """
+    costs = [r.offline for row in mine for r in row.measured.values() if r.offline]
+    if any(cost.state_mib >= NETWORK_MIB for cost in costs):
+        return "trained"
+    return "calibrated" if any(cost.state_mib > 0 or cost.evaluations for cost in costs) else "none"
+
+
+# ladders as a whole ------------------------------------------------------------------------------
+
+COSTS = ("unit", "nfe_equivalent", "latency_ms")
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What the ladders of a task in one place are read against: the baseline's own ladder.
+
+    `best` is the baseline's best row and `worst` its worst value; `dearest` is its largest cost on each axis. Quality
+    is normalised to 0 at `worst` and 1 at the best value; (`dearest`, 0) is the reference point of the hypervolume.
+    """
+
+    best: Row
+    metric: str
+    higher: bool
+    worst: float
+    dearest: dict[str, float | None]
+
+    def normalised(self, value: float) -> float | None:
+        """Quality on the baseline's own scale; None where the baseline's ladder is flat."""
+        span = self.best.quality[self.metric].value - self.worst
+        return sane((value - self.worst) / span) if span else None
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """A method's whole ladder on one task in one place. Both figures are by cost axis, None where there is none.
+
+    `matching`: cheapest cost of a row that the baseline's best row does not significantly beat (paired test at
+    `ALPHA`). `area`: hypervolume, in decades of cost times the baseline's own range of quality.
+    """
+
+    method: str
+    best: Row
+    matching: dict[str, float | None]
+    area: dict[str, float | None]
+
+
+def _best(candidates: Sequence[Row], metric: str, higher: bool) -> Row:
+    """The row of best quality, the smallest rung among equals."""
+    return max(
+        candidates, key=lambda row: (row.quality[metric].value if higher else -row.quality[metric].value, -row.rung)
+    )
+
+
+def yardstick(candidates: Sequence[Row], task: Task, infos: Mapping[str, MethodInfo]) -> Yardstick | None:
+    """The baseline's ladder in one place; None where no baseline has been measured."""
+    metric, higher = headline(task)
+    name = anchor(candidates, infos)
+    own = [row for row in candidates if row.method == name and row.ranked and metric in row.quality]
+    if not own:
+        return None
+    values = [row.quality[metric].value for row in own]
+    dearest = {axis: max((c for row in own if (c := row.cost(axis))), default=None) for axis in COSTS}
+    return Yardstick(_best(own, metric, higher), metric, higher, min(values) if higher else max(values), dearest)
+
+
+def ladders(candidates: Sequence[Row], task: Task, infos: Mapping[str, MethodInfo]) -> list[Ladder]:
+    """Every method's ladder on one task in one place, read against the baseline's."""
+    metric, higher = headline(task)
+    against = yardstick(candidates, task, infos)
+    ranked = [row for row in candidates if row.ranked and metric in row.quality]
+    found: list[Ladder] = []
+    for (method,), mine in sorted(split(ranked, "method").items()):
+        matching: dict[str, float | None] = dict.fromkeys(COSTS)
+        area: dict[str, float | None] = dict.fromkeys(COSTS)
+        if against is not None:
+            same = [row for row in mine if row is against.best or not _loses(row, against.best, metric, higher)]
+            for axis in COSTS:
+                matching[axis] = min((c for row in same if (c := row.cost(axis)) is not None and c > 0), default=None)
+                area[axis] = _area(mine, axis, against)
+        found.append(Ladder(method, _best(mine, metric, higher), matching, area))
+    return found
+
+
+def _area(mine: Sequence[Row], axis: str, against: Yardstick) -> float | None:
+    """Hypervolume of a ladder beside the yardstick; None where a cost is missing or the baseline's ladder is flat."""
+    reference = against.dearest[axis]
+    points = [(row.cost(axis), against.normalised(row.quality[against.metric].value)) for row in mine]
+    whole = [(cost, value) for cost, value in points if cost is not None and cost > 0 and value is not None]
+    if not reference or reference <= 0 or len(whole) < len(points):
+        return None
+    return hypervolume(whole, (reference, 0.0))
 
 
 # claims ---------------------------------------------------------------------------------------
@@ -422,7 +551,7 @@ def record_id(record: Record) -> str:
 
 def history(root: Path) -> list[Record]:
     """Every record below a results folder, those included that a later one of the same cell replaces."""
-    return [r for path in sorted(root.rglob("*.jsonl")) for r in record_files.read(path)]
+    return [r for path in sorted(root.rglob("*.jsonl")) for r in record_files.read_once(path)]
 
 
 class Dispute(NamedTuple):
@@ -472,7 +601,7 @@ def standing(method: str, task: str, everything: Sequence[Record], objections: M
     agreeing: set[str] = set()
     for (rung, seed, _), again in sorted(runs.items()):
         for r in again:
-            if (objection := objections.get(record_id(r))) is not None:
+            if objections and (objection := objections.get(record_id(r))) is not None:
                 found.state = "disputed"
                 found.reasons.append(f"record {objection.record}: {objection.says} ({objection.link})")
         for other in again[1:]:
@@ -495,10 +624,8 @@ def standing(method: str, task: str, everything: Sequence[Record], objections: M
 
 
 def stale(record: Record, info: MethodInfo | None, task: Task) -> bool:
-    """Whether the method's file or the task has changed since the record was written."""
-    now = {"task": hashlib.sha256(json.dumps(asdict(task), sort_keys=True).encode()).hexdigest()}
-    if info is not None:
-        now["method"] = hashlib.sha256(info.path.read_bytes()).hexdigest()
+    """Whether the sources that a record was written from have changed since."""
+    now = plugins.source_digests(info, task) if info is not None else {}
     return any(record.digests.get(name, digest) != digest for name, digest in now.items())
 
 
@@ -529,12 +656,19 @@ class CatalogueEntry(NamedTuple):
 
 @dataclass
 class Covered:
-    """A paper and how far it has come. `states` counts the verdicts of its claims in the best covered place."""
+    """A paper, its plugins, and how far it has come. `states` counts the verdicts of the claims of all its plugins,
+    each in its best covered place.
+    """
 
     entry: CatalogueEntry
-    info: MethodInfo | None
+    infos: tuple[MethodInfo, ...]
     status: Coverage
     states: Counter[str]
+
+    @property
+    def info(self) -> MethodInfo | None:
+        """The plugin that carries the paper's own name, else the first."""
+        return next((info for info in self.infos if info.id == self.entry.id), next(iter(self.infos), None))
 
 
 def catalogue(path: Path | None = None) -> list[CatalogueEntry]:
@@ -547,21 +681,32 @@ def catalogue(path: Path | None = None) -> list[CatalogueEntry]:
     found: list[CatalogueEntry] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            found.append(CatalogueEntry(**json.loads(line)))
+            entry = CatalogueEntry(**json.loads(line))
+            if not re.fullmatch(r"[a-z0-9][a-z0-9_]{0,63}", entry.id):
+                raise ValueError("an id is made of lower-case letters, digits and underscores")
+            found.append(entry)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}:{number}: {error}; an entry has {', '.join(CatalogueEntry._fields)}") from None
     return found
 
 
 def coverage(papers: Sequence[CatalogueEntry], infos: Mapping[str, MethodInfo], found: Sequence[Row]) -> list[Covered]:
-    """Every paper with its computed status. A plugin belongs to the paper that its `Paper.id` names."""
-    by_paper = {info.paper.id: info for info in infos.values() if info.paper}
+    """Every paper with its computed status. Plugins belong to the paper that their `Paper.id` names; one that has run
+    makes it live.
+    """
+    by_paper: dict[str, list[MethodInfo]] = defaultdict(list)
+    for info in infos.values():
+        if info.paper:
+            by_paper[info.paper.id].append(info)
     live = {row.method for row in found if row.measured}
     result: list[Covered] = []
     for entry in papers:
-        info = by_paper.get(entry.id)
-        status: Coverage = "no plugin yet" if info is None else "live" if info.id in live else "not run"
-        result.append(Covered(entry, info, status, tally(info, found) if info else Counter()))
+        mine = by_paper.get(entry.id, [])
+        status: Coverage = "no plugin yet" if not mine else "not run"
+        if any(info.id in live for info in mine):
+            status = "live"
+        states: Counter[str] = sum((tally(info, found) for info in mine), Counter())
+        result.append(Covered(entry, tuple(mine), status, states))
     return result
 
 
@@ -647,7 +792,7 @@ def show(records: Sequence[Record]) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """a - b in the headline metric at one rung: difference, interval, Holm-adjusted p, who is better."""
+    """a - b in the headline metric at one rung: difference, interval, Holm-adjusted p, effect size, who is better."""
 
     task: str
     place: Place
@@ -658,6 +803,7 @@ class Comparison:
     p: float
     winner: str | None
     latency_ratio: float | None
+    effect: float | None
 
 
 def comparisons(records: Sequence[Record], a: str, b: str, track: str | None = None) -> list[Comparison]:
@@ -673,27 +819,38 @@ def comparisons(records: Sequence[Record], a: str, b: str, track: str | None = N
     if a == b:
         raise ValueError("give two different methods")
     chosen = [r for r in newest(records) if r.method in {a, b} and (track is None or r.track == track)]
-    have = index(rows(chosen))
+    return contrasts(rows(chosen), a, b)
+
+
+def contrasts(found: Sequence[Row], a: str, b: str) -> list[Comparison]:
+    """Paired tests of two methods over rows that may hold others too; see `comparisons`."""
+    have = index([row for row in found if row.method == b])
     known = plugins.tasks()
-    pairs: list[tuple[Row, Row, Any, bool]] = []
-    for (place, task_id, method, rung), mine in have.items():
-        other = have.get((place, task_id, b, rung))
-        if method != a or other is None:
+    pairs: list[tuple[Row, Row, PairedTest, float | None, bool]] = []
+    for mine in found:
+        other = have.get((mine.place, mine.task, b, mine.rung))
+        if mine.method != a or other is None:
             continue
-        metric, higher = headline(known[task_id][1])
+        task = known[mine.task][1]
+        metric, higher = headline(task)
         seeds = set(mine.measured) & set(other.measured)
         first, second = mine.resamples(metric, seeds), other.resamples(metric, seeds)
         if first is not None and second is not None and first.shape == second.shape:
-            pairs.append((mine, other, paired_test(first, second), higher))
-    adjusted = holm([test.p for _, _, test, _ in pairs])
-    found: list[Comparison] = []
-    for (mine, other, test, higher), p in zip(pairs, adjusted, strict=True):
+            effect = standardised_difference(first, second, task.items(mine.place.tier))
+            pairs.append((mine, other, paired_test(first, second), effect, higher))
+    adjusted = holm([test.p for _, _, test, _, _ in pairs])
+    tests: list[Comparison] = []
+    for (mine, other, test, effect, higher), p in zip(pairs, adjusted, strict=True):
         winner = None if p > ALPHA else (a if (test.difference > 0) == higher else b)
-        ratio = mine.latency_ms.value / other.latency_ms.value if mine.latency_ms and other.latency_ms else None
-        found.append(
-            Comparison(mine.task, mine.place, mine.rung, test.difference, test.low, test.high, float(p), winner, ratio)
+        ratio = None
+        if mine.latency_ms and other.latency_ms and other.latency_ms.value:
+            ratio = sane(mine.latency_ms.value / other.latency_ms.value)
+        tests.append(
+            Comparison(
+                mine.task, mine.place, mine.rung, test.difference, test.low, test.high, float(p), winner, ratio, effect
+            )
         )
-    return found
+    return tests
 
 
 def compare(records: Sequence[Record], a: str, b: str, track: str | None = None) -> str:
@@ -706,7 +863,10 @@ def compare(records: Sequence[Record], a: str, b: str, track: str | None = None)
     if not found:
         return f"{a} and {b} share no rung of a task on one machine" + (f" in track {track}" if track else "")
     known = plugins.tasks()
-    head = ("task", "machine", "rung", "metric", f"{a} - {b}", "95 % interval", "p (Holm)", "better", "latency ratio")
+    head = (
+        "task", "machine", "rung", "metric", f"{a} - {b}", "95 % interval", "p (Holm)", "effect", "better",
+        "latency ratio",
+    )  # fmt: skip
     body = [
         (
             c.task,
@@ -716,18 +876,23 @@ def compare(records: Sequence[Record], a: str, b: str, track: str | None = None)
             figure(c.difference),
             f"[{figure(c.low)}, {figure(c.high)}]",
             f"{c.p:.3f}" if c.p >= 0.001 else "<0.001",
+            figure(c.effect),
             c.winner or "tied",
             figure(c.latency_ratio),
         )
         for c in found
     ]
+    return "\n".join(_aligned(head, body, (0, 1, 3, 8))) + "\n\n" + in_a_sentence(found, a, b)
+
+
+def in_a_sentence(found: Sequence[Comparison], a: str, b: str) -> str:
+    """What the comparisons of two methods come to."""
     count = Counter(c.winner for c in found)
     ratios = [c.latency_ratio for c in found if c.latency_ratio is not None]
     time = "Latency was not read for both."
     if ratios:
         time = f"At equal rungs {a} takes {figure(float(np.median(ratios)))} times as long as {b} (median)."
-    sentence = (
+    return (
         f"{a} is better than {b} in {count[a]} of {len(found)} comparisons, worse in {count[b]}, and {count[None]} "
         f"show no difference (paired bootstrap, Holm-corrected at {ALPHA:.0%}). {time}"
     )
-    return "\n".join(_aligned(head, body, (0, 1, 3, 7))) + "\n\n" + sentence

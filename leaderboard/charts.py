@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -20,8 +21,23 @@ COLOURS = (
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 MARKS = {"circle": "●", "square": "■", "triangle-up": "▲", "diamond": "◆", "cross": "✚", "triangle-down": "▼"}
 INK = "#010203"  # stands for the colour of the text around the chart until `_adapt` replaces it
-AXES = {"unit": "spent per item ({unit})", "nfe_equivalent": "NFE-equivalents per item", "latency_ms": "ms per item"}
-SHORT = {"unit": "budget", "nfe_equivalent": "NFE-equivalents", "latency_ms": "latency"}
+AXES = {
+    "unit": "spent per item ({unit})",
+    "nfe_equivalent": "NFE-equivalents per item",
+    "latency_ms": "ms per item",
+    "memory_mib": "peak memory of a call, MiB",
+    "joules": "J per item",
+    "offline_s": "seconds of preparation, once",
+}
+SHORT = {
+    "unit": "budget",
+    "nfe_equivalent": "NFE-equivalents",
+    "latency_ms": "latency",
+    "memory_mib": "memory",
+    "joules": "energy",
+    "offline_s": "offline cost",
+}
+STATIC = ("unit", "nfe_equivalent", "latency_ms")  # drawn for readers without script and for print
 
 
 def style(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -29,11 +45,12 @@ def style(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
     return {name: (COLOURS[i % len(COLOURS)], SHAPES[i % len(SHAPES)]) for i, name in enumerate(methods)}
 
 
-def legend(styles: dict[str, tuple[str, str]], baselines: Sequence[str] = ()) -> str:
-    """The legend as HTML: a button per method (script dims the others), baselines marked."""
+def legend(styles: dict[str, tuple[str, str]], baselines: Sequence[str] = (), buttons: bool = True) -> str:
+    """The legend as HTML: a button per method (script dims the others), or plain names; baselines marked."""
+    opening, end = ('button type="button"', "button") if buttons else ("span", "span")
     items = [
-        f'<button type="button" data-method="{html.escape(name)}"><span aria-hidden="true" style="color:{colour}">'
-        f"{MARKS[shape]}</span> {html.escape(name)}{' (baseline)' if name in baselines else ''}</button>"
+        f'<{opening} data-method="{html.escape(name)}"><span aria-hidden="true" style="color:{colour}">'
+        f"{MARKS[shape]}</span> {html.escape(name)}{' (baseline)' if name in baselines else ''}</{end}>"
         for name, (colour, shape) in styles.items()
     ]
     return f'<div class="sm-legend" role="group" aria-label="Methods">{"".join(items)}</div>'
@@ -41,7 +58,7 @@ def legend(styles: dict[str, tuple[str, str]], baselines: Sequence[str] = ()) ->
 
 def drawable(rows: Sequence[Row], axis: str, metric: str) -> list[Row]:
     """Rows that have a place on a chart with a logarithmic cost axis."""
-    return [row for row in rows if metric in row.quality and (row.cost(axis) or 0) > 0]
+    return [row for row in rows if metric in row.quality and 0 < (row.cost(axis) or 0) < math.inf]
 
 
 def curve(
@@ -147,6 +164,12 @@ def curve(
     }  # fmt: skip
     text = f"{metric} against {SHORT[axis]} on {task.id}, {len(present)} methods"
     return _adapt(vl_convert.vegalite_to_svg(chart), name, text)
+
+
+def as_file(svg: str) -> str:
+    """A curve as a file of its own: it knows no page, so that its ink follows the reader's scheme."""
+    ink = "<style>svg{color:#333}@media screen and (prefers-color-scheme:dark){svg{color:#ddd}}</style>"
+    return svg.replace("<title>", f"{ink}<title>", 1)
 
 
 def _label(row: Row, task: Task, axis: str, metric: str) -> str:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from stepmark.leaderboard.board import Estimate, figure
+from stepmark.leaderboard.equations import typeset
 
 
 def esc(text: object) -> str:
     """Text for HTML and for attributes. Control characters go: Markdown uses some of them as its own marks."""
     clean = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]", "\N{REPLACEMENT CHARACTER}", str(text))
     return html.escape(clean, quote=True).replace("\n", "&#10;")
+
+
+def heading(text: str) -> str:
+    """Text for a heading of Markdown: nothing in it is a mark."""
+    clean = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", text)
+    return re.sub(r"([\\`*_{}\[\]()#+.!-])", r"\\\1", html.escape(clean, quote=False))
 
 
 class Cell(NamedTuple):
@@ -46,20 +53,33 @@ def text(content: object) -> Cell:
 
 
 class Line(NamedTuple):
-    """A table row: its cells (the first is its head), its rung for the filter, whether it is set back."""
+    """A table row: its cells (the first is its head), its rung for the filter, whether it is set back, more to filter
+    by (each value a list parted by commas).
+    """
 
     cells: Sequence[Cell]
     rung: int | None = None
     weak: bool = False
+    marks: Mapping[str, str] = {}
 
 
-def table(head: Sequence[str], lines: Sequence[Line], label: str, searched: bool = False) -> str:
+def table(
+    head: Sequence[str],
+    lines: Sequence[Line],
+    label: str,
+    searched: bool = False,
+    picks: Sequence[str] = (),
+    hints: Mapping[str, str] | None = None,
+) -> str:
     """A table that scrolls inside its box; the script makes it sortable and filterable. `head` is plain text.
 
+    `picks` are those `marks` of the lines that get a choice of their own beside the filter; `hints` explain headings.
     Only a `searched` table is in the index of the site's search: figures would swamp it.
     """
+    hints = hints or {}
     columns = [any(line.cells[i].number for line in lines) for i in range(len(head))]
-    top = "".join(f'<th scope="col"{_class(wide)}>{esc(name)}</th>' for name, wide in zip(head, columns, strict=True))
+    titles = [f'<abbr title="{esc(hints[name])}">{esc(name)}</abbr>' if name in hints else esc(name) for name in head]
+    top = "".join(f'<th scope="col"{_class(wide)}>{name}</th>' for name, wide in zip(titles, columns, strict=True))
     body = []
     for line in lines:
         cells = []
@@ -68,12 +88,14 @@ def table(head: Sequence[str], lines: Sequence[Line], label: str, searched: bool
             tag = 'th scope="row"' if i == 0 else "td"
             cells.append(f"<{tag}{_class(cell.number)}{value}>{cell.html}</{tag.split()[0]}>")
         rung = "" if line.rung is None else f' data-rung="{line.rung}"'
+        rung += "".join(f' data-{name}="{esc(value)}"' for name, value in line.marks.items())
         weak = ' class="sm-weak"' if line.weak else ""
         body.append(f"<tr{rung}{weak}>{''.join(cells)}</tr>")
     hidden = "" if searched else " data-search-exclude"
+    chosen = f' data-picks="{" ".join(picks)}"' if picks else ""
     return (
         f'<div class="sm-scroll" tabindex="0" role="region" aria-label="{esc(label)}"{hidden}>\n'
-        f'<table class="sm-table">\n<thead><tr>{top}</tr></thead>\n<tbody>\n' + "\n".join(body) + "\n</tbody>\n"
+        f'<table class="sm-table"{chosen}>\n<thead><tr>{top}</tr></thead>\n<tbody>\n' + "\n".join(body) + "\n</tbody>\n"
         "</table>\n</div>"
     )
 
@@ -116,14 +138,15 @@ def code(content: str) -> str:
 
 
 def docstring(doc: str) -> str:
-    """A docstring as HTML: paragraphs, lists, ``code``, and indented blocks (equations) as they stand."""
+    """A docstring as HTML: paragraphs, lists, ``code``, and indented blocks as equations (see `equations`)."""
     blocks: list[str] = []
     for part in re.split(r"\n[ \t]*\n", doc.strip("\n")):
         lines = part.split("\n")
         while lines:
             kind = _kind(lines[0])
+            listed = kind in {"item", "number"}
             size = 1
-            while size < len(lines) and (_kind(lines[size]) == kind or (kind == "item" and lines[size][:1] == " ")):
+            while size < len(lines) and (_kind(lines[size]) == kind or (listed and lines[size][:1] == " ")):
                 size += 1
             blocks.append(_block(kind, lines[:size]))
             lines = lines[size:]
@@ -133,29 +156,55 @@ def docstring(doc: str) -> str:
 def _kind(line: str) -> str:
     if re.match(r"[-*] ", line):
         return "item"
-    return "code" if line.startswith(("  ", "\t")) else "text"
+    if re.match(r"\d{1,2}\. ", line):
+        return "number"
+    return "shown" if line.startswith(("  ", "\t")) else "text"
 
 
 def _block(kind: str, lines: Sequence[str]) -> str:
-    if kind == "code":
+    if kind == "shown":
         least = min(len(line) - len(line.lstrip()) for line in lines)
-        return code("\n".join(line[least:] for line in lines))
-    if kind == "item":
-        items = re.split(r"\n[-*] ", "\n".join(lines)[2:])
-        return "<ul>" + "".join(f"<li>{_inline(' '.join(item.split()))}</li>" for item in items) + "</ul>"
+        inside = [line[least:] for line in lines]
+        if re.match(r"\$ |>>> |stepmark ", inside[0]):
+            return code("\n".join(inside))
+        return '<div class="sm-eq">' + "".join(map(_equation, inside)) + "</div>"
+    if kind in {"item", "number"}:
+        mark = r"[-*]" if kind == "item" else r"\d{1,2}\."
+        tag = "ul" if kind == "item" else "ol"
+        items = re.split(rf"(?:^|\n){mark} ", "\n".join(lines))[1:]
+        return f"<{tag}>" + "".join(f"<li>{_inline(' '.join(item.split()))}</li>" for item in items) + f"</{tag}>"
     paragraph = " ".join(" ".join(lines).split())
     return f"<p>{_inline(re.sub(r'::$', ':', paragraph))}</p>"
 
 
+def _equation(line: str) -> str:
+    """A line of an indented block. What stands far to the right of an equation is a remark on it."""
+    deep = "\u2003" * ((len(line) - len(line.lstrip())) // 2)
+    formula, *remarks = re.split(r"\s{3,}", re.sub(r"\s+(=|<-) ", r" \1 ", line.strip()))
+    beside = "".join(f'<span class="sm-range">{typeset(esc(remark))}</span>' for remark in remarks)
+    return f"<div><span>{deep}{typeset(esc(formula))}</span>{beside}</div>"
+
+
 def _inline(content: str) -> str:
-    return re.sub(r"(`{1,2})([^`]+)\1", r"<code>\2</code>", esc(content))
+    parts = re.split(r"(`{1,2})([^`]+)\1", content)
+    found = [typeset(esc(part)) for part in parts[::3]]
+    codes = [f"<code>{esc(part)}</code>" for part in parts[2::3]]
+    return "".join(text + code for text, code in zip(found, [*codes, ""], strict=True))
+
+
+JOINS = (
+    ("</ul>", "<ul>", ""),
+    ("</ol>", "<ol>", ""),
+    ("</div>", '<div class="sm-eq">', ""),
+    ("</code></pre>", "<pre><code>", "&#10;&#10;"),
+)
 
 
 def _joined(blocks: Sequence[str]) -> list[str]:
-    """Neighbouring lists and neighbouring code blocks, parted by blank lines only, as one."""
+    """Neighbouring lists and neighbouring indented blocks, parted by blank lines only, as one."""
     found: list[str] = []
     for block in blocks:
-        for end, start, between in (("</ul>", "<ul>", ""), ("</code></pre>", "<pre><code>", "&#10;&#10;")):
+        for end, start, between in JOINS:
             if found and found[-1].endswith(end) and block.startswith(start):
                 found[-1] = found[-1].removesuffix(end) + between + block.removeprefix(start)
                 break

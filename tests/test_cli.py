@@ -14,7 +14,21 @@ from stepmark.verify import compare
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["list"], ["run"], ["check"], ["new"], ["show"], ["compare"], ["verify"], ["site"], ["backbones"]]
+    "command",
+    [
+        [],
+        ["list"],
+        ["run"],
+        ["check"],
+        ["new"],
+        ["show"],
+        ["compare"],
+        ["verify"],
+        ["samples"],
+        ["release"],
+        ["site"],
+        ["backbones"],
+    ],
 )
 def test_every_command_explains_itself(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
@@ -31,6 +45,10 @@ def test_every_command_explains_itself(command: list[str], capsys: pytest.Captur
         (["run", "--track", "nope"], "no track 'nope'; known:"),
         (["run", "--method", "ddim", "--task", "sampling/mixtures_flow"], "no cell"),
         (["verify", "nowhere.jsonl"], "nowhere.jsonl is not there"),
+        (["verify"], "give a record file, FILE:LINE, or --sample N"),
+        (["verify", "--sample", "3", "--results", "nowhere"], "can be run again here"),
+        (["samples", "--method", "nope"], "no method 'nope'; known:"),
+        (["release", "--results", "nowhere"], "no records of suite version"),
         (["new", "methods/nowhere/foo"], "the folder must be a track"),
         (["new", "methods/image/Foo-Bar"], "is no id"),
         (["new", "methods/image/ddim"], "already"),

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from stepmark.leaderboard import sample_pages
+from stepmark.leaderboard import board, sample_pages
+from stepmark.leaderboard.pages import Board
 
+from stepmark import plugins, run, samples
 from stepmark import record as records
-from stepmark import samples
 from stepmark.backbones.lm import encode
 from stepmark.cli import main
 from stepmark.record import Record, RecordError
@@ -132,9 +133,16 @@ def test_a_run_leaves_samples_and_making_them_again_gives_the_same(
     path.unlink()
     for cached in (tmp_path / "cache" / "prepared").glob("*.safetensors"):
         cached.unlink()
-    assert main(["samples", *choice]) == 0
-    assert "not in the cache" in capsys.readouterr().err
-    assert not path.exists()
+    assert main(["samples", *choice]) == 0  # euler prepares nothing, so nothing lacks
+    assert path.read_bytes() == before
+
+
+def test_nothing_is_trained_for_a_picture_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEPMARK_CACHE", str(tmp_path))
+    task = plugins.tasks()["sampling/mixtures_flow"][1]
+    found = record(method="reflow", task=task.id, digests=run.digests(plugins.methods()["reflow"], task))
+    assert "not in the cache" in str(samples.remake(found))
+    assert "sources have changed" in str(samples.remake(record(method="reflow", task=task.id)))
 
 
 def test_a_sample_of_the_records_is_the_same_each_time_and_spread_over_methods() -> None:
@@ -147,3 +155,18 @@ def test_a_sample_of_the_records_is_the_same_each_time_and_spread_over_methods()
     assert len({r.key for r in chosen}) == 6
     assert chosen != draw(pool, 6, 4)
     assert len(draw(pool, 1000, 0)) == len(pool) - 2
+
+
+def test_a_method_page_sets_its_samples_beside_those_of_the_baseline(tmp_path: Path) -> None:
+    fd = {"fd": records.Quality(value=1.0, resamples=[1.0, 1.1])}
+    mine, other = record(method="time_shift_sampler", quality=fd), record(quality=fd)
+    samples.keep(tmp_path, mine, strip())
+    samples.keep(tmp_path, other.model_copy(update={"digests": {"method": "0" * 32}}), strip())
+    runs = [mine, other]
+    found = Board(runs, runs, board.rows(runs), plugins.methods(), plugins.tasks(), {}, None)
+    html = "\n".join(sample_pages.section(found, samples.read_all(tmp_path), "time_shift_sampler"))
+    own, beside = html.index("samples of time_shift_sampler at rung 4"), html.index("samples of ddim at rung 4")
+    assert own < html.index("of other sources than the figures", beside)  # the baseline's picture is of another file
+    assert html.count("of other sources") == 1
+    assert "ddim (baseline)" in html
+    assert sample_pages.section(found, [], "time_shift_sampler") == []

@@ -15,13 +15,16 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
 from stepmark.record import Digest, Figure, MachineId, Name, Record, RecordError, TaskId
+
+if TYPE_CHECKING:
+    from stepmark.plugins import MethodInfo
 
 IMAGES, TEXTS, POINTS = 10, 2, 100  # how many items of a cell are kept
 LONGEST_FILE = 5_000_000
@@ -243,13 +246,25 @@ def remake(record: Record, device: str = "cpu", prepare: bool = False) -> Shown 
     task = plugins.tasks()[record.task][1]
     if run.digests(info, task) != record.digests:
         return "its sources have changed since the record was written"
-    if not prepare and not run.prepared_path(info, task, record.tier, torch.device(device)).exists():
+    path = run.prepared_path(info, task, record.tier, torch.device(device))
+    if not prepare and not path.exists() and _prepares(info):
         return "its prepared state is not in the cache (give --prepare to make it)"
     torch.set_num_threads(1)
     bench = run.bench(record.method, record.task, record.tier, device, run.source_digest(info.path))
     inputs = run.cut(bench.inputs(task.items(record.tier), record.seed), 0, task.batch)
     outputs = bench.run(inputs, record.rung, record.seed)
     return of_outputs(inputs, outputs) or "there is nothing to look at"
+
+
+def _prepares(info: MethodInfo) -> bool:
+    """Whether a method has an offline stage of its own, which may take long."""
+    from stepmark.method import Method
+    from stepmark.plugins import load_class
+    from stepmark.task import sealed
+
+    with sealed():
+        found = load_class(info)
+    return found.prepare is not Method.prepare or found.networks is not Method.networks
 
 
 def refresh(

@@ -1,4 +1,4 @@
-// Tables: click a heading to sort, type to filter, pick a rung. Charts: click a name to dim the others.
+// Tables: click a heading to sort, type to filter, pick a rung or whatever else a table names in data-picks. Charts: click a name to dim the others.
 (function () {
   "use strict";
 
@@ -29,7 +29,35 @@
         sortBy(table, column, ascending);
       });
     });
-    if (table.tBodies[0].rows.length > 8) addFilter(table);
+    // Other scripts put new rows in: they take the order and the filter that the reader chose.
+    table.addEventListener("sm:rows", () => {
+      const heads = [...table.tHead.rows[0].cells];
+      const column = heads.findIndex((head) => head.hasAttribute("aria-sort"));
+      if (column >= 0) sortBy(table, column, heads[column].getAttribute("aria-sort") === "ascending");
+    });
+    if (table.tBodies[0].rows.length > 8 || (table.dataset.picks && table.tBodies[0].rows.length > 1)) addFilter(table);
+  }
+
+  // What a row offers to a choice: its rung, or a list in an attribute of the choice's name.
+  const offers = (row, name) => (row.dataset[name] ?? "").split(",").filter(Boolean);
+
+  function addPick(table, bar, name) {
+    const pick = document.createElement("select");
+    const label = document.createElement("label");
+    label.append(name[0].toUpperCase() + name.slice(1) + " ", pick);
+    const fill = () => {
+      const was = pick.value;
+      const found = new Set([...table.tBodies[0].rows].flatMap((row) => offers(row, name)));
+      const order = (a, b) => (Number.isNaN(Number(a)) ? a.localeCompare(b) : Number(a) - Number(b));
+      pick.replaceChildren(new Option("any", ""), ...[...found].sort(order).map((each) => new Option(each, each)));
+      pick.value = found.has(was) ? was : "";
+      label.hidden = found.size < 2;
+    };
+    bar.append(label);
+    fill();
+    const asked = new URLSearchParams(location.search).get(name); // a link may ask: papers.html?tag=early-exit
+    if (asked && [...pick.options].some((option) => option.value === asked)) pick.value = asked;
+    return { name, pick, fill };
   }
 
   function addFilter(table) {
@@ -42,14 +70,8 @@
     const count = document.createElement("span");
     count.setAttribute("aria-live", "polite");
     bar.append(text);
-    const rungs = [...new Set([...table.tBodies[0].rows].map((row) => row.dataset.rung).filter(Boolean))];
-    let pick = null;
-    if (rungs.length > 1) {
-      pick = document.createElement("select");
-      pick.setAttribute("aria-label", "Rung");
-      pick.append(new Option("all rungs", ""), ...rungs.map((rung) => new Option("rung " + rung, rung)));
-      bar.append(pick);
-    }
+    const picks = ["rung", ...(table.dataset.picks ?? "").split(" ").filter(Boolean)];
+    const choices = picks.map((name) => addPick(table, bar, name));
     bar.append(count);
     table.closest(".sm-scroll").before(bar);
     const apply = () => {
@@ -57,13 +79,18 @@
       let shown = 0;
       for (const row of table.tBodies[0].rows) {
         const content = row.textContent.toLowerCase();
-        row.hidden = !words.every((word) => content.includes(word)) || (pick?.value && row.dataset.rung !== pick.value);
+        const fits = choices.every(({ name, pick }) => !pick.value || offers(row, name).includes(pick.value));
+        row.hidden = !fits || !words.every((word) => content.includes(word));
         shown += !row.hidden;
       }
       count.textContent = shown + " of " + table.tBodies[0].rows.length + " rows";
     };
     text.addEventListener("input", apply);
-    pick?.addEventListener("change", apply);
+    for (const { pick } of choices) pick.addEventListener("change", apply);
+    table.addEventListener("sm:rows", () => {
+      for (const { fill } of choices) fill();
+      apply();
+    });
     apply();
   }
 

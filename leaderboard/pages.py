@@ -1,0 +1,269 @@
+"""What several pages of the site are made of: the board that they all read, and pieces larger than a table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from stepmark.leaderboard import board, charts, markup
+from stepmark.leaderboard.board import Covered, Place, Row, Standing
+from stepmark.leaderboard.markup import Cell, Line, chip, esc, estimate, link, number, table
+
+from stepmark import plugins
+from stepmark.plugins import MethodInfo
+from stepmark.record import Record
+from stepmark.samples import SampleFile
+from stepmark.task import Task
+
+
+@dataclass
+class Board:
+    """All that the pages are made from."""
+
+    records: list[Record]
+    everything: list[Record]
+    rows: list[Row]
+    methods: dict[str, MethodInfo]
+    tasks: dict[str, tuple[str, Task]]
+    objections: Mapping[str, board.Dispute]
+    repository: str | None
+    samples: Sequence[SampleFile] = ()
+    releases: Sequence[tuple[str, str, str]] = ()  # (suite version, day, digest), oldest first
+    snapshot: str | None = None  # the suite version that these pages are frozen into
+
+    @cached_property
+    def training(self) -> dict[str, board.Training]:
+        """What each method needs before it can run."""
+        return {method: board.training(mine) for (method,), mine in board.split(self.rows, "method").items()}
+
+    @cached_property
+    def covered(self) -> list[Covered]:
+        """The catalogue with computed status."""
+        return board.coverage(board.catalogue(), self.methods, self.rows)
+
+    @cached_property
+    def places(self) -> list[Place]:
+        """Where figures were taken, the best covered first."""
+        return board.places(self.rows)
+
+    @cached_property
+    def standings(self) -> dict[tuple[str, str], Standing]:
+        """Trust by (method, task), for all that were recorded."""
+        pairs = sorted({(row.method, row.task) for row in self.rows})
+        runs: dict[tuple[str, str], list[Record]] = {pair: [] for pair in pairs}
+        for r in self.everything:
+            if (r.method, r.task) in runs:
+                runs[(r.method, r.task)].append(r)
+        return {pair: board.standing(*pair, runs[pair], self.objections) for pair in pairs}
+
+    @cached_property
+    def _by_task(self) -> dict[tuple[str, Place], list[Row]]:
+        return board.split(self.rows, "task", "place")
+
+    def of_task(self, task: str, place: Place) -> list[Row]:
+        """Rows of a task in a place."""
+        return self._by_task.get((task, place), [])
+
+    @cached_property
+    def _stale(self) -> dict[tuple[str, str], dict[str, str]]:
+        """Digests of the sources as they are now, by (method, task): read once."""
+        pairs = {(row.method, row.task) for row in self.rows if row.method in self.methods and row.task in self.tasks}
+        return {(m, t): plugins.source_digests(self.methods[m], self.tasks[t][1]) for m, t in sorted(pairs)}
+
+    def is_stale(self, row: Row) -> bool:
+        """Whether the sources that a row was measured from have changed since."""
+        now = self._stale.get((row.method, row.task), {})
+        return any(row.first.digests.get(name, digest) != digest for name, digest in now.items())
+
+    @cached_property
+    def tags(self) -> dict[str, list[str]]:
+        """Method -> the tags of its paper in the catalogue."""
+        return {info.id: each.entry.tags for each in self.covered for info in each.infos}
+
+    def order(self, rows: Iterable[Row]) -> list[str]:
+        """Methods of some rows: those compared with no other first, then by name."""
+        present = {row.method for row in rows}
+        return sorted(present, key=lambda name: (not self.is_baseline(name), name))
+
+    def is_baseline(self, name: str) -> bool:
+        """Whether a method is compared with no other."""
+        return name in self.methods and not self.methods[name].baselines
+
+    def tracks(self) -> list[str]:
+        """Tracks that have tasks."""
+        return sorted({track for track, _ in self.tasks.values()})
+
+
+def slug(task: str) -> str:
+    """A task's name in addresses."""
+    return task.replace("/", "-")
+
+
+def words(name: str) -> str:
+    """A track's name for people."""
+    return name.replace("_", " ").capitalize()
+
+
+def crumbs(*steps: tuple[str, str]) -> str:
+    """The way from the top to a page, as (address, label)."""
+    return '<p class="sm-crumbs">' + " / ".join(link(address, label) for address, label in steps) + "</p>"
+
+
+def element(tag: str, content: str, kind: str = "") -> str:
+    """An element of raw HTML, which Markdown leaves alone."""
+    attribute = f' class="{kind}"' if kind else ""
+    return f"<{tag}{attribute}>{content}</{tag}>"
+
+
+NOTHING = element(
+    "div",
+    "<p><b>No records yet.</b> Every figure on this site is computed from records, and none has been written. "
+    "Run <code>make bench</code>, then <code>stepmark site</code>.</p>",
+    "sm-empty",
+)
+
+
+def trust_cell(found: Board, row: Row) -> Cell:
+    """The trust state of a method on a task."""
+    state = found.standings[(row.method, row.task)]
+    return Cell(chip(state.state, markup.TRUST_MOOD[state.state], "; ".join(state.reasons)), state.state)
+
+
+def record_cell(found: Board, row: Row) -> Cell:
+    """The id of a row's record; where the repository is known, it opens the form that disputes it."""
+    name = board.record_id(row.first)
+    if not found.repository:
+        return Cell(f"<code>{name}</code>", name)
+    address = f"{found.repository}/issues/new?template=disputed-number.yml&record={name}"
+    return Cell(f'<a href="{esc(address)}" title="Dispute this record"><code>{name}</code></a>', name)
+
+
+def verdict_counts(states: Counter[str]) -> Cell:
+    """How many claims got which verdict."""
+    ordered = [state for state in markup.VERDICT_MOOD if states[state]]
+    return Cell(
+        " ".join(f"{states[s]}\u00a0{chip(s, markup.VERDICT_MOOD[s])}" for s in ordered) or "–",
+        float(states["reproduced"]),
+    )
+
+
+def curves(
+    found: Board,
+    rows: Sequence[Row],
+    task: Task,
+    methods: Sequence[str],
+    axes: Sequence[str],
+    source: Path | None = None,
+) -> str:
+    """Ladder curves of some methods on a task in one place, with their legend.
+
+    They stand in the page, where the legend can dim them; a page that has many keeps them as files below `source`.
+    """
+    styles = charts.style(methods)
+    figures = []
+    for axis in axes:
+        name = f"{slug(task.id)}-{axis}-{found.places.index(rows[0].place)}"
+        svg = charts.curve(rows, task, axis, styles, name)
+        if svg and source is None:
+            figures.append(f"<figure data-search-exclude>{svg}</figure>")
+        elif svg and source is not None:
+            path = source / "data" / "charts" / f"{name}.svg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(charts.as_file(svg), encoding="utf-8")
+            alt = f"{board.headline(task)[0]} against {charts.SHORT[axis]} on {task.id}, {len(methods)} methods"
+            image = f'<img src="../data/charts/{name}.svg" alt="{esc(alt)}" width="400" height="310">'
+            figures.append(f"<figure data-search-exclude>{image}</figure>")
+    if not figures:
+        return ""
+    baselines = [name for name in methods if found.is_baseline(name)]
+    metric, _ = board.headline(task)
+    drawn = {row.method for axis in axes for row in charts.drawable(rows, axis, metric)}
+    shown = {name: look for name, look in styles.items() if name in drawn}
+    names = charts.legend(shown, baselines, source is None)
+    return f'<div class="sm-charts">{names}<div class="sm-grid">{"".join(figures)}</div></div>'
+
+
+OLDER = "the method, its track, the task or its data has changed since"
+TIED = (
+    "Rows at one rung in the same group are not told apart by a paired bootstrap test, Holm-corrected at 5 %; group 1 "
+    "holds the best."
+)
+NFE = "Evaluations per item that count against the rung."
+NFE_EQUIVALENT = "FLOPs spent per item, divided by the FLOPs of one evaluation of the task's reference network."
+
+
+def shown_notes(row: Row) -> list[str]:
+    """Messages and flags, cut to what a table can hold. Untrusted text."""
+    return [note[:300] for note in row.notes[:4]]
+
+
+def figures(found: Board, rows: Sequence[Row], task: Task, ids: bool = False) -> str:
+    """The table of one task in one place, best first at each rung, with the reasons of what is null below it."""
+    metric, higher = board.headline(task)
+    with_equivalents = any(row.nfe_equivalent is not None for row in rows)
+    arrows = {"higher": "↑", "lower": "↓"}
+    head = ["Rung"] if ids else ["Method", "Rung", "Group"]
+    head += [f"{name} {arrows[direction]}" for name, direction in task.metrics.items()]
+    head += ["NFE", *(["NFE-eq"] if with_equivalents else []), "ms/item", "Speed-up", "Peak MiB", "J/item", "Status"]
+    head += ["Record"] if ids else []
+
+    def order(row: Row) -> tuple[float, ...]:
+        value = row.quality[metric].value if metric in row.quality else 0.0
+        return (row.rung, row.group or 10**6, -value if higher else value)
+
+    lines = []
+    for row in sorted(rows, key=order):
+        state = chip(row.status, markup.STATUS_MOOD[row.status]) + (
+            " " + chip("older source", "open", OLDER) if found.is_stale(row) else ""
+        )
+        notes = "".join(f'<br><span class="sm-range">{esc(note)}</span>' for note in shown_notes(row))
+        name = Cell(link(f"../methods/{row.method}.html", row.method), row.method)
+        cells = [
+            *([number(row.rung)] if ids else [name, number(row.rung), number(row.group)]),
+            *[estimate(row.quality.get(m)) for m in task.metrics],
+            number(row.nfe),
+            *([number(row.nfe_equivalent, row.reason("nfe_equivalent"))] if with_equivalents else []),
+            estimate(row.latency_ms, why=row.reason("latency")),
+            estimate(row.speedup, "×", row.reason("latency")),
+            number(row.memory_mib, row.reason("memory")),
+            number(row.joules, row.reason("energy")),
+            Cell(state + notes, row.status),
+        ]
+        if ids:
+            cells.append(record_cell(found, row))
+        marks = (
+            {} if ids else {"training": found.training[row.method], "tags": ",".join(found.tags.get(row.method, ()))}
+        )
+        lines.append(Line(cells, row.rung, not row.ranked, marks))
+    hints = {"Group": TIED, "NFE": NFE, "NFE-eq": NFE_EQUIVALENT}
+    return table(head, lines, f"Figures on {task.id}", picks=tuple(lines[0].marks) if lines else (), hints=hints) + (
+        '<div class="sm-reasons">' + "".join(f'<p class="sm-note">{esc(note)}</p>' for note in reasons(rows)) + "</div>"
+    )
+
+
+def reasons(rows: Sequence[Row]) -> list[str]:
+    """Why figures are null, each reason once, and how those in time came about. Untrusted text."""
+    lacking = {"latency": "latency_ms", "memory": "memory_mib", "energy": "joules", "nfe_equivalent": "nfe_equivalent"}
+    said: dict[str, None] = {}
+    for row in rows:
+        if row.measured:
+            for name, attribute in lacking.items():
+                reason = row.reason(name)
+                if reason and getattr(row, attribute) is None:
+                    said[f"{name.replace('_', '-')}: {reason}"] = None
+    notes = [f"Null figures. {text}" for text in list(said)[:6]]
+    timed = [row.timed.latency for row in rows if row.timed and row.timed.latency]
+    if timed:
+        items = ", ".join(map(str, sorted({each.items for each in timed})))
+        baselines = ", ".join(sorted({each.baseline for each in timed if each.baseline}))
+        how = f"ms/item: median over rounds of a call of {items} items, divided by them."
+        if baselines:
+            how += f" Speed-up: against {baselines} at the same rung, interleaved in the same run."
+        notes.insert(0, how)
+    return notes
+
+
+# methods ----------------------------------------------------------------------------------------

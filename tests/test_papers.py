@@ -1,0 +1,250 @@
+"""Paper pages, equations of docstrings, the taxonomy: computed from catalogue, plugins and records alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import markdown
+import numpy as np
+import pytest
+from stepmark.leaderboard import board, equations, markup, paper_pages, site, taxonomy
+from stepmark.leaderboard.pages import Board
+
+from stepmark import plugins
+from stepmark.record import Quality, Record
+
+HOSTILE = "<script>alert(1)</script> **[x](javascript:alert(2))** `a` {: onclick=x } _y_ </h1>"
+
+
+def record(method: str, task: str, rung: int, value: float, **fields: Any) -> Record:
+    """A record of the task's first metric."""
+    track, found = plugins.tasks()[task]
+    resamples = (value * (1 + np.random.default_rng(0).normal(0, 0.02, 40))).tolist()
+    full: dict[str, Any] = {
+        "suite": "0.1.0", "track": track, "method": method, "task": task, "rung": rung, "seed": 0, "tier": "embedded",
+        "machine": "test-cpu", "status": "ok", "counts": {"nfe": float(rung)},
+        "quality": {next(iter(found.metrics)): Quality(value=value, resamples=resamples)},
+        "command": "stepmark run", "created": "2031-01-02T03:04:05Z", "commit": "abcdef1",
+    }  # fmt: skip
+    return Record(**(full | fields))
+
+
+def make_board(records: Sequence[Record], objections: Mapping[str, board.Dispute] | None = None) -> Board:
+    """All that pages are made from, of the real plugins and catalogue."""
+    return Board(
+        records=list(records),
+        everything=list(records),
+        rows=board.rows(records),
+        methods=plugins.methods(),
+        tasks=plugins.tasks(),
+        objections=objections or {},
+        repository="https://example.org/r",
+    )
+
+
+class Text(HTMLParser):
+    """Text and tags of a page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.parts: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+
+    def handle_data(self, data: str) -> None:
+        self.parts.append(data)
+
+    @property
+    def content(self) -> str:
+        """All text, spaces joined."""
+        return " ".join(" ".join(self.parts).split())
+
+
+def two_plugins() -> tuple[board.CatalogueEntry, list[plugins.MethodInfo]]:
+    """A paper of the catalogue that several plugins carry, and these."""
+    for entry in board.catalogue():
+        mine = [info for info in plugins.methods().values() if info.paper and info.paper.id == entry.id]
+        if len(mine) > 1:
+            return entry, mine
+    raise AssertionError("no paper has two plugins")
+
+
+def test_every_plugin_of_a_paper_counts() -> None:
+    entry, mine = two_plugins()
+    rung = plugins.tasks()[mine[1].tasks[0]][1].rungs[0]
+    for ran in mine:
+        rows = board.rows([record(ran.id, ran.tasks[0], rung, 1.0)])
+        covered = next(c for c in board.coverage(board.catalogue(), plugins.methods(), rows) if c.entry == entry)
+        assert covered.status == "live"  # whichever of them it was
+        assert list(covered.infos) == mine
+        assert sum(covered.states.values()) == sum(len(info.claims) for info in mine)
+    idle = next(c for c in board.coverage(board.catalogue(), plugins.methods(), []) if c.entry == entry)
+    assert idle.status == "not run"
+
+
+def test_a_paper_page_says_what_is_reported_and_what_was_measured() -> None:
+    entry, mine = two_plugins()
+    task = mine[0].tasks[0]
+    rung = plugins.tasks()[task][1].rungs[0]
+    run = record(mine[0].id, task, rung, 1.0)
+    objection = board.Dispute(board.record_id(run), "counts <b>wrong</b>", "https://example.org/1")
+    found = make_board([run], {objection.record: objection})
+    covered = next(c for c in found.covered if c.entry == entry)
+    page = Text("\n".join(paper_pages.paper_page(found, covered, paper_pages.relatives(found.covered)[entry.id])))
+    for info in mine:
+        assert info.title in page.content
+        assert all(claim.says in page.content for claim in info.claims)
+    assert all(figure in page.content for figure in entry.headline)
+    assert "disputed" in page.content
+    assert "counts <b>wrong</b>" in page.content
+    hrefs = {attributes["href"] for tag, attributes in page.tags if tag == "a"}
+    assert {f"../methods/{info.id}.html" for info in mine} <= hrefs
+    assert f"https://arxiv.org/abs/{entry.arxiv}" in hrefs or entry.arxiv is None
+
+
+def test_trust_on_a_task_is_counted_and_given_its_reasons() -> None:
+    task = plugins.tasks()[TASK_OF["image"]][1]
+    runs = [record(name, task.id, task.rungs[0], 1.0) for name in ("ddim", "euler")]
+    objection = board.Dispute(board.record_id(runs[1]), "too <i>good</i>", "https://example.org/1")
+    html = paper_pages.trust_on_task(make_board(runs, {objection.record: objection}), task.id)
+    page = Text(html)
+    assert "Trust: 1 measured, 1 disputed" in page.content
+    assert page.content.index("euler") < page.content.index("ddim")
+    assert "too <i>good</i>" in page.content
+    assert html.startswith("<details open>")
+    assert paper_pages.trust_on_task(make_board([]), task.id) == ""
+
+
+def test_a_paper_without_a_plugin_says_so() -> None:
+    found = make_board([])
+    covered = next(c for c in found.covered if not c.infos)
+    page = Text("\n".join(paper_pages.paper_page(found, covered, [])))
+    assert "no plugin carries the id" in page.content
+    assert covered.entry.title in page.content
+
+
+def test_the_table_holds_every_paper_and_stays_small() -> None:
+    found = make_board([])
+    html = "\n".join(paper_pages.index(found))
+    assert len(html.encode()) < 600_000
+    hrefs = {attributes.get("href") for _, attributes in Text(html).tags}
+    assert all(f"papers/{entry.id}.html" in hrefs for entry in board.catalogue())
+    assert 'data-picks="track kind status verdict year tag"' in html
+    rows = [attributes for tag, attributes in Text(html).tags if tag == "tr"][1:]
+    for row, entry in zip(rows, board.catalogue(), strict=True):
+        assert row["data-tag"].split(",") == entry.tags
+        assert (row["data-track"], row["data-kind"]) == (entry.track, entry.kind)
+        assert row["data-year"] == str(entry.year or "")
+        assert row["data-status"] in {"no plugin yet", "not run"}
+
+
+def test_relatives_share_tags_and_rare_ones_weigh_more() -> None:
+    def covered(name: str, *tags: str) -> board.Covered:
+        base = board.catalogue()[0]
+        return board.Covered(base._replace(id=name, tags=list(tags)), (), "no plugin yet", board.Counter())
+
+    papers = [
+        covered("a", "rare", "common"), covered("b", "common"), covered("c", "rare"), covered("d", "common"),
+        covered("e", "other"),
+    ]  # fmt: skip
+    related = paper_pages.relatives(papers)
+    assert [other.entry.id for other, _ in related["a"]] == ["c", "b", "d"]
+    assert related["a"][0][1] == ["rare"]
+    assert related["e"] == []
+
+
+def test_a_hostile_title_stays_text(tmp_path: Path) -> None:
+    site._page(tmp_path / "x.md", HOSTILE, ["end"])
+    _, front, body = (tmp_path / "x.md").read_text(encoding="utf-8").split("---\n", 2)
+    assert "<script" not in json.loads(front.splitlines()[0].removeprefix("title: "))
+    page = Text(markdown.markdown(body, extensions=["attr_list", "tables", "toc"]))
+    assert page.tags[0][0] == "h1"
+    assert {tag for tag, _ in page.tags} == {"h1", "p"}
+    assert set(page.tags[0][1]) == {"id"}
+    assert page.content == f"{HOSTILE} end"
+
+
+def test_the_catalogue_names_no_file_outside_its_folder(tmp_path: Path) -> None:
+    line = board.catalogue()[0]._asdict() | {"id": "../../index"}
+    (tmp_path / "c.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(ValueError, match=r"c\.jsonl:1: an id is made of"):
+        board.catalogue(tmp_path / "c.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("plain", "html"),
+    [
+        ("x_s = alpha_s x0 + eps", "x<sub>s</sub> = α<sub>s</sub> x0 + ε"),
+        ("sum_j s(theta, t, x_j)", "Σ<sub>j</sub> s(θ, t, x<sub>j</sub>)"),
+        ("p(theta)^(1-n) e^-h X_{t-1}", "p(θ)<sup>1-n</sup> e<sup>-h</sup> X<sub>t-1</sub>"),
+        ("a <= b -> sqrt(2)", "a ≤ b → √(2)"),
+        ("alpha_bar, abar_tau", "α\u0304, α\u0304<sub>τ</sub>"),
+        ("my_method and a beta-test of f_npse_2", "my_method and a beta-test of f_npse_2"),
+        ("x' < <b>", "x&#x27; &lt; &lt;b&gt;"),
+    ],
+)
+def test_equations_are_set(plain: str, html: str) -> None:
+    assert equations.typeset(markup.esc(plain)) == html
+
+
+def test_docstrings_of_all_methods_lose_no_word() -> None:
+    for info in plugins.methods().values():
+        page = Text(markup.docstring(info.doc))
+        words = [word for word in page.content.split() if word.isalpha() and word.isascii()]
+        assert len(words) > 20, info.id
+        kept = [
+            w for w in info.doc.split() if w.isalpha() and w not in {*equations.GREEK, "grad", "sqrt", "abar", "sum"}
+        ]
+        missing = set(kept) - set(page.content.split())
+        assert not missing, (info.id, missing)
+
+
+def test_code_in_a_docstring_is_left_alone() -> None:
+    html = markup.docstring("Call `alpha_t` and ``x_s``.\n\n1. one x_s\n   more\n2. two\n\n    $ stepmark run alpha_t")
+    assert "<code>alpha_t</code> and <code>x_s</code>" in html
+    assert "<ol><li>one x<sub>s</sub> more</li><li>two</li></ol>" in html
+    assert "<pre><code>$ stepmark run alpha_t</code></pre>" in html
+
+
+# the taxonomy -----------------------------------------------------------------------------------
+
+
+def test_no_live_method_and_no_paper_is_lost_from_the_taxonomy() -> None:
+    lost = record("nobody_knows_it", TASK_OF["image"], 1, 1.0)
+    records = [
+        record(info.id, info.tasks[0], plugins.tasks()[info.tasks[0]][1].rungs[0], 1.0)
+        for info in plugins.methods().values()
+    ]
+    found = make_board([*records, lost])
+    methods, papers = taxonomy.place(found, taxonomy.nodes())
+    assert {name for names in methods.values() for name in names} == {*plugins.methods(), "nobody_knows_it"}
+    assert "nobody_knows_it" in methods[taxonomy.ELSEWHERE]
+    assert {name for names in papers.values() for name in names} == {entry.id for entry in board.catalogue()}
+    root = plugins.checkout()
+    assert root is not None
+    text = taxonomy.fill((root / "docs" / "taxonomy.md").read_text(encoding="utf-8"), found)
+    hrefs = {attributes.get("href") for _, attributes in Text(text).tags}
+    assert all(f"methods/{name}.html" in hrefs for name in [*plugins.methods(), "nobody_knows_it"])
+    assert "<!-- node" not in text
+
+
+TASK_OF = {track: task for task, (track, _) in plugins.tasks().items()}
+
+
+def test_the_taxonomy_names_only_what_there_is() -> None:
+    tags = {tag for entry in board.catalogue() for tag in entry.tags}
+    known = taxonomy.nodes()
+    assert {tag for node in known for tag in node.tags} <= tags
+    assert all(
+        node.saves in {"steps", "evaluations per step", "layers", "tokens", "training", "understanding"}
+        for node in known
+    )
+    with pytest.raises(ValueError, match="do not name the same nodes"):
+        taxonomy.fill("<!-- node solvers -->\n<!-- elsewhere -->", make_board([]))

@@ -1,0 +1,331 @@
+"""The built site in a real browser, from disk and from a server on this machine: what a reader does, and what it looks
+like. Screenshots of the main pages are left in build/screenshots.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from stepmark.leaderboard import board, site
+
+from stepmark import plugins
+from stepmark import record as record_files
+from stepmark.method import Paper
+from stepmark.record import Latency, Memory, Offline, Quality, Record
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (the dev extra has it)")
+
+TASK = "class_to_image/digits_flow"
+HOSTILE = '</script><script>alert(1)</script> <img src="https://evil.example/x.png" onerror="alert(2)">'
+PAGES = ("index.html", "tracks/image.html", "compare.html", "methods/toy_half.html", "papers.html", "downloads.html")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found on the path")
+
+
+def make(method: str, rung: int, value: float, seed: int, machine: str, **fields: Any) -> Record:
+    """A record of the task's metrics, the first as given."""
+    first, *others = plugins.tasks()[TASK][1].metrics
+    noise = np.random.default_rng(seed).normal(0, 0.02, 60)
+    own = np.random.default_rng([seed, rung, *method.encode()]).normal(0, 0.01, 60)
+    quality = {name: Quality(value=0.5 + 0.01 * rung, resamples=(0.5 + noise).tolist()) for name in others}
+    quality[first] = Quality(value=value, resamples=(value * (1 + noise + own)).tolist())
+    speed = 2.0 if method == "toy_half" else 1.0
+    full: dict[str, Any] = {
+        "suite": "0.1.0", "track": "image", "method": method, "task": TASK, "rung": rung, "seed": seed,
+        "tier": "embedded", "machine": machine, "status": "ok",
+        "counts": {"nfe": float(rung), "nfe_equivalent": 1.5 * rung}, "quality": quality,
+        "latency": Latency(
+            items=10, median_ms=10 * rung / speed, iqr_ms=0.1, p95_ms=11.0 * rung,
+            samples_ms=[(10.0 * rung + i) / speed for i in range(-2, 3)], baseline="toy_base", speedup=speed,
+        ) if seed == 0 else None,
+        "memory": Memory(peak_mib=1.0 + rung, how="tracker", state_mib=0.0) if seed == 0 else None,
+        "offline": Offline(seconds=2.5, evaluations={}, state_mib=0.5 if method == "toy_half" else 0.0),
+        "command": "stepmark run", "created": "2031-01-02T03:04:05Z", "commit": "abcdef1",
+    }  # fmt: skip
+    return Record(**(full | fields))
+
+
+def suite() -> list[Record]:
+    """Four methods on two machines; one is flagged in words that are markup, one states absurd numbers."""
+    low, middle, high = sorted(plugins.tasks()[TASK][1].rungs)[:3]
+    first = next(iter(plugins.tasks()[TASK][1].metrics))
+    records = []
+    for machine, factor in (("first-cpu", 1.0), ("second-cpu", 1.1)):
+        for seed in (0, 1):
+            for rung, base, half in ((low, 4.0, 2.1), (middle, 2.0, 1.0), (high, 1.0, 0.9)):
+                records.append(make("toy_base", rung, base * factor, seed, machine))
+                records.append(make("toy_half", rung, half * factor, seed, machine))
+            records.append(make("toy_cheat", low, 0.3, seed, machine, status="flagged", flags=[HOSTILE]))
+        records.append(make("toy_wild", low, 3.0, 0, machine))
+        absurd = {first: Quality(value=1e308, resamples=[1e308, -1e308])}
+        records.append(make("toy_wild", high, 1.0, 0, machine, quality=absurd, counts={"nfe": 1e308}, latency=None))
+    return records
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The site of `suite()`, with a catalogue of a few papers: that many pages are enough here."""
+    entries = board.catalogue()[:4]
+    path = next(iter(plugins.methods().values())).path
+    paper = Paper(id=entries[0].id, title="A title", authors="A. Author", year=2031)
+    found = {
+        name: plugins.MethodInfo(
+            id=name, track="image", path=path, class_name="Toy", doc=f"{name}: a toy.", paper=paper, tasks=(TASK,),
+            baselines=() if name == "toy_base" else ("toy_base",), claims=(),
+        )
+        for name in ("toy_base", "toy_half", "toy_cheat", "toy_wild")
+    }  # fmt: skip
+    root = tmp_path_factory.mktemp("browser")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plugins, "methods", lambda: found)
+        patch.setattr(board, "catalogue", lambda: entries)
+        for each in suite():
+            record_files.append(record_files.path_of(root / "results", each), each)
+        # A few papers are less than the taxonomy speaks of; what MkDocs says of that is tested elsewhere.
+        yield site.build(root / "results", root / "out", strict=False).parent
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """A file server that says nothing."""
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Not a line."""
+
+
+@pytest.fixture(scope="module", params=["file", "http"])
+def origin(request: pytest.FixtureRequest, built: Path) -> Iterator[str]:
+    """Where the site is read from: the folder itself, then a server on this machine."""
+    if request.param == "file":
+        yield built.as_uri()
+        return
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(built)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """One browser for the module."""
+    with playwright.sync_playwright() as driver:
+        # It shows pages of this repository alone, and containers seldom allow the sandbox.
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Reader:
+    """A page, what its console said, and what it asked for outside the site."""
+
+    def __init__(self, browser: Any, origin: str, **options: Any) -> None:
+        self.origin = origin
+        self.trouble: list[str] = []
+        self.context = browser.new_context(**options)
+        self.context.set_default_timeout(120_000)
+        self.page = self.context.new_page()
+        self.page.on("console", lambda said: said.type == "error" and self.trouble.append(f"console: {said.text}"))
+        self.page.on("pageerror", lambda error: self.trouble.append(f"error: {error}"))
+        self.page.on("dialog", lambda dialog: (self.trouble.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        self.context.route("**/*", self._watch)
+
+    def _watch(self, route: Any) -> None:
+        url = route.request.url
+        if url.startswith((self.origin, "data:", "blob:")):
+            route.continue_()
+        else:
+            self.trouble.append(f"request: {url}")
+            route.abort()
+
+    def open(self, path: str) -> Any:
+        """The page at a path of the site."""
+        self.page.goto(f"{self.origin}/{path}")
+        return self.page
+
+    def close(self) -> None:
+        """Close, and fail if anything was wrong on the way."""
+        self.context.close()
+        assert not self.trouble
+
+
+@pytest.fixture
+def reader(chromium: Any, origin: str) -> Iterator[Reader]:
+    """A reader at a desk."""
+    found = Reader(chromium, origin, viewport={"width": 1280, "height": 900}, color_scheme="light")
+    yield found
+    found.close()
+
+
+def column(page: Any, label: str, index: int) -> list[str]:
+    """The visible cells of a column of the table with this label, top to bottom."""
+    rows = page.locator(f'.sm-scroll[aria-label="{label}"] tbody tr:visible')
+    return [row.locator("th,td").nth(index).inner_text().split("\n")[0].strip() for row in rows.all()]
+
+
+FIGURES = f"Figures on {TASK}"
+WHOLE = f"Whole ladders on {TASK}"
+
+
+def test_sort_and_filter(reader: Reader) -> None:
+    page = reader.open("tracks/image.html")
+    head = page.locator(f'.sm-scroll[aria-label="{FIGURES}"] thead th').nth(1)
+    button = head.locator("button")
+    button.focus()
+    page.keyboard.press("Enter")
+    assert head.get_attribute("aria-sort") == "ascending"
+    rungs = [int(text) for text in column(page, FIGURES, 1)]
+    assert rungs == sorted(rungs)
+    assert len(set(rungs)) == 3
+    page.keyboard.press("Enter")
+    assert head.get_attribute("aria-sort") == "descending"
+    assert [int(text) for text in column(page, FIGURES, 1)] == sorted(rungs, reverse=True)
+
+    bar = page.locator(f'.sm-filter:has(+ .sm-scroll[aria-label="{FIGURES}"])')
+    bar.get_by_label("Filter rows").fill("toy_half")
+    assert set(column(page, FIGURES, 0)) == {"toy_half"}
+    bar.get_by_label("Filter rows").fill("")
+    bar.get_by_label("Training").select_option("trained")
+    assert set(column(page, FIGURES, 0)) == {"toy_half"}
+    assert "3 of 9 rows" in bar.inner_text()
+    bar.get_by_label("Training").select_option("")
+    bar.get_by_label("Rung").select_option(str(min(rungs)))
+    assert set(column(page, FIGURES, 1)) == {str(min(rungs))}
+    assert "toy_half" in column(page, WHOLE, 0)
+
+
+def test_the_chart_answers(reader: Reader) -> None:
+    page = reader.open("tracks/image.html")
+    box = page.locator(f'.sm-task[data-task="{TASK}"]')
+    box.locator(".sm-live").scroll_into_view_if_needed()
+    box.locator(".sm-chart svg").wait_for()
+    assert not box.locator(".sm-charts").is_visible()  # the drawings are for readers without script
+    points = box.locator(".sm-chart svg .mark-symbol path")
+    labels = [point.get_attribute("aria-label") for point in points.all()]
+    # Three rungs of two methods, the flagged one, the sane one of the wild method.
+    assert len(labels) == 8
+    assert not [label for label in labels if "308" in label]
+    hollow = next(point for point in points.all() if "toy_cheat" in point.get_attribute("aria-label"))
+    assert hollow.get_attribute("fill") == "transparent"
+
+    point = next(point for point in points.all() if "toy_half" in point.get_attribute("aria-label"))
+    point.hover(force=True)
+    tooltip = page.locator("#vg-tooltip-element.visible")
+    tooltip.wait_for()
+    assert "toy_half" in tooltip.inner_text()
+    assert re.search(r"\[[\d.]+, [\d.]+\]", tooltip.inner_text())
+
+    axis = box.get_by_label("Across")
+    assert [option.inner_text() for option in axis.locator("option").all()] == [
+        f"spent per item ({plugins.tasks()[TASK][1].unit})", "NFE-equivalents per item", "ms per item",
+        "peak memory of a call, MiB", "seconds of preparation, once",
+    ]  # fmt: skip
+    axis.select_option("latency_ms")
+    box.locator(".sm-chart svg", has_text="ms per item").wait_for()
+
+    before = column(page, FIGURES, 3)
+    box.get_by_label("Machine").select_option("second-cpu")
+    assert box.locator("[data-place]").inner_text() == "second-cpu"
+    assert column(page, FIGURES, 3) != before
+    assert sorted(column(page, FIGURES, 0)) == sorted(["toy_base", "toy_half"] * 3 + ["toy_cheat"] + ["toy_wild"] * 2)
+    assert HOSTILE in box.inner_text()
+    box.get_by_label("Machine").select_option("first-cpu")
+    assert column(page, FIGURES, 3) == before  # figures are written alike by Python and by the script
+
+    name = box.locator('.sm-live [data-method="toy_half"]')
+    name.focus()
+    page.keyboard.press("Enter")
+    box.locator('.sm-live [data-method="toy_half"][aria-pressed="true"]').wait_for()
+
+    box.locator(".sm-chart svg", has_text="ms per item").wait_for()
+    fresh = next(p for p in points.all() if "toy_half" in p.get_attribute("aria-label"))
+    fresh.click(force=True)
+    page.wait_for_url("**/methods/toy_half.html")
+
+
+def test_compare_says_what_the_terminal_says(reader: Reader) -> None:
+    page = reader.open("compare.html#a=toy_half&b=toy_base")
+    lines = page.locator(".sm-compare tbody tr")
+    lines.first.wait_for()
+
+    def check(a: str, b: str) -> None:
+        expected = board.comparisons(suite(), a, b, "image")
+        page.locator("[data-result]", has_text=f"{a} is better than {b} in").wait_for()
+        assert page.locator("[data-result]").inner_text() == board.in_a_sentence(expected, a, b)
+        shown = [[cell.inner_text().strip() for cell in line.locator("th,td").all()] for line in lines.all()]
+        terminal = [
+            [
+                test.task, str(test.place), str(test.rung), next(iter(plugins.tasks()[TASK][1].metrics)),
+                board.figure(test.difference), f"[{board.figure(test.low)}, {board.figure(test.high)}]",
+                f"{test.p:.3f}" if test.p >= 0.001 else "<0.001", board.figure(test.effect), test.winner or "tied",
+                board.figure(test.latency_ratio),
+            ]
+            for test in expected
+        ]  # fmt: skip
+        assert [[text.replace("–", "-") for text in line] for line in shown] == terminal
+        assert page.locator("[data-command]").inner_text() == f"stepmark compare {a} {b} --track image"
+
+    check("toy_half", "toy_base")
+    page.get_by_label("First").select_option("toy_base")  # the two change places
+    check("toy_base", "toy_half")
+    assert "a=toy_base&b=toy_half" in page.url
+    page.get_by_label("Second").select_option("toy_cheat")
+    check("toy_base", "toy_cheat")
+    page.evaluate("location.hash = '#a=<script>&b=toy_wild&track=nowhere'")
+    check("toy_base", "toy_wild")
+
+
+def test_without_script_the_drawings_stand(chromium: Any, origin: str) -> None:
+    reader = Reader(chromium, origin, java_script_enabled=False)
+    page = reader.open("tracks/image.html")
+    assert page.locator(".sm-charts img").first.is_visible()
+    assert page.locator(f'.sm-scroll[aria-label="{FIGURES}"] tbody tr').count() == 9
+    reader.open("compare.html")
+    assert "stepmark compare FIRST SECOND" in page.inner_text("body")
+    reader.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 360])
+def test_pages_fit_and_are_quiet(chromium: Any, origin: str, width: int, scheme: str) -> None:
+    reader = Reader(chromium, origin, viewport={"width": width, "height": 800}, color_scheme=scheme)
+    folder = (plugins.checkout() or Path()) / "build" / "screenshots"
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in PAGES:
+        page = reader.open(path)
+        if path.startswith("tracks/"):
+            page.locator(".sm-live").first.scroll_into_view_if_needed()
+            page.locator(".sm-chart svg").first.wait_for()
+        if path == "compare.html":
+            page.locator(".sm-compare tbody tr").first.wait_for()
+        assert page.evaluate("document.body.dataset.mdColorScheme") == ("slate" if scheme == "dark" else "default")
+        wide = page.evaluate("document.documentElement.scrollWidth")
+        assert wide <= width, f"{path} is {wide} px wide"
+        if reader.origin.startswith("file"):
+            name = path.removesuffix(".html").replace("/", "-")
+            page.evaluate("window.scrollTo(0, 0)")
+            page.screenshot(path=folder / f"{name}-{width}-{scheme}.png", full_page=True)
+    reader.close()
+
+
+def test_dark_mode_is_a_click_away(reader: Reader) -> None:
+    page = reader.open("tracks/image.html")
+    page.locator(".sm-live").first.scroll_into_view_if_needed()
+    page.locator(".sm-chart svg").first.wait_for()
+
+    def ink() -> str:
+        return page.evaluate("getComputedStyle(document.querySelector('.sm-chart svg text')).fill")
+
+    light = ink()
+    page.locator('label[title="Dark mode"]').click()
+    page.wait_for_function("document.body.dataset.mdColorScheme === 'slate'")
+    page.locator(".sm-chart svg").first.wait_for()
+    assert ink() != light

@@ -1,0 +1,318 @@
+"""Track pages and comparisons: whole ladders, effect sizes, data files; from synthetic records of the real schema."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator, Mapping
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from stepmark.leaderboard import board, charts, compare_page, pages, track_pages
+
+from stepmark import plugins
+from stepmark.method import Paper
+from stepmark.record import Energy, Latency, Memory, Offline, Quality, Record
+from stepmark.stats import standardised_difference
+
+TASK = "class_to_image/digits_flow"
+HOSTILE = "</script><script>alert(1)</script> \u2028 <img src=x onerror=alert(2)>"
+
+
+def ladder() -> tuple[int, ...]:
+    """The first three rungs of the task."""
+    return tuple(sorted(plugins.tasks()[TASK][1].rungs)[:3])
+
+
+def make(method: str, rung: int, value: float, seed: int = 0, **fields: Any) -> Record:
+    """A record of the task's first metric (lower is better); noise is shared by methods but for a small own part."""
+    metric = next(iter(plugins.tasks()[TASK][1].metrics))
+    shared = np.random.default_rng(seed).normal(0, 0.02, 60)
+    own = np.random.default_rng([seed, rung, *method.encode()]).normal(0, 0.005, 60)
+    full: dict[str, Any] = {
+        "suite": "0.1.0", "track": "image", "method": method, "task": TASK, "rung": rung, "seed": seed,
+        "tier": "embedded", "machine": "test-cpu", "status": "ok",
+        "counts": {"nfe": float(rung), "nfe_equivalent": 1.5 * rung},
+        "quality": {metric: Quality(value=value, resamples=[value * (1 + float(x)) for x in shared + own])},
+        "latency": Latency(
+            items=10, median_ms=10.0 * rung, iqr_ms=0.1, p95_ms=11.0 * rung, samples_ms=[10.0 * rung + i for i in range(5)],
+        ),
+        "memory": Memory(peak_mib=1.0 + rung, how="tracker", state_mib=0.0),
+        "offline": Offline(seconds=2.5, evaluations={}, state_mib=0.0),
+        "command": "stepmark run", "created": "2031-01-02T03:04:05Z",
+    }  # fmt: skip
+    return Record(**(full | fields))
+
+
+def suite() -> list[Record]:
+    """A baseline; one method that halves its cost; one that is worse; one trained; one flagged; a second machine."""
+    low, middle, high = ladder()
+    values = {
+        "toy_base": {low: 4.0, middle: 2.0, high: 1.0},
+        "toy_half": {low: 2.0, middle: 1.0, high: 0.9},
+        "toy_worse": {low: 5.0, middle: 4.5, high: 4.4},
+        "toy_trained": {low: 1.0},
+    }
+    records = []
+    for machine in ("test-cpu", "other-cpu"):
+        for seed in (0, 1):
+            for method, by_rung in values.items():
+                more: dict[str, Any] = {"machine": machine}
+                if method == "toy_trained":
+                    more["offline"] = Offline(seconds=60.0, evaluations={"teacher": 10.0}, state_mib=0.5)
+                if machine == "other-cpu" and method == "toy_worse":
+                    continue
+                records += [make(method, rung, value, seed, **more) for rung, value in by_rung.items()]
+            records.append(
+                make("toy_cheat", low, 0.1, seed, machine=machine, status="flagged", flags=[HOSTILE], message=HOSTILE)
+            )
+    return records
+
+
+@pytest.fixture(scope="module", autouse=True)
+def toys() -> Iterator[Mapping[str, plugins.MethodInfo]]:
+    """Plugins of these names, of which only the metadata matters."""
+    path = next(iter(plugins.methods().values())).path
+    paper = Paper(id=board.catalogue()[0].id, title="T", authors="A", year=2031)
+    found = {
+        name: plugins.MethodInfo(
+            id=name, track="image", path=path, class_name="Toy", doc=f"{name}.", paper=paper, tasks=(TASK,),
+            baselines=() if name == "toy_base" else ("toy_base",), claims=(),
+        )
+        for name in ("toy_base", "toy_half", "toy_worse", "toy_trained", "toy_cheat")
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plugins, "methods", lambda: found)
+        yield found
+
+
+def make_board(records: list[Record]) -> pages.Board:
+    """What the pages are made from."""
+    return pages.Board(
+        records=records,
+        everything=records,
+        rows=board.rows(records),
+        methods=plugins.methods(),
+        tasks=plugins.tasks(),
+        objections={},
+        repository=None,
+    )
+
+
+def read_script(path: Path, variable: str) -> Any:
+    """The JSON that a data script assigns; fails on anything else in the file."""
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith(f"window.{variable} = ")
+    assert text.endswith(";\n")
+    assert text.isascii()
+    assert "<" not in text
+    return json.loads(text.removeprefix(f"window.{variable} = ").removesuffix(";\n"))
+
+
+# figures ----------------------------------------------------------------------------------------
+
+
+def test_effect_size_is_cohens_d_of_paired_means() -> None:
+    rng = np.random.default_rng(0)
+    items = 400
+    differences = rng.normal(0.3, 1.0, items)
+    other = rng.normal(0, 5, items)
+    index = rng.integers(0, items, (4000, items))
+    a, b = (other + differences)[index].mean(axis=1), other[index].mean(axis=1)
+    expected = differences.mean() / differences.std()
+    assert standardised_difference(a, b, items) == pytest.approx(expected, rel=0.05)
+    assert standardised_difference(b, a, items) == pytest.approx(-expected, rel=0.05)
+    # Over seeds the spread is pooled: two seeds alike leave it as it was, and a constant shift has no unit.
+    assert standardised_difference(np.stack([a, a]), np.stack([b, b]), items) == pytest.approx(expected, rel=0.05)
+    assert standardised_difference(a + 1, a, items) is None
+    assert standardised_difference(a, a, items) == 0.0
+    with pytest.raises(ValueError, match="not paired"):
+        standardised_difference(a, b[:-1], items)
+
+
+def test_whole_ladders_against_the_baseline() -> None:
+    low, middle, high = ladder()
+    task = plugins.tasks()[TASK][1]
+    rows = [row for row in board.rows(suite()) if row.place.machine == "test-cpu"]
+    stick = board.yardstick(rows, task, plugins.methods())
+    assert stick is not None
+    assert (stick.best.method, stick.best.rung, stick.worst) == ("toy_base", high, 4.0)
+    assert stick.dearest == {"unit": high, "nfe_equivalent": 1.5 * high, "latency_ms": high}
+    found = {each.method: each for each in board.ladders(rows, task, plugins.methods())}
+    assert set(found) == {"toy_base", "toy_half", "toy_worse", "toy_trained"}  # not the flagged one
+    assert found["toy_base"].matching == {"unit": high, "nfe_equivalent": 1.5 * high, "latency_ms": high}
+    assert found["toy_half"].matching == {"unit": middle, "nfe_equivalent": 1.5 * middle, "latency_ms": middle}
+    assert found["toy_worse"].matching == dict.fromkeys(board.COSTS)
+    assert found["toy_trained"].matching["unit"] == low
+    # By hand: quality 0 is 4.0, quality 1 is 1.0; strips from the cheapest rung on, up to the dearest of the baseline.
+    decades = {rung: math.log10(high / rung) for rung in (low, middle, high)}
+    assert found["toy_base"].area["unit"] == pytest.approx(decades[middle] * 2 / 3)
+    assert found["toy_half"].area["unit"] == pytest.approx(decades[low] * 2 / 3 + decades[middle] * 1 / 3)
+    assert found["toy_half"].area["nfe_equivalent"] == pytest.approx(found["toy_half"].area["unit"])
+    assert found["toy_worse"].area["unit"] == 0.0
+    assert found["toy_trained"].area["unit"] == pytest.approx(decades[low])
+
+
+def test_without_baseline_or_cost_there_is_no_figure() -> None:
+    low, middle, _ = ladder()
+    task = plugins.tasks()[TASK][1]
+    alone = board.rows([make("toy_half", low, 1.0)])
+    assert board.yardstick(alone, task, plugins.methods()) is None
+    (only,) = board.ladders(alone, task, plugins.methods())
+    assert set(only.matching.values()) == set(only.area.values()) == {None}
+    untimed = [make("toy_base", r, v, latency=None) for r, v in ((low, 2.0), (middle, 1.0))]
+    (base,) = board.ladders(board.rows(untimed), task, plugins.methods())
+    assert base.area["latency_ms"] is None
+    assert base.area["unit"] is not None
+    flat = [make("toy_base", rung, 1.0) for rung in (low, middle)]
+    (level,) = board.ladders(board.rows(flat), task, plugins.methods())
+    assert level.area["unit"] is None
+
+
+def test_training_follows_from_the_records() -> None:
+    found = make_board(suite())
+    assert found.training["toy_trained"] == "trained"
+    assert found.training["toy_base"] == "none"
+    searched = make(
+        "toy_half", ladder()[0], 1.0, offline=Offline(seconds=9.0, evaluations={"teacher": 5.0}, state_mib=0.0)
+    )
+    assert board.training(board.rows([searched])) == "calibrated"
+
+
+# data files -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(toys: Mapping[str, plugins.MethodInfo], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data files of `suite()`."""
+    folder = tmp_path_factory.mktemp("data")
+    found = make_board(suite())
+    track_pages.write_data(found, "image", folder)
+    compare_page.write_data(found, folder)
+    return folder
+
+
+def test_data_of_a_track_holds_every_row(data: Path) -> None:
+    content = read_script(data / "ladders-image.js", "stepmarkLadders")
+    assert list(content["axes"]) == list(charts.AXES)
+    block = content["tasks"][TASK]
+    assert json.loads((data / "ladders-class_to_image-digits_flow.json").read_text()) == block
+    found = board.rows(suite())
+    assert len(block["rows"]["method"]) == len(found)
+    assert {len(column) for column in block["rows"].values()} == {len(found)}
+    assert [each["machine"] for each in block["places"]] == ["test-cpu", "other-cpu"]
+    metric = next(iter(plugins.tasks()[TASK][1].metrics))
+    by_key = {(row.place.machine, row.method, row.rung): row for row in found}
+    for i, method in enumerate(block["rows"]["method"]):
+        columns = {name: values[i] for name, values in block["rows"].items()}
+        row = by_key[block["places"][columns["place"]]["machine"], block["methods"][method], columns["rung"]]
+        assert columns["group"] == row.group
+        assert columns["status"] == row.status
+        assert columns[f"metric:{metric}:low"] == pytest.approx(row.quality[metric].low, rel=1e-5)
+        assert columns["memory_mib"] == row.memory_mib
+        assert columns["joules"] is None
+        assert columns["offline_s"] == row.offline_s
+    lines = list(csv.DictReader((data / "ladders-class_to_image-digits_flow.csv").open(encoding="utf-8", newline="")))
+    assert len(lines) == len(found)
+    cheat = next(line for line in lines if line["method"] == "toy_cheat")
+    assert (cheat["status"], float(cheat[metric])) == ("flagged", 0.1)
+
+
+def test_the_comparisons_are_those_of_the_terminal(data: Path) -> None:
+    index = read_script(data / "compare.js", "stepmarkComparisons")
+    assert [track["name"] for track in index["tracks"]] == ["image"]
+    content = read_script(data / "compare-image.js", "stepmarkComparisons_image")
+    names = content["methods"]
+    assert names == sorted(plugins.methods())
+    for a, b in permutations(names, 2):
+        i, j = names.index(a), names.index(b)
+        expected = board.comparisons(suite(), a, b, "image")
+        stored = content["tiers"]["embedded"].get(f"{min(i, j)},{max(i, j)}", [])
+        assert len(stored) == len(expected) > 0
+        sign = 1 if i < j else -1
+        for (task, place, rung, difference, low, high, p, effect, ratio, won), test in zip(
+            stored, expected, strict=True
+        ):
+            assert (content["tasks"][task]["name"], content["places"][place], rung) == (
+                test.task,
+                str(test.place),
+                test.rung,
+            )
+            assert sign * difference == pytest.approx(test.difference, rel=1e-8)
+            assert sorted((sign * low, sign * high)) == pytest.approx([test.low, test.high], rel=1e-8)
+            assert p == pytest.approx(test.p, rel=1e-8)
+            assert sign * effect == pytest.approx(test.effect, rel=1e-8)
+            assert ratio**sign == pytest.approx(test.latency_ratio, rel=1e-8)
+            assert {0: None, sign: a, -sign: b}[won] == test.winner
+
+
+def test_the_terminal_shows_the_effect_size() -> None:
+    table = board.compare(suite(), "toy_half", "toy_base")
+    head, line = table.splitlines()[:2]
+    test = board.comparisons(suite(), "toy_half", "toy_base")[0]
+    assert "effect" in head
+    assert board.figure(test.effect) in line.split()
+
+
+# hostile records --------------------------------------------------------------------------------
+
+
+def wild() -> list[Record]:
+    """Records that the schema allows and that no measurement writes."""
+    low, middle, high = ladder()
+    metric = next(iter(plugins.tasks()[TASK][1].metrics))
+    huge = 1e308
+    quality = {metric: Quality(value=huge, resamples=[huge, -huge] * 30)}
+    timing = Latency(items=0, median_ms=huge, iqr_ms=0.0, p95_ms=0.0, samples_ms=[huge, -huge])
+    return [
+        make("toy_half", low, 1.0, 0, quality=quality),
+        make("toy_half", low, 1.0, 1),
+        make("toy_half", middle, 1.0, 0, counts={"nfe": huge, "nfe_equivalent": -huge}, latency=timing),
+        make("toy_half", middle, 1.0, 1, counts={"nfe": huge, "nfe_equivalent": 0.0}, latency=None),
+        make("toy_half", high, 1e-300, 0, memory=Memory(peak_mib=huge, how=HOSTILE, state_mib=huge)),
+        make("toy_trained", low, 1.0, 0, counts={}, latency=None, memory=None, offline=None, quality={}),
+        make("toy_trained", 10**12, 1.0, 0, energy=Energy(joules=huge, idle_watts=None, window_s=0.0, sensor=HOSTILE)),
+        make("toy_trained", high, 1.0, 0, latency=timing, offline=Offline(seconds=-huge, evaluations={}, state_mib=huge)),
+        make("toy_worse", low, -huge, 0, quality={metric: Quality(value=-huge, resamples=[])}, reasons={"latency": HOSTILE}),
+        make("toy_cheat", low, 0.1, 0, status="failed", message=HOSTILE, quality={}, counts={}, latency=None),
+    ]  # fmt: skip
+
+
+def test_hostile_records_neither_break_nor_deface(tmp_path: Path) -> None:
+    found = make_board(suite()[:20] + wild())
+    (tmp_path / "data").mkdir()
+    track_pages.write_data(found, "image", tmp_path / "data")
+    compare_page.write_data(found, tmp_path / "data")
+    content = read_script(tmp_path / "data" / "ladders-image.js", "stepmarkLadders")
+    text = json.dumps(content["tasks"])
+    assert "1e+308" not in text
+    assert "alert(1)" in text  # the flag is there, as text
+    read_script(tmp_path / "data" / "compare-image.js", "stepmarkComparisons_image")
+    page = "\n\n".join(track_pages.track_page(found, "image", tmp_path) + compare_page.page(found))
+    assert "<script>alert" not in page
+    assert "<img src=x" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    drawings = list((tmp_path / "data" / "charts").glob("*.svg"))
+    assert drawings
+    assert not [path for path in drawings if "NaN" in path.read_text() or "alert" in path.read_text()]
+
+
+def test_a_script_cannot_be_left() -> None:
+    text = track_pages.script("x", {"a": HOSTILE})
+    assert "<" not in text
+    assert text.isascii()
+    assert json.loads(text.removeprefix("window.x = ").removesuffix(";\n")) == {"a": HOSTILE}
+    with pytest.raises(ValueError, match="JSON"):
+        track_pages.script("x", [math.inf])
+
+
+def test_figures_are_cut_to_six_digits() -> None:
+    assert track_pages.short(1.23456789) == 1.23457
+    assert track_pages.short(4.0) == 4
+    assert isinstance(track_pages.short(4.0), int)
+    assert track_pages.short(1e300) == 1e300
+    assert track_pages.short(math.inf) is track_pages.short(math.nan) is track_pages.short(None) is None
