@@ -30,6 +30,11 @@ class CompositionalScoreSBI(Method):
     (0.7 falling to 0.2) of the covariance that n composed factors leave, V being the residual covariance of a linear
     regression on the training pairs; levels are dense near t = 0 and stop at 0.01 T; each is repeated up to 5 times once
     there are 160 steps. The network is small (14k parameters) and trained on the known prior's own scale.
+
+    Not reproduced here: that composed scores beat a set network on 30 observations in two dimensions; in ten they tie.
+    Both networks start from a linear regression on the training pairs, which for a Gaussian mean is nearly the whole
+    answer, so that few parameters with 30 observations each are enough for the set network, while the error of a score
+    learnt from single observations counts 30 times in the sum.
     """
 
     paper = Paper(

@@ -16,6 +16,9 @@ class PromptLookup(Method):
     The longest n-gram (n from 3 down to 1) that ends the text is looked up in the prompt and the text so far; the
     6 tokens after its most recent earlier occurrence are the draft, which the target checks in one forward. No draft
     model, no training. The original takes the earliest occurrence; the most recent one copies from closer by.
+
+    Not reproduced here: half as many tokens again at 32 forwards of a story; the gain is a quarter, as the text repeats
+    itself only once the refrain comes back. By 64 forwards the whole story of 93 tokens is written.
     """
 
     paper = Paper(
