@@ -319,12 +319,18 @@ class Bench:
             )
 
         # Inputs that nobody has seen: their seed hangs on the method's own source, so no source can contain it.
-        secret = self.inputs(items, int(source_digest(self.info.path)[:12], 16), "audit")
-        hidden, guard = self.counted(secret, rung, seed)
+        number = int(source_digest(self.info.path)[:12], 16)
+        hidden, guard = self.counted(self.inputs(items, number, "audit"), rung, seed)
         flags += [flag for flag in guard.flags if flag not in flags]
-        for name, seen, unseen in (("FLOPs", flops.total, hidden.total), ("evaluations", spent, self.ledger.spent)):
-            if max(seen, unseen) > 0 and not 0.4 <= (seen + 1e-9) / (unseen + 1e-9) <= 2.5:
-                flags.append(f"spends {seen:g} {name} on the test inputs but {unseen:g} on unseen ones: answers kept?")
+        seen, unseen = (flops.total, spent), (hidden.total, self.ledger.spent)
+        if any(a < 0.4 * b for a, b in zip(seen, unseen, strict=True)) and size_of(batch) > items:
+            # One short text beside a long one is no sign of anything: a whole batch is.
+            seen = (self.counted(batch, rung, seed)[0].total, self.ledger.spent)
+            secret = self.inputs(size_of(batch), number, "audit")
+            unseen = (self.counted(secret, rung, seed)[0].total, self.ledger.spent)
+        for name, known, new in zip(("FLOPs", "evaluations"), seen, unseen, strict=True):
+            if known < 0.4 * new:
+                flags.append(f"spends {known:g} {name} on the test inputs but {new:g} on unseen ones: answers kept?")
 
         other = next((r for r in reversed(self.task.ladder(self.tier)) if r != rung), rung)
         with contextlib.suppress(Exception):  # that rung's own cell reports its faults

@@ -467,7 +467,7 @@ def exponential_weights(schedule: Schedule, times: Sequence[float], s: float) ->
 # --- the grid that suits a solver --------------------------------------------------------------------------------------
 
 
-def grids(schedule: Schedule, n: int) -> dict[str, list[float]]:
+def common_grids(schedule: Schedule, n: int) -> dict[str, list[float]]:
     """The grids of n steps that samplers commonly use, by name."""
     return {
         "uniform": uniform_times(n),
@@ -481,7 +481,7 @@ def grids(schedule: Schedule, n: int) -> dict[str, list[float]]:
 
 @torch.no_grad()
 def best_grids(session: Session, solve: Callable[[Denoiser, Tensor, list[float]], Tensor]) -> dict[str, Tensor]:
-    """Of `grids`, for every rung, the one on which a solver ends nearest to the exact solution. For `prepare`.
+    """Of `common_grids`, for every rung, the one on which a solver ends nearest to the exact solution. For `prepare`.
 
     solve(denoise, noise, times) gives samples. Nearest in mean square over 256 noises to 64 steps of Heun's method;
     no image is looked at. Returns {"times_<rung>": float64 [rung + 1]}.
@@ -497,7 +497,7 @@ def best_grids(session: Session, solve: Callable[[Denoiser, Tensor, list[float]]
     exact = ddim_step(denoise.schedule, *denoise(exact, times[-2]), 0.0)
     chosen = {}
     for rung in session.progress(session.scale(session.task.rungs, session.task.smoke_rungs), "grids"):
-        candidates = list(grids(denoise.schedule, rung).values())
+        candidates = list(common_grids(denoise.schedule, rung).values())
         errors = [float((solve(denoise, noise, grid) - exact).square().mean()) for grid in candidates]
         chosen[f"times_{rung}"] = torch.tensor(candidates[int(np.argmin(errors))], dtype=torch.float64)
     return chosen
