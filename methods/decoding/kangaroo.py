@@ -32,9 +32,8 @@ class Kangaroo(Method):
     Differs from the paper: the adapter's last norm starts as the target's, and Muon trains its matrices, for seconds
     and on texts of the task. A low-confidence token stays in the draft, as in the official code: it is paid for.
 
-    Not reproduced here: that the second exit saves layers. A drafted token costs one layer of twelve, so a wrong one is
-    cheap; and in stories several words are often equally good, so that the right draft has q < eta and drafting stops for
-    nothing. On sums, where the drafts are confident, both exits spend the same within 0.2 %.
+    What limits the second exit here: a drafted token costs one layer of twelve, so a wrong one is cheap; and in stories
+    several words are often equally good, so that the right draft has q < eta and drafting stops for nothing.
     """
 
     paper = Paper(

