@@ -1,14 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import Denoiser, ddim_step, exponential_weights, uniform_times
+from stepmark.tracks.image import Denoiser, deis_sample, uniform_times
 
 
 class DEIS(Method):
@@ -42,14 +41,4 @@ class DEIS(Method):
     @torch.no_grad()
     def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> Tensor:
         denoise = Denoiser(session.networks["teacher"], batch["condition"])
-        schedule, x = denoise.schedule, batch["noise"]
-        past: list[tuple[float, Tensor]] = []
-        for t, s in pairwise(uniform_times(rung)):
-            x0, eps = denoise(x, t)
-            past = [*past, (t, eps)][-self.order :]
-            if s == 0:
-                return ddim_step(schedule, x0, eps, s)
-            weights = exponential_weights(schedule, [u for u, _ in past], s)
-            step = torch.stack([w * e for w, (_, e) in zip(weights, past, strict=True)]).sum(0)
-            x = schedule.alpha(s) * (x / schedule.alpha(t) + step)
-        return x
+        return deis_sample(denoise, batch["noise"], uniform_times(rung), self.order)

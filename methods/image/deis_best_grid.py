@@ -1,14 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import Denoiser, best_grids, ddim_step, exponential_weights
+from stepmark.tracks.image import Denoiser, best_grids, deis_sample
 
 
 class DEISBestGrid(Method):
@@ -33,23 +32,9 @@ class DEISBestGrid(Method):
     claims = (Claim("fd[deis_best_grid,8] < fd[deis,8]", says="the grid improves DEIS at eight evaluations"),)
 
     def prepare(self, session: Session) -> dict[str, Tensor]:
-        return best_grids(session, self.solve)
-
-    @staticmethod
-    def solve(denoise: Denoiser, x: Tensor, times: list[float]) -> Tensor:
-        """Samples [B, ...] from noise x on a grid of times."""
-        schedule, past = denoise.schedule, []
-        for t, s in pairwise(times):
-            x0, eps = denoise(x, t)
-            if s == 0:
-                return ddim_step(schedule, x0, eps, s)
-            past = [*past[-2:], (t, eps)]
-            weights = exponential_weights(schedule, [u for u, _ in past], s)
-            step = torch.stack([w * e for w, (_, e) in zip(weights, past, strict=True)]).sum(0)
-            x = schedule.alpha(s) * (x / schedule.alpha(t) + step)
-        return x
+        return best_grids(session, deis_sample)
 
     @torch.no_grad()
     def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> Tensor:
         denoise = Denoiser(session.networks["teacher"], batch["condition"])
-        return self.solve(denoise, batch["noise"], session.state[f"times_{rung}"].tolist())
+        return deis_sample(denoise, batch["noise"], session.state[f"times_{rung}"].tolist())

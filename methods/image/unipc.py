@@ -1,14 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import Denoiser, uniform_times, unipc_step
+from stepmark.tracks.image import Denoiser, uniform_times, unipc_sample
 
 
 class UniPC(Method):
@@ -61,12 +60,4 @@ class UniPC(Method):
     @torch.no_grad()
     def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> Tensor:
         denoise = Denoiser(session.networks["teacher"], batch["condition"])
-        x, past = batch["noise"], []
-        before = x
-        for t, s in pairwise(uniform_times(rung)):
-            x0 = denoise(x, t)[0]
-            if past:
-                x = unipc_step(denoise.schedule, before, past, t, self.order, ahead=x0)
-            past = [*past[1 - self.order :], (t, x0)] if self.order > 1 else [(t, x0)]
-            before, x = x, unipc_step(denoise.schedule, x, past, s, self.order)
-        return x
+        return unipc_sample(denoise, batch["noise"], uniform_times(rung), self.order)

@@ -1,14 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import Denoiser, best_grids, unipc_step
+from stepmark.tracks.image import Denoiser, best_grids, unipc_sample
 
 
 class UniPCBestGrid(Method):
@@ -38,22 +37,9 @@ class UniPCBestGrid(Method):
     claims = (Claim("fd[unipc_best_grid,8] < fd[unipc,8]", says="the grid improves UniPC at eight evaluations"),)
 
     def prepare(self, session: Session) -> dict[str, Tensor]:
-        return best_grids(session, self.solve)
-
-    @staticmethod
-    def solve(denoise: Denoiser, x: Tensor, times: list[float]) -> Tensor:
-        """Samples [B, ...] from noise x on a grid of times."""
-        past: list[tuple[float, Tensor]] = []
-        before = x
-        for t, s in pairwise(times):
-            x0 = denoise(x, t)[0]
-            if past:
-                x = unipc_step(denoise.schedule, before, past, t, ahead=x0)
-            past = [*past[-1:], (t, x0)]
-            before, x = x, unipc_step(denoise.schedule, x, past, s)
-        return x
+        return best_grids(session, unipc_sample)
 
     @torch.no_grad()
     def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> Tensor:
         denoise = Denoiser(session.networks["teacher"], batch["condition"])
-        return self.solve(denoise, batch["noise"], session.state[f"times_{rung}"].tolist())
+        return unipc_sample(denoise, batch["noise"], session.state[f"times_{rung}"].tolist())

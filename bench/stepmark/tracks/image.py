@@ -464,6 +464,35 @@ def exponential_weights(schedule: Schedule, times: Sequence[float], s: float) ->
     return found
 
 
+def unipc_sample(denoise: Denoiser, x: Tensor, times: Sequence[float], order: int = 2) -> Tensor:
+    """Samples [B, ...] from noise x: every evaluation corrects the step that led to it, then predicts the next (UniPC,
+    algorithm 1). One evaluation a step.
+    """
+    past: list[tuple[float, Tensor]] = []
+    before = x
+    for t, s in pairwise(times):
+        x0 = denoise(x, t)[0]
+        if past:
+            x = unipc_step(denoise.schedule, before, past, t, order, ahead=x0)
+        past = [*past, (t, x0)][-order:]
+        before, x = x, unipc_step(denoise.schedule, x, past, s, order)
+    return x
+
+
+def deis_sample(denoise: Denoiser, x: Tensor, times: Sequence[float], order: int = 3) -> Tensor:
+    """Samples [B, ...] from noise x by DEIS with the last `order` predictions; the step to the data is DDIM's."""
+    schedule, past = denoise.schedule, []
+    for t, s in pairwise(times):
+        x0, eps = denoise(x, t)
+        if s == 0:
+            return ddim_step(schedule, x0, eps, s)
+        past = [*past, (t, eps)][-order:]
+        weights = exponential_weights(schedule, [u for u, _ in past], s)
+        step = torch.stack([w * e for w, (_, e) in zip(weights, past, strict=True)]).sum(0)
+        x = schedule.alpha(s) * (x / schedule.alpha(t) + step)
+    return x
+
+
 # --- the grid that suits a solver --------------------------------------------------------------------------------------
 
 
