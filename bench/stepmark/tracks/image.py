@@ -481,7 +481,8 @@ def unipc_sample(denoise: Denoiser, x: Tensor, times: Sequence[float], order: in
 
 def deis_sample(denoise: Denoiser, x: Tensor, times: Sequence[float], order: int = 3) -> Tensor:
     """Samples [B, ...] from noise x by DEIS with the last `order` predictions; the step to the data is DDIM's."""
-    schedule, past = denoise.schedule, []
+    schedule = denoise.schedule
+    past: list[tuple[float, Tensor]] = []
     for t, s in pairwise(times):
         x0, eps = denoise(x, t)
         if s == 0:
