@@ -13,7 +13,7 @@ help: ## this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 bench: $(VENV)/.installed ## the quick suite (all methods, tier smoke), the leaderboard table, the site
-	$(BIN)/stepmark run --tier smoke
+	$(BIN)/stepmark run --tier smoke --workers 0
 	$(BIN)/stepmark site
 
 # What measures time has the machine to itself; the rest shares it, one worker pinned to each core.
@@ -46,6 +46,6 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 		|| { echo "Stepmark needs Python 3.11 or newer; try: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(UV)'
-	$(BIN)/uv pip sync --quiet --python $(BIN)/python requirements.lock
+	$(BIN)/uv pip sync --quiet --compile-bytecode --python $(BIN)/python requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $@

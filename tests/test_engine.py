@@ -38,6 +38,25 @@ def test_ray_writes_the_records_that_the_local_engine_writes(tmp_path: Path, mon
     assert content(tmp_path / "ray") == content(tmp_path / "local")
 
 
+def test_worker_processes_write_the_records_that_this_process_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STEPMARK_CACHE", str(tmp_path / "cache"))
+    options = suite.Options(results=tmp_path / "local", timing=False, announce=lambda text: None)
+    alone = list(suite.walk(SELECTION, options))
+    made = list(engine.pool(suite.cells(SELECTION), "cpu", True, 1))
+    assert [record.outputs for record, _ in made] == [record.outputs for record in alone]
+    assert all(record.latency is not None and shown is not None for record, shown in made)
+    with pytest.raises(ValueError, match="--workers 9999: this machine offers 1 to"):
+        next(engine.pool([], "cpu", True, 9999))
+
+
+def test_a_worker_reports_that_its_core_is_being_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEPMARK_CACHE", str(tmp_path))
+    with engine.device_lock("cpu"), pytest.raises(engine.DeviceBusy, match=f"process {os.getpid()} is timing on cpu"):
+        list(engine.pool(suite.cells(SELECTION), "cpu", True, 1))
+
+
 def _hold(ready: object, done: object) -> None:
     with engine.device_lock("cpu"):
         ready.set()  # type: ignore[attr-defined]

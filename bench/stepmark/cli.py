@@ -49,6 +49,7 @@ def _expected(error: Exception) -> bool:
         "RecordError",
         "ClaimError",
         "DeviceBusy",
+        "ChildProcessError",
         "KeyError",
         "ValueError",
         "FileNotFoundError",
@@ -89,6 +90,14 @@ def _parser() -> argparse.ArgumentParser:
     _selection(found)
     found.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1 ...")
     found.add_argument("--engine", choices=["local", "ray"], default="local", help="where cells run")
+    found.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes, each pinned to a core (or GPU) of its own; 0: one for each core. "
+        "Cores share caches: time what you publish with 1 (default)",
+    )
     found.add_argument("--address", help="of a running Ray cluster; without it a local one is started")
     found.add_argument("--no-timing", action="store_true", help="skip latency, memory and energy")
     found.add_argument("--again", action="store_true", help="run also what has a record already")
@@ -224,7 +233,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return _run_lm_eval(arguments)
     from tqdm import tqdm
 
-    from stepmark import suite
+    from stepmark import engine, suite
 
     chosen = _chosen(arguments)
     assert isinstance(chosen, suite.Selection)
@@ -237,6 +246,7 @@ def _run(arguments: argparse.Namespace) -> int:
         results=results,
         device=arguments.device,
         engine=arguments.engine,
+        workers=arguments.workers or engine.available(arguments.device),
         address=arguments.address,
         timing=not arguments.no_timing,
         again=arguments.again,

@@ -1,17 +1,23 @@
-"""Where cells run: in this process, or on a Ray cluster. Both yield the same records and samples; the caller writes.
+"""Where cells run: here, in worker processes on this machine, or on a Ray cluster.
 
-A cell that is timed has its device to itself: locally by a lock file for each core or GPU, on Ray by taking every CPU
-(and a GPU) of a node.
+All yield the same records and samples; the caller writes. A cell that is timed has its device to itself: on this
+machine by a lock file for each core or GPU, on Ray by taking every CPU (and a GPU) of a node.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import logging
+import multiprocessing
 import os
+import signal
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from itertools import groupby
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from stepmark.record import Record, parse
@@ -64,6 +70,85 @@ def local(cells: Iterable[Cell], device: str, timing: bool) -> Iterator[tuple[Re
     with device_lock(device) if timing else contextlib.nullcontext():
         for cell in cells:
             yield measured(cell, device, timing)
+
+
+def available(device: str) -> int:
+    """How many workers `pool` can give a device each: cores that this process may use, or GPUs."""
+    if device == "cpu":
+        return len(os.sched_getaffinity(0))
+    import torch
+
+    return torch.accelerator.device_count()
+
+
+def pool(cells: Iterable[Cell], device: str, timing: bool, workers: int) -> Iterator[tuple[Record, Shown | None]]:
+    """Run cells in worker processes, each pinned to a core of its own (or with a GPU of its own), as they come free.
+
+    The cells of one method on one task stay with one worker, which prepares once. Cores share caches and memory
+    bandwidth: for figures to publish, one worker is the quieter choice.
+
+    Raises:
+        ValueError: more workers than devices. DeviceBusy: timing is wanted and another process is timing on a core.
+        ChildProcessError: a worker was killed.
+    """
+    if not 1 <= workers <= available(device):
+        raise ValueError(f"--workers {workers}: this machine offers 1 to {available(device)} on {device}")
+    groups = [list(group) for _, group in groupby(cells, key=lambda cell: (cell.method, cell.task))]
+    groups.reverse()  # taken from the end
+    context = multiprocessing.get_context("spawn")  # a forked torch is not safe on CUDA
+    cores = sorted(os.sched_getaffinity(0))
+    lines: list[Connection] = []
+    running = []
+    try:
+        for index in range(min(workers, len(groups))):
+            line, far = context.Pipe()
+            place = (device, cores[index]) if device == "cpu" else (f"{device.split(':')[0]}:{index}", None)
+            process = context.Process(target=_worker, args=(far, *place, timing), daemon=True)
+            process.start()
+            far.close()
+            line.send(groups.pop())
+            lines.append(line)
+            running.append(process)
+        while lines:
+            ready = wait(lines)
+            for line in [each for each in lines if each in ready]:
+                try:
+                    answer = line.recv()
+                except EOFError:
+                    raise ChildProcessError("a worker process died; the same command goes on where it was") from None
+                if isinstance(answer, Exception):
+                    raise answer
+                if answer is not None:
+                    record, shown = answer
+                    yield parse(record, "worker"), SHOWN.validate_json(shown) if shown else None
+                elif groups:
+                    line.send(groups.pop())
+                else:
+                    line.close()  # which ends the worker
+                    lines.remove(line)
+    finally:
+        for process in running:
+            process.kill() if lines else process.join()
+
+
+def _worker(line: Connection, device: str, core: int | None, timing: bool) -> None:
+    """Answer every group of cells with its records one by one, then None; end when the other side is gone."""
+    if sys.platform == "linux":  # a killed suite takes its workers with it, in the middle of a cell too
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if core is not None:
+        os.sched_setaffinity(0, {core})
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            cells = line.recv()
+            try:
+                with device_lock(device) if timing else contextlib.nullcontext():
+                    for cell in cells:
+                        record, shown = measured(cell, device, timing, show_progress=False)
+                        line.send((record.model_dump_json(), shown.model_dump_json() if shown else None))
+            except DeviceBusy as busy:
+                line.send(busy)
+                return
+            line.send(None)
 
 
 def ray(

@@ -31,6 +31,7 @@ class Options:
     results: Path
     device: str = "cpu"
     engine: str = "local"
+    workers: int = 1  # of engine local: processes, each on a core or GPU of its own
     address: str | None = None
     timing: bool = True
     again: bool = False
@@ -125,6 +126,8 @@ def walk(selection: Selection, options: Options) -> Iterator[records.Record]:
     machine.write_fingerprint(folder / "machine.json")
     if options.engine == "ray":
         stream = engine.ray(todo, options.device, options.timing, options.address)
+    elif options.workers > 1:
+        stream = engine.pool(todo, options.device, options.timing, options.workers)
     else:
         stream = engine.local(todo, options.device, options.timing)
     for record, shown in stream:
