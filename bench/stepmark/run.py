@@ -332,7 +332,7 @@ class Bench:
             if known < 0.4 * new:
                 flags.append(f"spends {known:g} {name} on the test inputs but {new:g} on unseen ones: answers kept?")
 
-        other = next((r for r in reversed(self.task.ladder(self.tier)) if r != rung), rung)
+        other = next((r for r in self.task.rungs if r != rung), rung)
         with contextlib.suppress(Exception):  # that rung's own cell reports its faults
             self.run(probe, other, seed + 1)
         again = self.run(batch, rung, seed)

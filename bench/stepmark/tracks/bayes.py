@@ -47,7 +47,7 @@ TASKS = (
         n=32,
         batch=8,
         smoke_n=4,
-        smoke_rungs=(1_000, 3_200),
+        smoke_rungs=(1_000,),
     ),
     Task(
         id="posterior/gaussian_n10",
@@ -61,7 +61,7 @@ TASKS = (
         n=32,
         batch=8,
         smoke_n=4,
-        smoke_rungs=(3_200, 10_000),
+        smoke_rungs=(3_200,),
     ),
     Task(
         id="posterior/gaussian_n30",
@@ -75,7 +75,7 @@ TASKS = (
         n=24,
         batch=4,
         smoke_n=4,
-        smoke_rungs=(9_600, 32_000),
+        smoke_rungs=(9_600,),
     ),
     Task(
         id="posterior/gaussian10_n30",
@@ -89,7 +89,7 @@ TASKS = (
         n=24,
         batch=4,
         smoke_n=4,
-        smoke_rungs=(9_600, 32_000),
+        smoke_rungs=(9_600,),
     ),
     Task(
         id="posterior/mixture_n10",
@@ -103,7 +103,7 @@ TASKS = (
         n=32,
         batch=8,
         smoke_n=4,
-        smoke_rungs=(3_200, 10_000),
+        smoke_rungs=(3_200,),
     ),
     Task(
         id="coverage/linear_gaussian",
@@ -129,7 +129,7 @@ TASKS = (
         n=96,
         batch=8,
         smoke_n=8,
-        smoke_rungs=(50, 200),
+        smoke_rungs=(50,),
     ),
     Task(
         id="effect/wearable",
@@ -143,7 +143,7 @@ TASKS = (
         n=128,
         batch=16,
         smoke_n=8,
-        smoke_rungs=(16, 64),
+        smoke_rungs=(16,),
     ),
 )
 

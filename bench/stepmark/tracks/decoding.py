@@ -113,7 +113,7 @@ TASKS = (
         batch=4,
         seeds=1,
         smoke_n=2,
-        smoke_rungs=(8,),
+        smoke_rungs=(4,),
         probe=1,
     ),
     Task(
@@ -131,7 +131,7 @@ TASKS = (
         batch=4,
         seeds=1,
         smoke_n=2,
-        smoke_rungs=(8,),
+        smoke_rungs=(4,),
         probe=1,
     ),
     Task(
@@ -149,7 +149,7 @@ TASKS = (
         batch=4,
         seeds=1,
         smoke_n=2,
-        smoke_rungs=(8,),
+        smoke_rungs=(4,),
         probe=1,
     ),
     Task(

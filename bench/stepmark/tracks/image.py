@@ -45,7 +45,7 @@ TASKS = (
         batch=2000,
         seeds=3,
         smoke_n=64,
-        smoke_rungs=(2, 4),
+        smoke_rungs=(4,),
     ),
     Task(
         id="sampling/mixtures_eps",
@@ -61,7 +61,7 @@ TASKS = (
         batch=2000,
         seeds=3,
         smoke_n=64,
-        smoke_rungs=(2, 4),
+        smoke_rungs=(4,),
     ),
     Task(
         id="class_to_image/digits_flow",
@@ -78,7 +78,7 @@ TASKS = (
         batch=100,
         seeds=3,
         smoke_n=64,
-        smoke_rungs=(2, 4),
+        smoke_rungs=(4,),
     ),
     Task(
         id="class_to_image/digits_flow_b",
@@ -95,7 +95,7 @@ TASKS = (
         batch=100,
         seeds=2,
         smoke_n=64,
-        smoke_rungs=(2, 4),
+        smoke_rungs=(4,),
     ),
     Task(
         id="class_to_image/digits_eps",
@@ -112,7 +112,7 @@ TASKS = (
         batch=100,
         seeds=3,
         smoke_n=64,
-        smoke_rungs=(2, 4),
+        smoke_rungs=(4,),
     ),
     Task(
         id="class_to_image/digits_eps_b",
@@ -129,7 +129,7 @@ TASKS = (
         batch=100,
         seeds=2,
         smoke_n=64,
-        smoke_rungs=(2, 4),
+        smoke_rungs=(4,),
     ),
     Task(
         id="attributes_to_image/shapes16",
@@ -146,7 +146,7 @@ TASKS = (
         batch=100,
         seeds=2,
         smoke_n=64,
-        smoke_rungs=(2, 4),
+        smoke_rungs=(4,),
     ),
 )
 
