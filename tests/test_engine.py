@@ -11,7 +11,7 @@ import pytest
 from stepmark import engine, suite
 from stepmark import record as records
 
-SELECTION = suite.Selection(tier="smoke", methods=("euler",), tasks=("sampling/mixtures_flow",))
+SELECTION = suite.Selection(tier="smoke", methods=("euler",), tasks=("sampling/mixtures_flow",), rungs=(2, 4))
 EQUAL = {"counts", "quality", "outputs", "flags", "status", "handles", "digests", "rung", "seed"}
 
 

@@ -152,7 +152,7 @@ def torn(handle, data):  # die in the middle of a line, which no timer would hit
 os.write = torn
 if delay >= 0:
     threading.Thread(target=lambda: (time.sleep(delay), os.kill(os.getpid(), 9)), daemon=True).start()
-s = suite.Selection(tier='smoke', methods=('euler', 'heun'), tasks=('sampling/mixtures_flow',))
+s = suite.Selection(tier='smoke', methods=('euler', 'heun'), tasks=('sampling/mixtures_flow',), rungs=(2, 4))
 o = suite.Options(results=results, timing=False, announce=lambda t: None)
 list(suite.walk(s, o))
 """
