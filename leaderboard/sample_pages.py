@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 from stepmark.leaderboard import markup
 from stepmark.leaderboard.board import Place, Row, split
 from stepmark.leaderboard.markup import Cell, Line, esc, number, table
 from stepmark.leaderboard.pages import Board, element
 
-from stepmark.samples import Pictures, Points, Sample, SampleFile, Shown, Texts, source_of
+from stepmark.samples import Mark, Pictures, Points, Sample, SampleFile, Shown, Texts, source_of
 
 SIZE, RANGE = 96, 4.0  # of a scatter plot: pixels, and how far its axes go
 COLOURS = ("#2b8cc4", "#d55e00", "#009e73", "#cc79a7")
@@ -51,6 +52,11 @@ def section(found: Board, files: Sequence[SampleFile], name: str) -> list[str]:
             "The first items of seed 0, from the same inputs in both columns. They are there to be looked at; "
             "the figures above are over all items."
         )
+        if any("<u title=" in part for part in parts):
+            note += (
+                " Underlined words were drafted and kept, words struck out were drafted and rejected, those in bold are "
+                "the target's own: one for each time that it was asked."
+            )
         parts = ["## Samples", element("p", note, "sm-note"), *parts]
     return parts
 
@@ -71,11 +77,23 @@ def picture(shown: Shown, what: str) -> str:
         )
     if isinstance(shown, Texts):
         pairs = "".join(
-            f'<p class="sm-sample"><span class="sm-range">{esc(prompt)}</span> <b>{esc(text)}</b></p>'
-            for prompt, text in shown.pairs
+            f'<p class="sm-sample"><span class="sm-range">{esc(prompt)}</span> {_text(text, pieces)}</p>'
+            for (prompt, text), pieces in zip_longest(shown.pairs, shown.marks[: len(shown.pairs)], fillvalue=[])
         )
         return pairs or "–"
     return _scatter(shown, what)
+
+
+def _text(text: str, pieces: Sequence[tuple[str, Mark]]) -> str:
+    """What was written; of methods that draft with the drafts marked."""
+    if not pieces:
+        return f"<b>{esc(text)}</b>"
+    shapes = {
+        "kept": '<u title="drafted and kept">{}</u>',
+        "rejected": '<s title="drafted and rejected">{}</s>',
+        "own": "<b>{}</b>",
+    }
+    return " ".join(shapes[mark].format(esc(words)) for words, mark in pieces)
 
 
 def _scatter(shown: Points, what: str) -> str:

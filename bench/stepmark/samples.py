@@ -14,6 +14,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -25,11 +26,13 @@ from stepmark.record import Digest, Figure, MachineId, Name, Record, RecordError
 
 if TYPE_CHECKING:
     from stepmark.plugins import MethodInfo
+    from stepmark.run import Bench
 
 IMAGES, TEXTS, POINTS = 10, 2, 100  # how many items of a cell are kept
 LONGEST_FILE = 5_000_000
 Version = Annotated[str, StringConstraints(pattern=r"^[0-9A-Za-z.+-]{1,32}$")]
 Text = Annotated[str, StringConstraints(max_length=5000)]
+Mark = Literal["kept", "rejected", "own"]
 
 
 class _Strict(BaseModel):
@@ -63,10 +66,15 @@ class Pictures(_Strict):
 
 
 class Texts(_Strict):
-    """Prompts and what was written after them. Untrusted text."""
+    """Prompts and what was written after them. Untrusted text.
+
+    marks: of methods that draft, for each pair the pieces of its text in order: drafted and kept, drafted and rejected
+    (not part of the text), or the target's own.
+    """
 
     kind: Literal["texts"] = "texts"
     pairs: Annotated[list[tuple[Text, Text]], Field(max_length=20)]
+    marks: Annotated[list[Annotated[list[tuple[Text, Mark]], Field(max_length=1000)]], Field(max_length=20)] = []
 
 
 class Points(_Strict):
@@ -132,6 +140,29 @@ def of_outputs(inputs: Mapping[str, Any], outputs: Any) -> Shown | None:
         classes = inputs["condition"][:POINTS].cpu().tolist() if "condition" in inputs else [0] * len(points)
         return Points(points=[(round(x, 3), round(y, 3)) for x, y in points], classes=classes)
     return None
+
+
+def marked(shown: Shown | None, bench: Bench, inputs: Mapping[str, Any], rung: int, seed: int) -> Shown | None:
+    """Texts with their drafts marked, where the method drafts: its first items are decoded once more and listened to."""
+    from stepmark.backbones.lm import decode
+    from stepmark.run import cut
+
+    steps_of = getattr(bench.track, "steps_of", None)
+    if steps_of is None or not isinstance(shown, Texts):
+        return shown
+    marks: list[list[tuple[str, Mark]]] = []
+    for i, (_, text) in enumerate(shown.pairs):
+        one = cut(inputs, i, i + 1)
+        written, steps = steps_of(partial(bench.run, one, rung, seed), bench.method, lambda: bench.ledger.spent)
+        if decode(written) != text or not any(draft for draft, _ in steps):
+            return shown  # another text, where the random stream is shared by a batch; or nothing is drafted
+        pieces: list[tuple[str, Mark]] = []
+        for draft, new in steps:
+            for mark, ids in (("kept", new[:-1]), ("rejected", draft[len(new) - 1 :]), ("own", new[-1:])):
+                if words := decode(ids):
+                    pieces.append((words, mark))  # type: ignore[arg-type]
+        marks.append(pieces)
+    return shown.model_copy(update={"marks": marks})
 
 
 def _pictures(images: NDArray[np.floating[Any]]) -> Pictures:
@@ -253,7 +284,8 @@ def remake(record: Record, device: str = "cpu", prepare: bool = False) -> Shown 
     bench = run.bench(record.method, record.task, record.tier, device, run.source_digest(info.path))
     inputs = run.cut(bench.inputs(task.items(record.tier), record.seed), 0, task.batch)
     outputs = bench.run(inputs, record.rung, record.seed)
-    return of_outputs(inputs, outputs) or "there is nothing to look at"
+    shown = of_outputs(inputs, outputs)
+    return marked(shown, bench, inputs, record.rung, record.seed) or "there is nothing to look at"
 
 
 def _prepares(info: MethodInfo) -> bool:

@@ -624,6 +624,67 @@ def verify_sampling(draft: Sequence[int], p: Tensor, q: Tensor, u: Sequence[floa
     return [*draft, draw(p[-1], u[-1])]
 
 
+Step = tuple[list[int], list[int]]
+
+
+def steps_of(decode: Callable[[], Any], method: Any, spent: Callable[[], float]) -> tuple[list[int], list[Step]]:
+    """Let a method decode one prompt and listen. Harness only.
+
+    Returns: the new tokens, and what each step drafted and wrote; a step writes the kept part of its draft and one token
+    more. Drafts are seen where `verify_greedy` or `verify_sampling` check them. Of several that are checked between two
+    evaluations, the one that is kept furthest counts; an evaluation after which none is checked wrote one token. [] where
+    the steps do not add up to the text, as of methods that check by other means.
+
+    Args:
+        decode: runs the method on a batch of one. spent: evaluations so far.
+    """
+    steps: list[Step] = []
+    times: list[float] = []
+    here, there = globals(), method.run.__globals__
+
+    def listening(verify: Callable[..., list[int]]) -> Callable[..., list[int]]:
+        def heard(draft: Sequence[int], *rest: Any) -> list[int]:
+            new = verify(draft, *rest)
+            if not times or spent() > times[-1]:
+                steps.append((list(draft), new))
+                times.append(spent())
+            elif len(new) > len(steps[-1][1]):
+                steps[-1] = list(draft), new
+            return new
+
+        return heard
+
+    before = [
+        (names, key, value)
+        for names in (here, there)
+        for key, value in list(names.items())
+        if value is verify_greedy or value is verify_sampling
+    ]
+    try:
+        for names, key, value in before:
+            names[key] = listening(value)
+        written: list[int] = list(decode()[0])
+    finally:
+        for names, key, value in before:
+            names[key] = value
+    for found in (steps, list(_filled(written, steps, times))):
+        if [token for _, new in found for token in new][: len(written)] == written:
+            return written, found
+    return written, []
+
+
+def _filled(written: list[int], steps: Sequence[Step], times: Sequence[float]) -> Iterable[Step]:
+    """The steps, and for each evaluation between two of them one that drafted nothing."""
+    at, before = 0, 0.0
+    for (draft, new), time in zip(steps, times, strict=True):
+        for _ in range(round(time - before) - 1):
+            yield [], written[at : at + 1]
+            at += 1
+        yield draft, new
+        at, before = at + len(new), time
+    yield from (([], [token]) for token in written[at:])
+
+
 Propose = Callable[[list[int], int], tuple[list[int], "Tensor | None"]]
 
 
