@@ -12,15 +12,15 @@ export TOKENIZERS_PARALLELISM = false
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-bench: $(VENV)/.installed ## the quick suite (all methods, tier smoke), the leaderboard table, the site
-	$(BIN)/stepmark run --tier smoke --workers 0
+bench: $(VENV)/.installed ## the quick suite (each method once, small), the leaderboard table, the site
+	$(BIN)/stepmark run --quick --workers 0
 	$(BIN)/stepmark site
 
 # What measures time has the machine to itself; the rest shares it, one worker pinned to each core.
 TIMED := tests/test_meter.py bench/test_ruler.py
 
-test: $(VENV)/.installed ## every test, the ruler and the suite at tier smoke
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(TIMED:%=--ignore=%)
+test: $(VENV)/.installed ## every test, the ruler and the quick suite
+	$(BIN)/python -m pytest --quick --numprocesses auto --dist worksteal $(TIMED:%=--ignore=%)
 	$(BIN)/python -m pytest $(TIMED)
 
 lint: $(VENV)/.installed ## ruff (lint and format) and mypy

@@ -12,6 +12,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """`--tier`, `--device` and the selection, as `stepmark run` has them."""
     group = parser.getgroup("stepmark")
     group.addoption("--tier", choices=["smoke", "embedded", "hub"], default="smoke", help="size of the suite")
+    group.addoption("--quick", action="store_true", help="each method on one task of each kind only")
     group.addoption("--device", default="cpu", help="device of the suite: cpu, cuda, ...")
     group.addoption("--method", action="append", default=[], help="only this method (repeatable)")
     group.addoption("--track", action="append", default=[], help="only this track (repeatable)")

@@ -17,7 +17,8 @@ from stepmark.task import sealed
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test for each (method, task) of the selection, baselines first."""
     option = metafunc.config.getoption
-    chosen = suite.Selection(option("--tier"), methods=tuple(option("--method")), tracks=tuple(option("--track")))
+    methods, tracks = tuple(option("--method")), tuple(option("--track"))
+    chosen = suite.Selection(option("--tier"), methods=methods, tracks=tracks, quick=option("--quick"))
     pairs = list(dict.fromkeys((cell.method, cell.task) for cell in suite.cells(chosen)))
     metafunc.parametrize(("method", "task"), pairs, ids=[f"{method}-{task}" for method, task in pairs])
 

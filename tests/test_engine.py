@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stepmark import engine, suite
+from stepmark import engine, plugins, suite
 from stepmark import record as records
 
 SELECTION = suite.Selection(tier="smoke", methods=("euler",), tasks=("sampling/mixtures_flow",), rungs=(2, 4))
@@ -81,3 +81,16 @@ def test_a_device_that_is_being_timed_is_not_shared(tmp_path: Path, monkeypatch:
         locks = {path.name for path in tmp_path.glob("timing-cpu*.lock")}
         assert locks == {f"timing-cpu{core}.lock" for core in os.sched_getaffinity(0)}
         assert all((tmp_path / name).read_text() == str(os.getpid()) for name in locks)
+
+
+def test_the_quick_suite_has_each_method_once_a_kind_where_it_has_most_neighbours() -> None:
+    methods = plugins.methods()
+    found = {(cell.method, cell.task) for cell in suite.cells(suite.Selection(tier="smoke", quick=True))}
+    kinds = {(name, task.split("/")[0]) for name, info in methods.items() for task in info.tasks}
+    assert sorted((name, task.split("/")[0]) for name, task in found) == sorted(kinds)
+    for name, chosen in found:
+        alike = [t for t in methods[name].tasks if t.split("/")[0] == chosen.split("/")[0]]
+        sharing = {t: sum(t in m.tasks for m in methods.values()) for t in alike}
+        assert sharing[chosen] == max(sharing.values())
+    only = suite.Selection(tier="smoke", quick=True, methods=("ddim",), tasks=("sampling/mixtures_eps",))
+    assert [cell.task for cell in suite.cells(only)] == ["sampling/mixtures_eps"]

@@ -24,6 +24,12 @@ COUNTS = {
     "flops",
     "latency_ms",
     "memory_mib",
+    "kv_bytes",
+    "ranks",
+    "rank_flops",
+    "rounds",
+    "sent_bytes",
+    "sent_messages",
     "speedup",
 }
 

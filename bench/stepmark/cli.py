@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -12,15 +13,19 @@ from typing import TYPE_CHECKING
 from stepmark import __version__, plugins
 
 if TYPE_CHECKING:
+    from stepmark.backbones.checkpoint import Choice
     from stepmark.record import Record
 
 
 def results_folder(tier: str) -> Path:
-    """Where records go by default: the published folder for tiers embedded and hub, a private one for smoke."""
+    """Where records go by default: the published folder for tier embedded, a private one for smoke and hub.
+
+    Nobody else can run a record of a checkpoint folder again that lies here only: whoever publishes it says so.
+    """
     root = plugins.checkout()
     if root is None:
         return Path("stepmark-results")
-    return root / ".stepmark" / "results" if tier == "smoke" else root / "leaderboard" / "results"
+    return root / "leaderboard" / "results" if tier == "embedded" else root / ".stepmark" / "results"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,9 +90,14 @@ def _parser() -> argparse.ArgumentParser:
         "run",
         _run,
         "run cells of the suite and write their records",
-        "Cells that already have a record of the\nsame digests are left alone: repeat the command to resume a stopped run.",
+        "Cells that already have a record of the\nsame digests are left alone: repeat the command to resume a stopped run.\n\n"
+        "With --backbone FOLDER the methods run on a checkpoint of yours instead:\n"
+        "  stepmark run --backbone FOLDER                    every method that applies\n"
+        "  stepmark run --backbone FOLDER --tier smoke       the same on two items, to see whether it works\n"
+        "  stepmark run --backbone FOLDER --method unipc --rung 10 --rung 20 --guidance 4",
     )
     _selection(found)
+    _checkpoint(found)
     found.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1 ...")
     found.add_argument("--engine", choices=["local", "ray"], default="local", help="where cells run")
     found.add_argument(
@@ -99,6 +109,11 @@ def _parser() -> argparse.ArgumentParser:
         "Cores share caches: time what you publish with 1 (default)",
     )
     found.add_argument("--address", help="of a running Ray cluster; without it a local one is started")
+    found.add_argument(
+        "--quick",
+        action="store_true",
+        help="each method on one task of each kind only, the one that most methods share; tier smoke unless said",
+    )
     found.add_argument("--no-timing", action="store_true", help="skip latency, memory and energy")
     found.add_argument("--again", action="store_true", help="run also what has a record already")
     found.add_argument(
@@ -135,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     found.add_argument("--tier", choices=["smoke", "embedded", "hub"], default="embedded", help="with --sample")
     found.add_argument("--device", default="cpu")
     _results(found)
+    _checkpoint(found)
 
     found = command(
         "samples",
@@ -169,11 +185,53 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _checkpoint(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "a checkpoint of your own (tier hub)",
+        "A folder in one of Hugging Face's formats, with weights in safetensors; nothing is downloaded and no code of\n"
+        "the folder is run. Image networks (UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel,\n"
+        "PixArtTransformer2DModel, alone with a scheduler_config.json or as a whole pipeline) are followed to where their\n"
+        "own ODE leads: endpoint_error is the distance from there. Language models (Llama, Mistral, Qwen2, Qwen3 ...)\n"
+        "write greedily: first_divergence is how many tokens of plain greedy decoding a budget buys. Methods that need\n"
+        "training data are skipped.",
+    )
+    group.add_argument(
+        "--backbone", metavar="FOLDER", help="the checkpoint; may be the unet/ or transformer/ of a pipeline"
+    )
+    group.add_argument(
+        "--guidance",
+        type=float,
+        default=1.0,
+        metavar="W",
+        help="images: what is sampled is guided by scale W, null + W (conditional - null). An evaluation then takes two "
+        "rows of the network and counts as 2 NFE: rung 20 is ten steps. Default 1, no guidance",
+    )
+    group.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="one prompt a line, read by the tokenizer (and text encoder) of the folder. Without it: made-up embeddings "
+        "for images, random tokens for texts",
+    )
+    group.add_argument("--draft", metavar="FOLDER", help="texts: a small model of the same vocabulary, for speculative")
+    group.add_argument(
+        "--items", type=int, metavar="N", help="samples or prompts that are scored (default 16, or all prompts)"
+    )
+    group.add_argument(
+        "--new-tokens", type=int, metavar="N", help="texts: tokens written to a prompt at most (default 64)"
+    )
+
+
 def _selection(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tier", choices=["smoke", "embedded", "hub"], default="embedded", help="default: embedded")
+    parser.add_argument(
+        "--tier",
+        choices=["smoke", "embedded", "hub"],
+        help="default: embedded, or hub with --backbone; smoke is a quick look",
+    )
     for name, text in (("method", "ID"), ("track", "TRACK"), ("task", "KIND/NAME")):
         parser.add_argument(f"--{name}", action="append", default=[], metavar=text, help="may be given several times")
-    parser.add_argument("--rung", action="append", type=int, default=[], metavar="N")
+    parser.add_argument(
+        "--rung", action="append", type=int, default=[], metavar="N", help="of the task's; with --backbone any"
+    )
     parser.add_argument("--seed", action="append", type=int, default=[], metavar="N")
     if not any(action.dest == "results" for action in parser._actions):
         parser.add_argument("--results", type=Path, help="folder of the records")
@@ -215,6 +273,47 @@ def _list(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _tier(arguments: argparse.Namespace) -> str:
+    """The tier asked for, or the one that goes without saying."""
+    own = getattr(arguments, "backbone", None) is not None
+    quick = getattr(arguments, "quick", False)
+    tier = arguments.tier or ("smoke" if quick else "hub" if own else "embedded")
+    if own and tier == "embedded":
+        raise ValueError(
+            "--backbone brings its own tasks: leave out --tier embedded (hub is meant; smoke is a quick look)"
+        )
+    return str(tier)
+
+
+def _choice(arguments: argparse.Namespace) -> Choice | None:
+    """The checkpoint that was chosen, if one was."""
+    from stepmark.backbones.checkpoint import Choice
+
+    if arguments.backbone is None:
+        names = ("prompts", "draft", "items", "new_tokens")
+        said = ["--" + name.replace("_", "-") for name in names if getattr(arguments, name) is not None]
+        said += ["--guidance"] if arguments.guidance != 1 else []
+        if said:
+            raise ValueError(f"{said[0]} is for a checkpoint of your own: add --backbone FOLDER")
+        return None
+    if any(n is not None and n < 1 for n in (arguments.items, arguments.new_tokens)):
+        raise ValueError("--items and --new-tokens are at least 1")
+    if not math.isfinite(arguments.guidance):
+        raise ValueError("--guidance is a number, such as 4")
+    rungs = tuple(sorted({*getattr(arguments, "rung", [])}))
+    if any(rung < 1 for rung in rungs):
+        raise ValueError("--rung is at least 1")
+    return Choice(
+        folder=arguments.backbone,
+        guidance=arguments.guidance,
+        prompts=arguments.prompts,
+        draft=arguments.draft,
+        items=arguments.items,
+        new_tokens=arguments.new_tokens,
+        rungs=rungs,
+    )
+
+
 def _chosen(arguments: argparse.Namespace) -> object:
     from stepmark.suite import Selection
 
@@ -225,12 +324,37 @@ def _chosen(arguments: argparse.Namespace) -> object:
         tasks=tuple(arguments.task),
         rungs=tuple(arguments.rung),
         seeds=tuple(arguments.seed),
+        quick=getattr(arguments, "quick", False),
     )
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    if arguments.via == "lm-eval":
-        return _run_lm_eval(arguments)
+    arguments.tier = _tier(arguments)
+    choice = _choice(arguments)
+    if choice is None:
+        if arguments.tier == "hub":
+            raise ValueError("tier hub measures a checkpoint of yours: add --backbone FOLDER")
+        return _run_lm_eval(arguments) if arguments.via == "lm-eval" else _run_cells(arguments)
+    if arguments.via:
+        raise ValueError("--via lm-eval runs Stepmark's own tasks; leave out --backbone")
+    from stepmark.backbones import checkpoint
+
+    with checkpoint.using(choice) as made:
+        if any(task != made.task.id for task in arguments.task):
+            raise ValueError(f"--backbone makes one task, {made.task.id}; leave out --task")
+        arguments.task = [made.task.id]
+        for name in arguments.method:
+            info = plugins.methods().get(name)
+            if info is not None and made.task.id not in info.tasks:
+                raise ValueError(
+                    f"{name} does not apply to {made.task.id}: it names no task of the kind "
+                    f"{', '.join(sorted(made.family)[:3])} ..."
+                )
+        print(f"{made.task.id}: {made.task.summary}", file=sys.stderr)
+        return _run_cells(arguments)
+
+
+def _run_cells(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from stepmark import engine, suite
@@ -323,6 +447,7 @@ def _show(arguments: argparse.Namespace) -> int:
     from stepmark.leaderboard import board
     from stepmark.record import read_all
 
+    arguments.tier = _tier(arguments)
     results = arguments.results or results_folder(arguments.tier)
     records = [
         r
@@ -347,6 +472,16 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    choice = _choice(arguments)
+    if choice is None:
+        return _verified(arguments)
+    from stepmark.backbones import checkpoint
+
+    with checkpoint.using(choice):
+        return _verified(arguments)
+
+
+def _verified(arguments: argparse.Namespace) -> int:
     if (arguments.record is None) == (arguments.sample is None):
         raise ValueError("give a record file, FILE:LINE, or --sample N")
     if arguments.sample is not None:
@@ -415,6 +550,8 @@ def _samples(arguments: argparse.Namespace) -> int:
     from stepmark import samples, suite
     from stepmark.meter.machine import machine_id
     from stepmark.record import read_all
+
+    arguments.tier = _tier(arguments)
 
     chosen = _chosen(arguments)
     assert isinstance(chosen, suite.Selection)

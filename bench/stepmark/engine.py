@@ -103,7 +103,7 @@ def pool(cells: Iterable[Cell], device: str, timing: bool, workers: int) -> Iter
         for index in range(min(workers, len(groups))):
             line, far = context.Pipe()
             place = (device, cores[index]) if device == "cpu" else (f"{device.split(':')[0]}:{index}", None)
-            process = context.Process(target=_worker, args=(far, *place, timing), daemon=True)
+            process = context.Process(target=_worker, args=(far, *place, timing))
             process.start()
             far.close()
             line.send(groups.pop())
@@ -167,6 +167,7 @@ def ray(
     nodes = [node["Resources"].get("CPU", 0.0) for node in cluster.nodes() if node["Alive"]]
     whole = max(1.0, min(nodes))
     gpus = 0 if device == "cpu" else 1
+    named = {name: value for name, value in os.environ.items() if name == "STEPMARK_BACKBONE"}
 
     def work(fields: dict[str, object], on: str, timed: bool) -> tuple[str, str | None]:
         cell = Cell(**fields)  # type: ignore[arg-type]
@@ -178,7 +179,8 @@ def ray(
     waiting: dict[object, Cell] = {}
     for cell in cells:
         timed = timing and cell.seed == 0
-        task = remote.options(num_cpus=whole if timed else 1, num_gpus=gpus, max_retries=2)
+        told = {"runtime_env": {"env_vars": named}} if named else {}  # the folder lies at the same place on every node
+        task = remote.options(num_cpus=whole if timed else 1, num_gpus=gpus, max_retries=2, **told)
         waiting[task.remote(asdict(cell), device, timed)] = cell
     while waiting:
         ready, _ = cluster.wait(list(waiting), num_returns=1)

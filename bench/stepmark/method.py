@@ -62,6 +62,7 @@ class Method:
     tasks: tuple[str, ...] = ()
     baselines: tuple[str, ...] = ()
     claims: tuple[Claim, ...] = ()
+    ranks: int = 1  # processes in which `run` is called at once; they meet in `session.group`
 
     def networks(self, session: Session) -> dict[str, nn.Module]:
         """Build, untrained, the networks that the method adds to those of the task.

@@ -1,6 +1,6 @@
 """Finding plugins without importing them, and mounting their folders.
 
-`methods`, `datasets` and `leaderboard` lie at the root of the checkout, outside the package, and hold no
+`methods`, `datasets`, `kernels` and `leaderboard` lie at the root of the checkout, outside the package, and hold no
 `__init__.py`: a top-level package called `datasets` would shadow Hugging Face's. They are mounted as namespace packages
 `stepmark.methods`, `stepmark.datasets` ...: from the checkout, else from inside the wheel, plus
 every folder in `$STEPMARK_METHODS` and every entry point of group `stepmark.methods`.
@@ -16,14 +16,17 @@ import os
 import sys
 import types
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stepmark.method import Claim, Method, Paper
-from stepmark.task import Dataset, Task
+from stepmark.task import CHECKPOINT, Dataset, Task
+
+if TYPE_CHECKING:
+    from stepmark.backbones.checkpoint import Made
 
 PACKAGE = Path(__file__).parent
 MOUNTS = ("methods", "datasets", "leaderboard")
@@ -86,7 +89,7 @@ def _installed_folders() -> list[Path]:
 
 
 def mount() -> None:
-    """Make `stepmark.methods`, `.datasets` and `.leaderboard` importable. Called once, by `import stepmark`."""
+    """Make `stepmark.methods`, `.datasets`, `.kernels` and `.leaderboard` importable. Called once, by `import stepmark`."""
     root = checkout() or PACKAGE
     for name in MOUNTS:
         module = types.ModuleType(f"stepmark.{name}", f"Mounted from {name}/ (see stepmark.plugins).")
@@ -214,25 +217,64 @@ def methods() -> dict[str, MethodInfo]:
         if info.id in found:
             raise PluginError(f"method id {info.id!r} stands in {found[info.id].path} and {info.path}; rename one")
         found[info.id] = info
+    made = _checkpoint()
+    if made is not None:
+        found |= {i: replace(m, tasks=(*m.tasks, made.task.id)) for i, m in found.items() if made.suits(m)}
     return found
 
 
 def tracks() -> list[str]:
     """Names of the tracks."""
-    return sorted(p.stem for p in (PACKAGE / "tracks").glob("*.py") if p.stem != "__init__")
+    return sorted({track for track, _ in _track_files()})
+
+
+def _track_files() -> list[tuple[str, Path]]:
+    """(track, module): `tracks/<track>.py` and further parts of it, `tracks/<track>_<part>.py`.
+
+    A part holds tasks whose inputs or metrics are its own, so that records of the other tasks do not hang on it.
+    """
+    paths = [p for p in sorted((PACKAGE / "tracks").glob("*.py")) if p.stem != "__init__"]
+    stems = {p.stem for p in paths}
+    return [(stem if (stem := p.stem.split("_")[0]) in stems else p.stem, p) for p in paths]
 
 
 @lru_cache(maxsize=1)
-def tasks() -> dict[str, tuple[str, Task]]:
-    """Task id -> (track, Task), read without importing the tracks."""
-    found: dict[str, tuple[str, Task]] = {}
-    for track in tracks():
-        path = PACKAGE / "tracks" / f"{track}.py"
+def _placed_tasks() -> dict[str, tuple[str, Task, Path]]:
+    found: dict[str, tuple[str, Task, Path]] = {}
+    for track, path in _track_files():
         for task in _assigned(_parse(path).body, path, ("TASKS",)).get("TASKS", ()):
             if task.id in found:
                 raise PluginError(f"{path}: task {task.id!r} also stands in track {found[task.id][0]}; rename one")
-            found[task.id] = (track, task)
+            found[task.id] = (track, task, path)
     return found
+
+
+@lru_cache(maxsize=1)
+def fixed_tasks() -> dict[str, tuple[str, Task]]:
+    """Task id -> (track, Task), read without importing the tracks."""
+    return {name: (track, task) for name, (track, task, _) in _placed_tasks().items()}
+
+
+def tasks() -> dict[str, tuple[str, Task]]:
+    """As `fixed_tasks`, with the task of the checkpoint folder that the environment names, where it names one."""
+    made = _checkpoint()
+    return fixed_tasks() if made is None else fixed_tasks() | {made.task.id: (made.track, made.task)}
+
+
+def _checkpoint() -> Made | None:
+    """What is made of a checkpoint folder (`stepmark run --backbone FOLDER`)."""
+    if not os.environ.get("STEPMARK_BACKBONE"):
+        return None
+    from stepmark.backbones import checkpoint
+
+    return checkpoint.current()
+
+
+def track_file(task: str) -> Path:
+    """The module of the track that holds a task."""
+    if task.startswith(CHECKPOINT):
+        return PACKAGE / "tracks" / f"{tasks()[task][0]}_checkpoint.py"
+    return _placed_tasks()[task][2]
 
 
 def datasets() -> dict[str, Dataset]:
@@ -337,15 +379,28 @@ def source_digests(info: MethodInfo, task: Task) -> dict[str, str]:
 
     Of a task all counts but its summary and how many cells there are.
     """
-    track = PACKAGE / "tracks" / f"{tasks()[task.id][0]}.py"
+    path = track_file(task.id)
+    track = code_digest(path, {*TRACK_CALLS, *identifiers(info.path)} - {"TASKS"})
+    whole = path.with_name(f"{tasks()[task.id][0]}.py")
+    if path != whole:  # a part of a track uses what the track defines
+        used = (identifiers(info.path) | identifiers(path)) - {"TASKS"}
+        track = hashlib.sha256(f"{track} {code_digest(whole, used)}".encode()).hexdigest()
     more = {"summary", "rungs", "smoke_rungs", "seeds"}
     asked = {name: value for name, value in asdict(task).items() if name not in more}
     return {
         "method": code_digest(info.path),
-        "track": code_digest(track, {*TRACK_CALLS, *identifiers(info.path)} - {"TASKS"}),
+        "track": track,
         "task": hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest(),
-        "dataset": code_digest((checkout() or PACKAGE) / "datasets" / f"{task.dataset}.py"),
+        "dataset": _dataset_digest(task),
     }
+
+
+def _dataset_digest(task: Task) -> str:
+    if task.from_folder:
+        from stepmark.backbones import checkpoint
+
+        return checkpoint.digest_of_inputs()
+    return code_digest((checkout() or PACKAGE) / "datasets" / f"{task.dataset}.py")
 
 
 def identifiers(path: Path) -> frozenset[str]:

@@ -30,13 +30,15 @@ from torch import Tensor, nn
 from stepmark import __version__, backbones, plugins, samples
 from stepmark import record as records
 from stepmark.audit import Guard
+from stepmark.backbones import checkpoint
+from stepmark.distributed import SENT, Pool, device_of
 from stepmark.meter import energy, latency, machine, memory
-from stepmark.meter.counts import BudgetExceeded, Flops, Ledger, count_flops, watch, watch_function
+from stepmark.meter.counts import BudgetExceeded, Flops, Ledger, Traffic, count_flops, watch, watch_function
 from stepmark.method import Method, Skip
 from stepmark.plugins import MethodInfo
 from stepmark.session import Session, derive_seed
 from stepmark.stats import bootstrap_indices
-from stepmark.task import BadOutput, Sealed, Task, digest_of, sealed
+from stepmark.task import CHECKPOINT, BadOutput, Sealed, Task, digest_of, sealed
 
 RESAMPLES = 100
 CONTRACT = "1"  # raised when the meaning of a cached prepared state changes
@@ -60,10 +62,9 @@ class Cell:
     @property
     def command(self) -> str:
         """The command that repeats this cell."""
-        return (
-            f"stepmark run --method {self.method} --task {self.task} --rung {self.rung} "
-            f"--seed {self.seed} --tier {self.tier}"
-        )
+        made = checkpoint.current() if self.task.startswith(CHECKPOINT) else None
+        what = f"--task {self.task}" if made is None else made.choice.words
+        return f"stepmark run --method {self.method} {what} --rung {self.rung} --seed {self.seed} --tier {self.tier}"
 
 
 def track_of(task: str) -> tuple[ModuleType, Task]:
@@ -73,10 +74,11 @@ def track_of(task: str) -> tuple[ModuleType, Task]:
         KeyError: one line that lists the known tasks.
     """
     known = plugins.tasks()
+    if task not in known and task.startswith(CHECKPOINT):
+        raise KeyError(f"task {task!r} is made from a checkpoint folder: name it by --backbone FOLDER")
     if task not in known:
         raise KeyError(f"no task {task!r}; known: {', '.join(sorted(known))}")
-    track, found = known[task]
-    return importlib.import_module(f"stepmark.tracks.{track}"), found
+    return importlib.import_module(f"stepmark.tracks.{plugins.track_file(task).stem}"), known[task][1]
 
 
 def cut(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
@@ -154,7 +156,13 @@ class Bench:
     """One method on one task on one device, prepared. Holds no state that a later cell could feel."""
 
     def __init__(
-        self, info: MethodInfo, task_id: str, tier: str = "embedded", device: str = "cpu", show_progress: bool = True
+        self,
+        info: MethodInfo,
+        task_id: str,
+        tier: str = "embedded",
+        device: str = "cpu",
+        show_progress: bool = True,
+        rank: int = 0,
     ) -> None:
         self.info = info
         self.track, self.task = track_of(task_id)
@@ -162,17 +170,31 @@ class Bench:
             raise KeyError(f"{info.id} does not name task {task_id!r}; it names {', '.join(info.tasks)}")
         self.tier, self.device = tier, torch.device(device)
         self.dtype = torch.float32
+        self.price = 1  # rows of a network that one evaluation of it takes
+        if self.task.from_folder:
+            checkpoint.admit(self._load())
+            self.price = checkpoint.current().price
         self.ledger = Ledger(bounded=self.task.bounded)
         self.networks = {
             role: self._watched(role, backbones.load(name, self.device)) for role, name in self.task.backbones.items()
         }
+        if self.task.from_folder:
+            self.networks = checkpoint.Roles(self.networks)
         handles = self.track.handles(self.task, self.device)
         simulators = {name: watch_function(self.ledger, name, function) for name, function in handles.items()}
+        told = checkpoint.seen(self.task) if self.task.from_folder else self.task
         self.session = Session(
-            self.task, tier, self.device, self.dtype, self.networks, simulators, self.ledger, show_progress
+            told, tier, self.device, self.dtype, self.networks, simulators, self.ledger, show_progress
         )
         self.method = self._load()
         self.offline = self._prepare()
+        self.ranks = self.method.ranks
+        self.pool: Pool | None = None
+        if self.ranks > 1:
+            self.ledger.entries[SENT] = Traffic()
+            if rank == 0:  # the others are in processes of the pool, with a bench each
+                self.device = device_of(self.device, 0)
+                self.pool = Pool(info.id, task_id, tier, self.device, self.ranks)
 
     def _load(self) -> Method:
         with sealed():
@@ -258,10 +280,32 @@ class Bench:
     def begin(self, batch: Mapping[str, Any], rung: int, seed: int, index: int = 0) -> None:
         """Everything before the timed call: random stream, budget, counters."""
         self.session.begin("run", derive_seed("run", self.task.id, seed, index), rung * size_of(batch))
+        if self.ranks > 1:
+            first = next(iter(batch.values()))
+            self.ledger.whole = first[0].numel() if isinstance(first, Tensor) else 0
+        if self.pool is not None:
+            self.session.group = self.pool.start(self.ledger)
+            self.pool.give(batch, rung, seed, index)
 
     def call(self, batch: Mapping[str, Any], rung: int) -> Any:
         """The timed call and nothing else."""
-        return self.method.run(self.session, batch, rung)
+        if self.pool is not None:
+            return self.pool.call(partial(self.method.run, self.session, batch, rung // self.price), self.ledger)
+        return self.method.run(self.session, batch, rung // self.price)
+
+    def take_part(self, batch: Mapping[str, Any], rung: int, counting: bool) -> tuple[Flops | None, list[str]]:
+        """A worker's part of a call that has begun: its FLOPs and what the guard flags, where those are counted."""
+        guard = Guard(self.session.rng, self.session.seed)
+        with contextlib.ExitStack() as watching:
+            watching.enter_context(sealed())
+            watching.enter_context(torch.no_grad())
+            flops = None
+            if counting:
+                flops = watching.enter_context(count_flops(self.ledger, list(self.networks.values())))
+                watching.enter_context(guard)
+            self.call(batch, rung)
+            self.session.group.finish()
+        return flops, guard.flags
 
     def run(self, batch: Mapping[str, Any], rung: int, seed: int, index: int = 0) -> Any:
         """One checked `run` call."""
@@ -291,6 +335,14 @@ class Bench:
         guard = Guard(self.session.rng, self.session.seed)
         with sealed(), torch.no_grad(), count_flops(self.ledger, list(self.networks.values())) as flops, guard:
             self.call(batch, rung)
+        for report in self.pool.reports if self.pool is not None else []:
+            if report.flops is not None:
+                flops.ranks = [*(flops.ranks or [flops.total]), report.flops.total]
+                flops.strays += report.flops.strays
+                flops.threads += report.flops.threads
+                flops.outside += report.flops.outside
+            guard.flags += [flag for flag in report.flags if flag not in guard.flags]
+        flops.total = sum(flops.ranks) or flops.total
         return flops, guard
 
     def audit(self, batch: dict[str, Any], first: First, rung: int, seed: int) -> tuple[list[str], dict[str, float]]:
@@ -343,6 +395,10 @@ class Bench:
         figures = {"flops": flops.total / items, "flops_outside": flops.outside / items}
         if reference:
             figures["nfe_equivalent"] = flops.total / items / reference
+        if flops.ranks:
+            figures |= {"ranks": float(self.ranks), "rank_flops": max(flops.ranks) / items}
+        if flops.held:
+            figures["kv_bytes"] = float(flops.held)
         return flags, figures
 
     def quality(self, n: int, rung: int, seed: int) -> tuple[dict[str, Any], Any, First, dict[str, dict[str, float]]]:
@@ -397,10 +453,21 @@ def _time(
     mine: Bench, batch: dict[str, Any], first: First, cell: Cell
 ) -> tuple[records.Latency, list[str], str | None]:
     benches = {"method": mine}
-    baseline = next((b for b in mine.info.baselines if cell.task in plugins.methods()[b].tasks), None)
-    if baseline is not None:
-        source = source_digest(plugins.methods()[baseline].path)
-        benches["baseline"] = bench(baseline, cell.task, cell.tier, str(mine.device), source)
+    baseline: str | None = None
+    for name in mine.info.baselines:
+        if cell.task not in plugins.methods()[name].tasks:
+            continue
+        source = source_digest(plugins.methods()[name].path)
+        try:
+            other = bench(name, cell.task, cell.tier, str(mine.device), source)
+            if mine.task.from_folder:  # where a method may need what the folder does not bring
+                other.run(batch, cell.rung, cell.seed)
+        except Skip:
+            if mine.task.from_folder:
+                continue
+            raise
+        baseline, benches["baseline"] = name, other
+        break
     smoke = cell.tier == "smoke"
     with sealed(), torch.no_grad():
         read = latency.measure(
@@ -467,7 +534,9 @@ def measured(
         "tier": cell.tier,
         "machine": machine.machine_id(),
         "digests": digests(info, task),
-        "environment": machine.environment() | {"device": torch.device(device).type, "threads": "1"},
+        "environment": machine.environment()
+        | {"device": torch.device(device).type, "threads": "1"}
+        | ({"checkpoint": task.summary} if task.from_folder else {}),
         "command": cell.command,
         "created": dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": commit(),
@@ -475,6 +544,7 @@ def measured(
     shown: samples.Shown | None = None
     try:
         passed, shown = _passes(cell, info, device, timing, show_progress)
+        fields["environment"] |= passed.pop("environment", {})
         fields |= passed
     except Skip as reason:
         fields |= {"status": "skipped", "message": _one_line(str(reason))}
@@ -492,6 +562,9 @@ def _passes(
     cell: Cell, info: MethodInfo, device: str, timing: bool, show_progress: bool
 ) -> tuple[dict[str, Any], samples.Shown | None]:
     mine = bench(cell.method, cell.task, cell.tier, device, source_digest(info.path), show_progress)
+    why = "run without timing"
+    if mine.ranks > (cores := machine.usable_cores()) and mine.device.type == "cpu":
+        timing, why = False, f"{mine.ranks} processes on {cores} core: their times would say nothing"
     mine.method = mine._load()  # globals that an earlier rung left in the module are gone
     task = mine.task
     n = task.items(cell.tier)
@@ -546,11 +619,16 @@ def _passes(
     elif cell.seed:
         reasons |= dict.fromkeys(("latency", "memory", "energy"), "read at seed 0; other seeds repeat the quality")
     else:
-        reasons |= dict.fromkeys(("latency", "memory", "energy"), "run without timing")
+        reasons |= dict.fromkeys(("latency", "memory", "energy"), why)
+    if mine.ranks > 1:  # what its times have to be read beside
+        found["environment"] = {"processes": str(mine.ranks), "cores": str(machine.usable_cores())}
     if flags:
         bench.cache_clear()  # whatever the plugin left behind must not reach the next cell
     found |= {"counts": counts, "reasons": reasons, "flags": flags, "status": "flagged" if flags else "ok"}
-    return found, samples.of_outputs(inputs, outputs) if cell.seed == 0 else None
+    shown = cell.seed == 0 and not task.from_folder  # of a checkpoint: latents, or words of another vocabulary
+    if not shown:
+        return found, None
+    return found, samples.marked(samples.of_outputs(inputs, outputs), mine, inputs, cell.rung, cell.seed)
 
 
 def _again(mine: Bench, batch: Mapping[str, Any], cell: Cell) -> Callable[[], Any]:

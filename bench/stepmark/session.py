@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from stepmark.distributed import Group
 from stepmark.meter.counts import Ledger
+from stepmark.method import skip
 from stepmark.task import Sealed, Task, load_split
 
 T = TypeVar("T")
@@ -32,6 +34,8 @@ class Session:
         state: the tensors that `prepare` returned.
         rng, seed: the stage's `torch.Generator` on `device`, and an integer for numpy and scikit-learn.
         device, dtype: where tensors live.
+        group: the processes that run the method together, as this one sees them; a single one unless the method sets
+            `ranks`.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class Session:
         self.task, self.tier, self.device, self.dtype = task, tier, device, dtype
         self.networks, self.simulators = networks, simulators
         self.state: dict[str, Tensor] = {}
+        self.group = Group()
         self.rng = torch.Generator(device=device)
         self.seed = 0
         self._ledger = ledger
@@ -68,6 +73,8 @@ class Session:
         """The dataset's train split. Only `prepare` may look at it."""
         if self._stage != "prepare":
             raise Sealed("session.train is for prepare; run gets its inputs as batch and its state as session.state")
+        if self.task.from_folder:
+            skip("needs training data, and a checkpoint folder brings none")
         return load_split(self.task.dataset, "train")
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from stepmark.run import Cell, digests
 
 @dataclass(frozen=True)
 class Selection:
-    """Which cells to run; an empty tuple means all."""
+    """Which cells to run; an empty tuple means all. `quick`: each method on one task of each kind (`most_shared`)."""
 
     tier: str = "embedded"
     methods: tuple[str, ...] = ()
@@ -22,6 +23,7 @@ class Selection:
     tasks: tuple[str, ...] = ()
     rungs: tuple[int, ...] = ()
     seeds: tuple[int, ...] = ()
+    quick: bool = False
 
 
 @dataclass
@@ -51,6 +53,13 @@ def check_selection(selection: Selection) -> None:
                 raise KeyError(f"no {kind} {name!r}; known: {', '.join(sorted(have))}")
 
 
+def most_shared(info: plugins.MethodInfo, tasks: Sequence[str]) -> list[str]:
+    """Of each kind among these tasks of a method (kind/name) the one that most methods of its track name."""
+    shared = Counter(t for other in plugins.methods().values() if other.track == info.track for t in other.tasks)
+    kinds = dict.fromkeys(task.split("/")[0] for task in tasks)
+    return [max((t for t in tasks if t.split("/")[0] == kind), key=lambda task: shared[task]) for kind in kinds]
+
+
 def cells(selection: Selection) -> list[Cell]:
     """Every cell of the selection: methods by track, baselines (methods that no other is compared with) first.
 
@@ -71,8 +80,8 @@ def cells(selection: Selection) -> list[Cell]:
                 raise plugins.PluginError(
                     f"{info.path}: names task {task_id!r}, which is not there (stepmark list tasks)"
                 )
-            if selection.tasks and task_id not in selection.tasks:
-                continue
+        asked = [task_id for task_id in info.tasks if not selection.tasks or task_id in selection.tasks]
+        for task_id in most_shared(info, asked) if selection.quick else asked:
             task = plugins.tasks()[task_id][1]
             seeds = range(1 if selection.tier == "smoke" else task.seeds)
             chosen = tuple(rung for rung in task.rungs if rung in selection.rungs)

@@ -14,6 +14,13 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+CHECKPOINT = "checkpoint/"  # begins the ids of tasks that are made from a folder at run time, and of their backbones
+# Their metrics by track. They stand here because a board shows such records without the folder that they came from.
+CHECKPOINT_METRICS = {
+    "image": {"endpoint_error": "lower", "reference_error": "lower"},
+    "decoding": {"first_divergence": "higher", "exact_match": "higher", "tokens": "higher"},
+}
+
 
 class BadOutput(Exception):
     """A method returned something that its track does not accept. One line, says what is wrong."""
@@ -81,6 +88,11 @@ class Task:
     def items(self, tier: str) -> int:
         """How many items are scored at this tier."""
         return self.smoke_n if tier == "smoke" else self.n
+
+    @property
+    def from_folder(self) -> bool:
+        """Whether it was made from a checkpoint folder (`stepmark.backbones.checkpoint`)."""
+        return self.id.startswith(CHECKPOINT)
 
 
 @dataclass(frozen=True)

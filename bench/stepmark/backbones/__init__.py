@@ -17,6 +17,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stepmark.task import CHECKPOINT
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -69,6 +71,8 @@ def recipe(backbone: str) -> Recipe:
 
 def digest(backbone: str) -> str:
     """Digest of what `load` returns: the weights' sha256, or of the recipe's source for an analytic backbone."""
+    if backbone.startswith(CHECKPOINT):
+        return importlib.import_module("stepmark.backbones.checkpoint").digest(backbone)
     if recipe(backbone).train is not None:
         return manifest()[backbone]["sha256"]
     module = importlib.import_module(recipe(backbone).build.__module__)
@@ -83,6 +87,8 @@ def load(backbone: str, device: torch.device | str = "cpu", dtype: torch.dtype |
     """
     from safetensors.torch import load_file
 
+    if backbone.startswith(CHECKPOINT):
+        return importlib.import_module("stepmark.backbones.checkpoint").load(backbone, device)
     spec = recipe(backbone)
     module = spec.build()
     if spec.train is not None:

@@ -11,7 +11,9 @@ import contextlib
 import functools
 import threading
 import types
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,12 +31,12 @@ class Entry:
     """What was asked of one handle: calls, rows (items over all calls), positions (rows x sequence length)."""
 
     calls: int = 0
-    rows: int = 0
-    positions: int = 0
+    rows: float = 0
+    positions: float = 0
     layers: int = 0  # how many layers make one evaluation; 0: a call of `forward` is one
     layer_calls: int = 0
-    layer_rows: int = 0
-    layer_positions: int = 0
+    layer_rows: float = 0
+    layer_positions: float = 0
 
     @property
     def evaluations(self) -> float:
@@ -46,6 +48,33 @@ class Entry:
         positions = self.layer_positions / self.layers if self.layers else float(self.positions)
         figures = {"calls": float(self.calls), "evaluations": self.evaluations, "positions": positions}
         return figures | ({"layer_evaluations": float(self.layer_rows)} if self.layers else {})
+
+    def join(self, other: Entry) -> None:
+        """Add what another rank asked of its copy of the handle, at the same time: the calls do not follow each other."""
+        self.calls = max(self.calls, other.calls)
+        self.layer_calls = max(self.layer_calls, other.layer_calls)
+        self.rows += other.rows
+        self.positions += other.positions
+        self.layer_rows += other.layer_rows
+        self.layer_positions += other.layer_positions
+
+
+@dataclass
+class Traffic(Entry):
+    """What one rank sent to others: messages are counted once, where they are sent."""
+
+    messages: int = 0
+    bytes: int = 0
+
+    def as_dict(self) -> dict[str, float]:
+        """The figures that go into a record."""
+        return {"messages": float(self.messages), "bytes": float(self.bytes)}
+
+    def join(self, other: Entry) -> None:
+        """Add what another rank sent."""
+        assert isinstance(other, Traffic)
+        self.messages += other.messages
+        self.bytes += other.bytes
 
 
 @dataclass
@@ -63,6 +92,9 @@ class Ledger:
     flops_now: Callable[[], int] | None = None  # set while FLOPs are counted
     flops_inside: int = 0
     entered: int = 0
+    held: int = 0  # greatest bytes in the caches at the start of a layer, read while FLOPs are counted
+    caches: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+    whole: int = 0  # elements of a whole item, where ranks hold parts: an evaluation of a part costs its share
 
     def enter(self) -> None:
         """A counted call begins."""
@@ -76,11 +108,16 @@ class Ledger:
         if self.active == 0 and self.flops_now is not None:
             self.flops_inside += self.flops_now() - self.entered
 
+    def hold(self, cache: Any) -> None:
+        """A layer begins with this key/value cache: weigh it and every other that still lives."""
+        self.caches.add(cache)
+        self.held = max(self.held, held_bytes(list(self.caches)))
+
     def reset(self, limit: float = float("inf")) -> None:
         """Start a stage: all counts to zero, a new limit in evaluations."""
         self.limit = limit
         for name, entry in self.entries.items():
-            self.entries[name] = Entry(layers=entry.layers)
+            self.entries[name] = type(entry)(layers=entry.layers)
 
     @property
     def spent(self) -> float:
@@ -99,7 +136,37 @@ class Ledger:
 
     def snapshot(self) -> dict[str, dict[str, float]]:
         """Counts by handle, handles never called left out."""
-        return {n: e.as_dict() for n, e in self.entries.items() if e.calls or e.layer_calls}
+        asked = {n: e for n, e in self.entries.items() if e.calls or e.layer_calls or isinstance(e, Traffic)}
+        return {name: entry.as_dict() for name, entry in asked.items()}
+
+
+def held_bytes(owner: Any) -> int:
+    """Bytes of the storages behind every tensor that an object holds, in attributes and containers at any depth.
+
+    A storage counts once and whole, however small a view of it is in use: what is only masked or cut off by a view is
+    still held. Networks are not looked into.
+    """
+    storages: dict[int, int] = {}
+    seen: set[int] = set()
+    waiting = [owner]
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen or isinstance(item, (str, bytes, int, float, nn.Module)):
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            storage = item.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(item, Mapping):
+            waiting.extend(item.values())
+        elif isinstance(item, (list, tuple, set, frozenset, deque)):
+            waiting.extend(item)
+        else:
+            slots = (
+                getattr(item, name, None) for kind in type(item).__mro__ for name in getattr(kind, "__slots__", ())
+            )
+            waiting.extend([*slots, *getattr(item, "__dict__", {}).values()])
+    return sum(storages.values())
 
 
 def shape_of(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, int]:
@@ -110,6 +177,11 @@ def shape_of(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, int]:
             sequence = value.ndim == 3 or (value.ndim == 2 and not value.is_floating_point())
             return rows, rows * value.shape[1] if sequence else rows
     return 1, 1
+
+
+def _elements(args: Sequence[Any], kwargs: dict[str, Any]) -> int:
+    """Elements of the first tensor of a call."""
+    return next((value.numel() for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), 0)
 
 
 def _intercept(ledger: Ledger, module: nn.Module, before: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> None:
@@ -137,18 +209,22 @@ def watch(ledger: Ledger, name: str, module: nn.Module, layers: Sequence[nn.Modu
     def on_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         entry = ledger.entries[name]
         rows, positions = shape_of(args, kwargs)
+        share = _elements(args, kwargs) / (rows * ledger.whole) if ledger.whole else 1
         entry.calls += 1
-        entry.rows += rows
-        entry.positions += positions
+        entry.rows += rows * share
+        entry.positions += positions * share
         if not layers:
             ledger.check()
 
     def on_layer(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         entry = ledger.entries[name]
         rows, positions = shape_of(args, kwargs)
+        share = _elements(args, kwargs) / (rows * ledger.whole) if ledger.whole else 1
         entry.layer_calls += 1
-        entry.layer_rows += rows
-        entry.layer_positions += positions
+        entry.layer_rows += rows * share
+        entry.layer_positions += positions * share
+        if ledger.flops_now is not None and kwargs.get("past_key_values") is not None:
+            ledger.hold(kwargs["past_key_values"])
         ledger.check()
 
     _intercept(ledger, module, on_call)
@@ -195,10 +271,16 @@ def _dot_flops(vector: Sequence[int], *_: Any, **__: Any) -> int:
 
 @dataclass
 class Flops:
-    """FLOPs of one call: all of them, those outside any counted call, and uncounted modules that ran."""
+    """FLOPs of one call: all of them, those outside any counted call, and uncounted modules that ran.
+
+    `held`: greatest bytes in key/value caches at the start of a layer, a layer's own pass left out. `ranks`: the share of
+    each process of a method that runs on several.
+    """
 
     total: int = 0
     outside: int = 0
+    held: int = 0
+    ranks: list[int] = field(default_factory=list)
     strays: list[str] = field(default_factory=list)
     threads: list[str] = field(default_factory=list)
 
@@ -229,6 +311,8 @@ def count_flops(ledger: Ledger, watched: Sequence[nn.Module]) -> Iterator[Flops]
     recurrent = any(isinstance(part, nn.LSTM) for network in watched for part in network.modules())
     mkldnn = torch.backends.mkldnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
     ledger.flops_inside, ledger.flops_now = 0, counter.get_total_flops
+    ledger.held = 0
+    ledger.caches.clear()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         with mkldnn, counter:
@@ -239,6 +323,7 @@ def count_flops(ledger: Ledger, watched: Sequence[nn.Module]) -> Iterator[Flops]
         ledger.flops_now = None
         result.total = counter.get_total_flops()
         result.outside = result.total - ledger.flops_inside
+        result.held = ledger.held
 
 
 def _has_weights(module: nn.Module) -> bool:

@@ -150,6 +150,12 @@ def _constant() -> dict[str, object]:
     return found | {key: value for key, value in _nvidia().items() if key != "gpus"}
 
 
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def fingerprint() -> dict[str, object]:
     """All that is known of the machine and the installation; fields that cannot be read are None or missing.
 
@@ -159,10 +165,9 @@ def fingerprint() -> dict[str, object]:
     machine (the id).
     """
     torch = sys.modules.get("torch")  # never imported from here: that would cost seconds
-    affinity = getattr(os, "sched_getaffinity", None)
     return {
         **_constant(),
-        "usable_cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "usable_cores": usable_cores(),
         "torch_threads": torch.get_num_threads() if torch is not None else None,
         "torch_cuda": torch.version.cuda if torch is not None else None,
         "machine": machine_id(),

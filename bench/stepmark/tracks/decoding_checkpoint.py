@@ -1,0 +1,81 @@
+"""Track decoding, tasks of checkpoint folders: greedy decoding of a language model that somebody brings.
+
+Prompts are lines of a file, or random tokens. Nobody knows right answers: what can be judged is whether a text is the
+one that plain greedy decoding of the same network writes, and how much of it a budget of target forwards buys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from stepmark.backbones import checkpoint
+from stepmark.backbones.checkpoint_text import RANDOM_PROMPT, end, new_tokens, prompts, vocabulary
+from stepmark.task import BadOutput, Score, Task, harness_only
+from stepmark.tracks.decoding import agreement
+from stepmark.tracks.decoding import handles as handles
+from stepmark.tracks.decoding import layers as layers
+from stepmark.tracks.decoding import reference_call as reference_call
+
+
+def inputs(task: Task, n: int, generator: torch.Generator, device: torch.device) -> dict[str, list[Any]]:
+    """`n` of the prompts in random order, or as many of random tokens."""
+    harness_only("the prompts")
+    made = checkpoint.current()
+    given = prompts(made)
+    if given:
+        chosen = [given[i] for i in torch.randperm(len(given), generator=generator)[:n].tolist()]
+    else:
+        chosen = torch.randint(vocabulary(made), (n, RANDOM_PROMPT), generator=generator).tolist()
+        stop = end(made.parts["target"])
+        chosen = [[token if token != stop else (stop + 1) % vocabulary(made) for token in row] for row in chosen]
+    n = len(chosen)
+    return {"prompt": chosen, "max_new_tokens": [new_tokens(made)] * n, "temperature": [0.0] * n}
+
+
+def check(task: Task, batch: Mapping[str, Any], outputs: Any) -> None:
+    """One list of valid token ids per prompt, not empty, not too long, nothing after the end of the sequence."""
+    made = checkpoint.current()
+    size, stop = vocabulary(made), end(made.parts["target"])
+    if not isinstance(outputs, list) or len(outputs) != len(batch["prompt"]):
+        raise BadOutput(f"run must return a list of {len(batch['prompt'])} lists of token ids")
+    for ids, limit in zip(outputs, batch["max_new_tokens"], strict=True):
+        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < size for i in ids):
+            raise BadOutput(f"every output must be a list of ints in [0, {size})")
+        if not 1 <= len(ids) <= limit:
+            raise BadOutput(f"an output has {len(ids)} tokens; allowed are 1 to {limit}")
+        if stop in ids[:-1]:
+            raise BadOutput("an output goes on after its end-of-sequence token")
+
+
+def score(
+    task: Task,
+    batch: Mapping[str, Any],
+    outputs: list[list[int]],
+    networks: Mapping[str, nn.Module],
+    resample: NDArray[np.int64],
+) -> dict[str, Score]:
+    """Metrics over all prompts, from the token ids alone.
+
+    first_divergence: mean number of leading tokens that are plain greedy decoding's, which a faster method writes more of
+    in the same budget. exact_match: share of outputs that are, as a prefix where the budget ended. tokens: mean number
+    of new tokens.
+    """
+    harness_only("scoring")
+    lengths = np.array([len(ids) for ids in outputs], dtype=float)
+    pairs = zip(batch["prompt"], outputs, strict=True)
+    agreeing = np.array([agreement(networks["target"], prompt, ids) for prompt, ids in pairs], dtype=float)
+
+    def mean(values: NDArray[np.float64]) -> Score:
+        return Score(float(values.mean()), values[resample].mean(axis=1).tolist())
+
+    return {
+        "first_divergence": mean(agreeing),
+        "exact_match": mean((agreeing == lengths).astype(float)),
+        "tokens": mean(lengths),
+    }
