@@ -208,12 +208,14 @@ def fit(
     tokens: int = 1500,
     drop: float = 0.0,
     warmup: int = 40,
+    stream: Iterator[tuple[Tensor, Tensor]] | None = None,
 ) -> dict[str, float]:
     """Train on completions with Muon (matrices of the layers) and AdamW (the rest), cosine schedule.
 
     Args:
         drop: greatest probability of leaving a layer out of a step; it grows linearly from 0 at the first layer
             (stochastic depth, Huang et al. 2016, section 3), so that skipping layers stays possible at inference.
+        stream: batches as `batches` gives them; default: of the mixture.
 
     Returns: {"loss": mean loss of the last 50 steps, "tokens": tokens seen}.
     """
@@ -229,7 +231,7 @@ def fit(
         ),
     ]
     generator = torch.Generator().manual_seed(seed)
-    stream = batches(examples(seed, 120_000), tokens, seed)
+    stream = batches(examples(seed, 120_000), tokens, seed) if stream is None else stream
     losses: list[float] = []
     seen = 0
     for step in progress(range(steps), "language model"):
@@ -290,6 +292,78 @@ def train_deep(model: nn.Module, progress: Progress) -> dict[str, float]:
     return fit(model, progress, steps=500, lr=1e-3, seed=3, drop=0.2)
 
 
+def recall_batches(stages: list[tuple[int, int, int, int]], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of fresh texts with needles, by stages of growing length.
+
+    Args:
+        stages: (steps, greatest number of words, greatest number of needles, tokens of a batch). A batch holds texts of
+            one length, at least an eighth of the greatest; 4 to 8 of its needles are asked for.
+    """
+    from stepmark.datasets.needles import example
+
+    rng = random.Random(f"recall {seed}")
+    for steps, longest, most, tokens in stages:
+        for _ in range(steps):
+            needles = rng.randint(max(2, most // 4), most)
+            words = max(4 * needles, rng.randint(longest // 8, longest))
+            asked = rng.randint(min(4, needles), min(8, needles))
+            rows = []
+            for _ in range(max(1, tokens // (words + 4 * asked))):
+                prompt, target = example(rng, words, needles, asked)
+                rows.append((encode(prompt), [*encode(target), EOS]))
+            yield next(batches(rows, 10**9, 0))
+
+
+def train_recall(model: nn.Module, progress: Progress) -> dict[str, float]:
+    """About 5 minutes on one core.
+
+    Half as deep at first, on facts with next to no text around them: the circuit that looks a name up forms there
+    within a minute. Then texts grow, each layer becomes two (`split_depth`), and texts grow on, to 1000 words: what a
+    few minutes allow. Longer texts than that are beyond what it has learnt, and recall in them falls off.
+    """
+    shallow = build(64, 3, seed=4)
+    short = [(400, 16, 4, 1400), (300, 64, 8, 1400), (300, 256, 16, 2000)]
+    first = fit(shallow, progress, steps=1000, lr=4e-3, seed=4, stream=recall_batches(short, 4))
+    split_depth(shallow, model)
+    long = [(150, 256, 16, 2000), (150, 512, 20, 2500), (200, 1024, 20, 3300)]
+    second = fit(model, progress, steps=500, lr=2e-3, seed=5, stream=recall_batches(long, 5))
+    return second | {"tokens": first["tokens"] + second["tokens"]}
+
+
+def train_wishes(model: nn.Module, progress: Progress) -> dict[str, float]:
+    """About 1 minute on one core, starting from the committed `lm_target`."""
+    from stepmark.backbones import load
+    from stepmark.task import load_split
+
+    model.load_state_dict(load("lm_target").state_dict())
+    data = load_split("wishes", "train")
+    rows = [(encode(p), [*encode(t), EOS]) for p, t in zip(data["prompt"], data["target"], strict=True)]
+    return fit(model, progress, steps=200, lr=1e-3, seed=6, stream=batches(rows, 1500, 6))
+
+
+def make_outliers(model: nn.Module, progress: Progress) -> dict[str, float]:
+    """Seconds: the function of the committed `lm_target`, with channels behind its norms that stand out.
+
+    Four gains of every norm grow by powers of two and the weights that read them shrink by the same: large models have
+    such channels, and rounding feels them while the function stays what it was.
+    """
+    from stepmark.backbones import load
+
+    model.load_state_dict(load("lm_target").state_dict())
+    factor = torch.ones(model.config.hidden_size)
+    factor[[3, 40, 77, 120]] = torch.tensor([16.0, 32.0, 16.0, 8.0])
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for norm, block, names in (
+                (layer.input_layernorm, layer.self_attn, ("q_proj", "k_proj", "v_proj")),
+                (layer.post_attention_layernorm, layer.mlp, ("gate_proj", "up_proj")),
+            ):
+                norm.weight *= factor
+                for name in names:
+                    getattr(block, name).weight /= factor
+    return {"greatest": float(factor.max())}
+
+
 RECIPES: dict[str, Recipe] = {
     "lm_target": Recipe(
         build=lambda: build(128, 4, seed=1),
@@ -305,5 +379,20 @@ RECIPES: dict[str, Recipe] = {
         build=lambda: build(128, 12, seed=3),
         train=train_deep,
         summary="Llama, width 128, 12 layers, grown from lm_target and trained on with stochastic depth",
+    ),
+    "lm_recall": Recipe(
+        build=lambda: build(64, 6, seed=4),
+        train=train_recall,
+        summary="Llama, width 64, 6 layers, trained to recall facts from texts of up to 1000 words",
+    ),
+    "lm_outliers": Recipe(
+        build=lambda: build(128, 4, seed=6),
+        train=make_outliers,
+        summary="Llama, width 128, 4 layers: the function of lm_target, with outlier channels behind its norms",
+    ),
+    "lm_wishes": Recipe(
+        build=lambda: build(128, 4, seed=5),
+        train=train_wishes,
+        summary="Llama, width 128, 4 layers: lm_target trained on with stories that follow a wished colour weakly",
     ),
 }

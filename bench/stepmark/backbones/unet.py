@@ -97,6 +97,60 @@ class ConditionalUNet(nn.Module):
         return pixel_shuffle(out, self.patch) if self.patch > 1 else out
 
 
+class Unnamed(nn.Module):
+    """A conditional denoiser whose condition is ignored: it draws from all of the data."""
+
+    def __init__(self, named: ConditionalUNet) -> None:
+        super().__init__()
+        self.named, self.prediction, self.kinds = named, named.prediction, named.kinds
+
+    def null_condition(self, condition: Tensor) -> Tensor:
+        """The same condition: there is no other branch."""
+        return condition
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """Unconditional prediction [B, C, H, W]."""
+        return self.named(x, t, self.named.null_condition(condition))
+
+
+class FlatDenoiser(nn.Module):
+    """A residual perceptron on the pixels of small images, for data so simple that convolutions buy nothing.
+
+    Args:
+        size, channels: images are [B, channels, size, size].
+        kinds: classes; one more row of the table stands for "no condition" (guidance).
+        abar: products of 1 - beta, [N], of the schedule that its noise prediction is trained on.
+    """
+
+    prediction = "epsilon"
+
+    def __init__(self, size: int, channels: int, kinds: int, abar: Tensor, width: int = 192) -> None:
+        super().__init__()
+        pixels = channels * size**2
+        self.kinds = kinds
+        self.alphas_cumprod = abar
+        self.table = nn.Embedding(kinds + 1, width)
+        self.enter, self.time = nn.Linear(pixels, width), nn.Linear(64, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+            for _ in range(3)
+        )
+        self.leave = nn.Linear(width, pixels)
+
+    def null_condition(self, condition: Tensor) -> Tensor:
+        """The condition of the unconditional branch, in the shape of `condition`."""
+        return torch.full_like(condition, self.kinds)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """Prediction [B, C, H, W] for x [B, C, H, W], timesteps t float [B], condition int64 [B]."""
+        angle = t[:, None] / TRAIN_TIMESTEPS * torch.logspace(0, 2, 32, device=t.device, dtype=t.dtype)
+        waves = torch.cat([angle.sin(), angle.cos()], 1)
+        hidden = self.enter(x.flatten(1)) + self.time(waves) + self.table(condition)
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        return self.leave(hidden).view(x.shape)
+
+
 class MixtureDenoiser(nn.Module):
     """Exact prediction for Gaussian mixtures in the plane, in closed form: buffers only, nothing learned.
 
@@ -155,6 +209,12 @@ class MixtureDenoiser(nn.Module):
         return (eps - (share * pull).sum(1)).to(x.dtype)
 
 
+def _rare() -> MixtureDenoiser:
+    from stepmark.datasets import rare
+
+    return MixtureDenoiser(rare.WEIGHTS, rare.MEANS, rare.COVARIANCES, "epsilon")
+
+
 def _build(
     seed: int,
     size: int,
@@ -171,6 +231,14 @@ def _build(
         return ConditionalUNet(size, channels, widths, kinds, prediction, patch, attention)
 
 
+def _unnamed(backbone: str) -> Unnamed:
+    from stepmark.backbones import load
+
+    named = load(backbone)
+    assert isinstance(named, ConditionalUNet)
+    return Unnamed(named)
+
+
 def _mixture(prediction: str) -> MixtureDenoiser:
     from stepmark.datasets import mixtures
 
@@ -178,7 +246,7 @@ def _mixture(prediction: str) -> MixtureDenoiser:
 
 
 def train_denoiser(
-    network: ConditionalUNet,
+    network: ConditionalUNet | FlatDenoiser,
     data: dict[str, Tensor],
     steps: int,
     seed: int,
@@ -195,7 +263,8 @@ def train_denoiser(
     warm-up steps and a cosine down to 2 % of the rate, conditions dropped with probability `drop` for guidance.
     """
     draw = torch.Generator().manual_seed(seed)
-    abar = alphas_cumprod()
+    own = getattr(network, "alphas_cumprod", None)
+    abar = alphas_cumprod() if own is None else own.double()
     signal, noise_scale = abar.sqrt().float(), (1 - abar).sqrt().float()
     optimiser = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.01)
 
@@ -251,6 +320,19 @@ def _train_shapes(network: nn.Module, progress: Progress, seed: int) -> dict[str
     return train_denoiser(network, data, 6000, seed, progress, ema=0.999, clip=1.0)
 
 
+def _shades() -> FlatDenoiser:
+    """The schedule of latent diffusion (betas whose roots grow evenly), but ending at 0.0047 instead of 0.012."""
+    betas = torch.linspace(0.00085**0.5, 0.0047**0.5, TRAIN_TIMESTEPS, dtype=torch.float64) ** 2
+    with torch.random.fork_rng(devices=[]):  # torch draws initial weights from the global stream
+        torch.manual_seed(600)
+        return FlatDenoiser(8, 1, 3, torch.cumprod(1 - betas, 0))
+
+
+def _train_shades(network: nn.Module, progress: Progress) -> dict[str, float]:
+    assert isinstance(network, FlatDenoiser)
+    return train_denoiser(network, load_split("shades", "train"), 10000, 601, progress, batch=128, clip=1.0)
+
+
 def _digits(seed: int, prediction: str, summary: str) -> Recipe:
     build: Callable[[], nn.Module] = partial(_build, seed, 8, 1, (16, 32), 10, prediction)
     return Recipe(build, partial(_train_digits, seed=seed + 1), summary)
@@ -259,10 +341,17 @@ def _digits(seed: int, prediction: str, summary: str) -> Recipe:
 RECIPES: dict[str, Recipe] = {
     "mixtures_flow": Recipe(partial(_mixture, "flow"), None, "exact velocity of the 2-D mixtures"),
     "mixtures_eps": Recipe(partial(_mixture, "epsilon"), None, "exact noise prediction of the 2-D mixtures"),
+    "rare_eps": Recipe(_rare, None, "exact noise prediction of the 2-D mixture with rare components"),
     "digits_flow_a": _digits(100, "flow", "digits, rectified-flow UNet, first seed"),
     "digits_flow_b": _digits(200, "flow", "digits, rectified-flow UNet, second seed"),
+    "digits_flow_unnamed": Recipe(
+        partial(_unnamed, "digits_flow_a"), None, "digits, digits_flow_a without its classes"
+    ),
     "digits_eps_a": _digits(300, "epsilon", "digits, DDPM UNet (noise prediction), first seed"),
     "digits_eps_b": _digits(400, "epsilon", "digits, DDPM UNet (noise prediction), second seed"),
+    "shades_eps": Recipe(
+        _shades, _train_shades, "shades, noise prediction on a schedule that does not end in pure noise"
+    ),
     "shapes16_flow": Recipe(
         partial(_build, 500, 16, 3, (32, 64), 7, "flow", patch=2, attention=True),
         partial(_train_shapes, seed=501),
