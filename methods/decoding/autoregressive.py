@@ -26,6 +26,10 @@ class Autoregressive(Method):
         "greedy/words_deep",
         "greedy/stories_deep",
         "sampling/stories",
+        "recall/needles",
+        "converted/words",
+        "converted/stories",
+        "outliers/words",
     )
 
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:

@@ -1,0 +1,45 @@
+"""StreamingLLM: attention sinks and a sliding window (Xiao et al., ICLR 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from stepmark.method import Method, Paper
+from stepmark.session import Session
+from stepmark.tracks.decoding_recall import BandCache, HeldDecoder, write_with
+
+SINKS, WINDOW = 4, 0.2  # first tokens that stay; the window, of the prompt's tokens
+
+
+class SinkWindow(Method):
+    """StreamingLLM: keep the first tokens, on which attention leans whatever they say, and the most recent ones.
+
+    Figure 4 of the paper: a token sees s sinks and the last w tokens. Distances are those inside the cache (section
+    3.2): entry i of the cache stands at position i, a new token at s + w - 1, so that no distance exceeds the cache. The
+    text is read in one pass that gives what token-by-token streaming gives, in work linear in its length; of each
+    layer only the sinks and the last w - 1 tokens are held, with keys at their positions in the text, and the distance
+    to the sinks is mended by a rotation of the query.
+    """
+
+    paper = Paper(
+        id="streaming_llm",
+        title="Efficient Streaming Language Models with Attention Sinks",
+        authors="Guangxuan Xiao, Yuandong Tian, Beidi Chen, Song Han, Mike Lewis",
+        year=2023,
+        arxiv="2309.17453",
+        code="mit-han-lab/streaming-llm",
+    )
+    tasks = ("recall/needles",)
+
+    def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
+        """New token ids per prompt."""
+        model, outputs = session.networks["target"], []
+        for prompt, room, temperature in zip(
+            batch["prompt"], batch["max_new_tokens"], batch["temperature"], strict=True
+        ):
+            window = max(1, round(WINDOW * len(prompt)) - SINKS)
+            cache = BandCache(len(model.model.layers), SINKS, window, model.model.rotary_emb)
+            target = HeldDecoder(model, len(prompt) + room, cache)
+            outputs.append(write_with(target, prompt, room, rung, temperature, session.rng))
+        return outputs
