@@ -1,0 +1,48 @@
+"""Ancestral sampling of a masked diffusion language model (Sahoo et al., NeurIPS 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from stepmark.method import Claim, Method, Paper
+from stepmark.session import Session
+from stepmark.tracks.diffusion_lm import ancestral, continuations, denoiser, masked_texts
+
+
+class MDLMAncestral(Method):
+    """MDLM: masks are replaced at random times by draws from the model, and a word once written stays.
+
+    From t to s < t, alpha = 1 - t, each mask is replaced with probability (t - s) / t by a word drawn from the model's
+    distribution at its position; the mask itself has probability 0 there and visible words are carried over (equations
+    7 and 9, the SUBS parameterisation). The model does not see t, so that a step in which no mask of a text moves needs
+    no evaluation: the paper's cache. Which masks move is drawn first here, so that the evaluation is not only kept for
+    later but never made; a text costs at most as many evaluations as it has words.
+
+    Differs from the paper: words are drawn in double precision, for rounding in single precision lowers the temperature
+    (Zheng et al. 2025).
+    """
+
+    paper = Paper(
+        id="mdlm",
+        title="Simple and Effective Masked Diffusion Language Models",
+        authors="Subham Sekhar Sahoo, Marianne Arriola, Yair Schiff, Aaron Gokaslan, Edgar Marroquin, "
+        "Justin T. Chiu, Alexander Rush, Volodymyr Kuleshov",
+        year=2024,
+        arxiv="2406.07524",
+        code="kuleshov-group/mdlm",
+    )
+    tasks = ("generation/stories64", "completion/stories64")
+    claims = (
+        Claim(
+            "gen_ppl[mdlm_ancestral,256] < gen_ppl[mdlm_ancestral,64] "
+            "and gen_ppl[mdlm_ancestral,64] < gen_ppl[mdlm_ancestral,16]",
+            says="more steps give better text",
+        ),
+        Claim("nfe[mdlm_ancestral,256] <= 64", says="steps in which nothing changes cost no evaluation"),
+    )
+
+    def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
+        """New token ids per text."""
+        x = masked_texts(batch, session.device)
+        return continuations(batch, ancestral(denoiser(session.networks["model"]), x, rung, session.rng))

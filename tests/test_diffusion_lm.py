@@ -1,0 +1,610 @@
+"""Track diffusion_lm: the grammar's likelihood, samplers that mask again, caches, distillation targets, bounds."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from stepmark.datasets import stories64
+from torch import Tensor, nn
+
+from stepmark import backbones, plugins
+from stepmark.backbones import mdlm
+from stepmark.backbones.lm import VOCABULARY, encode
+from stepmark.meter.counts import Ledger, watch
+from stepmark.task import BadOutput, load_split
+from stepmark.tracks import diffusion_lm as track
+from stepmark.tracks.diffusion_lm import MASK
+
+TASKS = {task.id: task for task in track.TASKS}
+V = len(VOCABULARY)
+A, B, C = 3, 4, 5  # words of small languages
+METHODS = sorted(name for name, info in plugins.methods().items() if info.track == "diffusion_lm")
+WRITERS = [name for name in METHODS if "generation/stories64" in plugins.methods()[name].tasks]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@lru_cache
+def texts() -> Tensor:
+    return torch.tensor([encode(text) for text in load_split("stories64", "test")["text"]])
+
+
+def exact_denoiser(language: dict[tuple[int, ...], float]) -> Any:
+    """The posterior of each position given the visible words of a small language, as logits [B, L, V]."""
+    words = torch.tensor(list(language))
+    weights = torch.tensor(list(language.values()), dtype=torch.float64)
+
+    def denoise(x: Tensor) -> Tensor:
+        fits = ((x[:, None] == words) | (x[:, None] == MASK)).all(2).double() * weights
+        p = torch.einsum("bn,nlv->blv", fits / fits.sum(1, keepdim=True), nn.functional.one_hot(words, V).double())
+        return p.log()
+
+    return denoise
+
+
+def tiny(causal: bool, seed: int = 0) -> Any:
+    """A random network of the backbones' kind, its weights large enough for attention to matter."""
+    model = mdlm.build(32, 2, seed, causal)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8)
+    return model.eval().requires_grad_(False)
+
+
+def load(name: str) -> Any:
+    return plugins.load_class(plugins.methods()[name])()
+
+
+def module(name: str) -> Any:
+    """The module that holds a method."""
+    return SimpleNamespace(**type(load(name)).run.__globals__)
+
+
+def session_of(task: str = "generation/stories64", seed: int = 0, **networks: nn.Module) -> Any:
+    """What `run` sees, counted as the harness counts it."""
+    ledger = Ledger(bounded=TASKS[task].bounded)
+    for name, network in networks.items():
+        for part in network.modules():
+            part.__dict__.pop("forward", None)
+        watch(ledger, name, network, track.layers(TASKS[task], name, network))
+    return SimpleNamespace(networks=networks, rng=rng(seed), device=torch.device("cpu"), ledger=ledger, state={})
+
+
+# -- the grammar ------------------------------------------------------------------------------------------------------
+
+
+def test_likelihood_sums_to_one_over_what_can_follow() -> None:
+    """Of all texts that differ from a story in the words of the first event, the possible ones carry its probability."""
+    ids = next(row for row in texts() if VOCABULARY[row[8]] == "one" and VOCABULARY[row[22]] in ("saw", "found"))
+    colour, thing = ((ids == int(ids[i])).nonzero()[:, 0].tolist() for i in (24, 25))
+    assert [VOCABULARY[i] for i in ids[18:24].tolist()][:2] == ["near", "the"]
+    rows = []
+    for c, t in itertools.product(stories64.COLOURS, stories64.THINGS):
+        changed = ids.clone()
+        changed[colour[:2]], changed[thing[:2]] = VOCABULARY.index(c), VOCABULARY.index(t)
+        rows.append(changed)
+    found = stories64.log_likelihood(torch.stack(rows), VOCABULARY)
+    assert torch.allclose(found, found[:1].expand_as(found))  # uniform choices
+    # 8 x 10 pairs, and the probability of the text without them
+    without = -found[0] - math.log(8 * 10)
+    rest = [8, 10, 6, 3, 8, 5, 8, 5, 8, 10]  # hero, animal, home, day, place, verb, place, verb, colour, thing
+    third = "behind" in [VOCABULARY[i] for i in ids[62:].tolist()]
+    assert float(without) == pytest.approx(sum(map(math.log, rest)) - math.log(0.7 if third else 0.3), abs=1e-9)
+
+
+def test_likelihood_knows_what_a_story_is() -> None:
+    ids = texts()[:400]
+    exact = stories64.log_likelihood(ids, VOCABULARY)
+    assert torch.isfinite(exact).all()
+    spread = float(exact.std()) / math.sqrt(len(exact))
+    assert abs(float(-exact.mean()) - stories64.entropy()) < 4 * spread  # entropy is the mean of -log p
+    wrong = ids.clone()
+    wrong[torch.arange(400), torch.randint(64, (400,), generator=rng())] = A
+    noisy = stories64.log_likelihood(wrong, VOCABULARY, track.NOISE)
+    assert not torch.isfinite(stories64.log_likelihood(wrong, VOCABULARY)).any()
+    # One word that fits nowhere costs the channel's price, and where it was a choice, no more than that choice.
+    price = math.log(V * (1 - track.NOISE) / track.NOISE + 1)
+    lost = stories64.log_likelihood(ids, VOCABULARY, track.NOISE) - noisy
+    assert float(lost.max()) <= price + 1e-9 and float(lost.min()) > price - math.log(10 / 0.3) - 1e-9
+
+
+# -- drawing words ----------------------------------------------------------------------------------------------------
+
+
+def test_words_are_drawn_from_the_nucleus_and_never_a_mask() -> None:
+    found = torch.full((1, V), -torch.inf)
+    found[0, [A, B, C, MASK]] = torch.tensor([0.6, 0.3, 0.1, 40.0]).log()
+    p = track.word_probabilities(found)
+    assert p[0, MASK] == 0 and torch.allclose(p[0, [A, B, C]], torch.tensor([0.6, 0.3, 0.1]).double(), atol=1e-6)
+    for nucleus, kept in ((0.55, [1.0, 0, 0]), (0.85, [2 / 3, 1 / 3, 0]), (0.95, [0.6, 0.3, 0.1])):
+        cut = track.word_probabilities(found, nucleus)[0, [A, B, C]]
+        assert torch.allclose(cut, torch.tensor(kept).double(), atol=1e-6)
+    u = torch.linspace(0, 1, 1001)[:-1]
+    drawn = track.draw_words(p.expand(1000, V), u)
+    assert [int((drawn == w).sum()) for w in (A, B, C)] == pytest.approx([600, 300, 100], abs=2)
+    assert track.draw_words(p, torch.tensor([1.0])).item() == C  # rounding at the end hits the last possible word
+
+
+# -- samplers ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_ancestral_sampler_draws_the_language_one_word_at_a_time() -> None:
+    """With an exact denoiser the error is that of words written in the same step, and is known exactly."""
+    language = {(A, A): 0.5, (B, B): 0.3, (A, B): 0.2}
+    denoise = exact_denoiser(language)
+    n = 6_000
+    x = torch.full((n, 2), MASK)
+    marginal = {(a, b): pa * pb for (a, pa), (b, pb) in itertools.product(((A, 0.7), (B, 0.3)), ((A, 0.5), (B, 0.5)))}
+    for steps in (1, 2, 4):
+        together = 1 / steps  # both words fall into the same one of `steps` equal intervals
+        expected = {w: together * marginal[w] + (1 - together) * language.get(w, 0.0) for w in marginal}
+        counts = Counter(map(tuple, track.ancestral(denoise, x, steps, rng(steps)).tolist()))
+        observed = [counts[w] for w in marginal]
+        assert sum(observed) == n
+        keep = [w for w in marginal if expected[w] > 0]
+        assert stats.chisquare([counts[w] for w in keep], [n * expected[w] for w in keep]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_step_that_masks_again_keeps_the_forward_marginals(share: float) -> None:
+    """Exact enumeration: visible with probability alpha_t before, alpha_s after, whatever sigma."""
+    for visible, then in ((0.1, 0.2), (0.3, 0.9), (0.6, 0.65), (0.9, 1.0)):
+        sigma = share * track.greatest_sigma(visible, then)
+        reveal, hide = track.moves(visible, then, sigma)
+        assert -1e-12 <= reveal <= 1 + 1e-12 and 0 <= hide <= 1
+        assert (1 - visible) * reveal + visible * (1 - hide) == pytest.approx(then, abs=1e-12)
+    assert track.moves(0.9, 0.92, track.greatest_sigma(0.9, 0.92) + 0.05)[0] > 1  # beyond it there is no posterior
+
+
+@pytest.mark.parametrize("schedule", ["cap", "rescale", "forward_backward"])
+def test_schedules_keep_the_marginals_along_the_whole_run(schedule: str) -> None:
+    """Where the words are certain, each position is visible with probability 1 - t at every t; sampled and exact."""
+    sigma = {
+        "cap": track.capped(0.2),
+        "rescale": track.rescaled(0.5),
+        "forward_backward": track.forward_backward,
+    }[schedule]
+    grid, n = track.times(8), 1500
+    denoise = exact_denoiser({(A, B, C, A): 1.0})
+    x = torch.full((n, 4), MASK)
+    generator, hidden = rng(1), 0
+    for t, s in itertools.pairwise(grid):
+        value = sigma(1 - t, 1 - s)
+        assert 0 <= value <= track.greatest_sigma(1 - t, 1 - s)
+        before = x
+        x = track.remasking_step(denoise, x, 1 - t, 1 - s, value, torch.zeros_like(x, dtype=torch.bool), generator)
+        hidden += int(((before != MASK) & (x == MASK)).sum())
+        share = float((x != MASK).double().mean())
+        assert abs(share - (1 - s)) < 5 * math.sqrt(s * (1 - s) / x.numel()) + 1e-12
+    assert hidden > 0.1 * x.numel()  # it does mask again
+    assert torch.equal(x, torch.tensor([A, B, C, A]).expand_as(x))
+
+
+def test_without_remasking_the_sampler_is_mdlm_bit_for_bit() -> None:
+    denoise = track.denoiser(tiny(False))
+    x = torch.full((3, 64), MASK)
+    with torch.no_grad():
+        for nucleus in (1.0, 0.9):
+            plain = track.ancestral(denoise, x, 8, rng(4), nucleus)
+            assert torch.equal(plain, track.remask(denoise, x, 8, track.capped(0.0), rng(4), nucleus))
+            assert not torch.equal(plain, track.remask(denoise, x, 8, track.capped(0.1), rng(4), nucleus))
+
+
+def test_the_ancestral_step_is_that_of_the_paper() -> None:
+    """Against the categorical over words and mask of equation 7, by a chi-square test at one position."""
+    p = torch.tensor([0.5, 0.3, 0.2])
+    found = torch.full((V,), -torch.inf)
+    found[[A, B, C]] = p.log()
+    n, t, s = 20_000, 0.7, 0.45
+    x = track.ancestral_step(lambda x: found.expand(*x.shape, V), torch.full((n, 1), MASK), t, s, rng(8))
+    counts = [int((x == w).sum()) for w in (A, B, C, MASK)]
+    expected = [n * (t - s) / t * float(q) for q in p] + [n * s / t]
+    assert stats.chisquare(counts, expected).pvalue > 1e-3
+
+
+def test_remasking_repairs_a_wrong_word() -> None:
+    """At constant alpha, words that are masked again come back as the others want them; without, nothing moves."""
+
+    def majority(x: Tensor) -> Tensor:
+        votes = torch.stack([(x == w).double().sum(1) for w in (A, B)], 1)
+        found = torch.full((len(x), 1, V), -torch.inf, dtype=torch.float64)
+        found[:, 0, [A, B]] = 3 * votes
+        return found.expand(*x.shape, V)
+
+    for sigma, left in ((0.0, 1.0), (0.1, 0.05)):
+        x = torch.tensor([[A] * 7 + [B]]).repeat(200, 1)
+        generator, fixed = rng(3), torch.zeros_like(x, dtype=torch.bool)
+        for _ in range(60):
+            x = track.remasking_step(majority, x, 0.9, 0.9, sigma, fixed, generator)
+        assert float((x == B).any(1).double().mean()) <= left
+        assert float((x == MASK).double().mean()) == pytest.approx(0.1 if sigma else 0.0, abs=0.03)
+
+
+def test_a_loop_holds_alpha_and_finishes() -> None:
+    plan = list(track.loop_schedule(100, 0.55, 0.05, 0.9))
+    assert plan[0][0] == 0 and plan[-1][1] == pytest.approx(1)
+    assert all(a[1] == pytest.approx(b[0]) for a, b in itertools.pairwise(plan))
+    looping = [alpha for alpha, _, loop in plan if loop]
+    assert 48 <= len(looping) <= 51 and set(looping) == {0.9}
+    denoise = exact_denoiser({(A, B, C, A): 1.0})
+    shares: list[float] = []
+    hidden: list[float] = []
+    original = track.remasking_step
+
+    def spy(*args: Any) -> Tensor:
+        x = original(*args)
+        shares.append(float((x != MASK).double().mean()))
+        hidden.append(float(((args[1] != MASK) & (x == MASK)).double().mean()))
+        return x
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(track, "remasking_step", spy)
+        x = track.remask_in_a_loop(denoise, torch.full((1500, 4), MASK), 100, 0.05, rng(2))
+    assert shares == pytest.approx([then for _, then, _ in plan], abs=0.03)  # as many words as alpha says, throughout
+    assert sum(hidden) == pytest.approx(0.05 * 0.9 * len(looping), rel=0.05)  # eta of the visible words in each turn
+    assert torch.equal(x, torch.tensor([A, B, C, A]).expand_as(x))
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_writers_keep_the_budget_spend_nothing_idle_and_repeat(name: str) -> None:
+    method = load(name)
+    networks: dict[str, nn.Module] = {"model": tiny(False), "ar": tiny(True)}
+    if name == "sdtt":
+        networks["student"] = tiny(False, 3)
+    outputs = []
+    for _ in range(2):
+        session = session_of(seed=5, **networks)
+        batch = {"prompt": [[], []], "length": [64, 64]}
+        session.ledger.reset(limit=64 * 2)
+        with torch.no_grad():
+            outputs.append(method.run(session, batch, 64))
+        track.check(TASKS["generation/stories64"], batch, outputs[-1])
+    assert outputs[0] == outputs[1]
+    spent = session.ledger.spent / 2
+    if name in ("mdlm_ancestral", "mdlm_nucleus", "sdtt"):
+        assert 34 < spent < 48  # of 64 steps, 64 (1 - 1/e) = 40 move a mask
+    elif name == "ar_lm":
+        assert spent == 64 and session.ledger.entries["ar"].as_dict()["positions"] == 2 * 64
+    with torch.no_grad():  # prompts stay
+        session = session_of("completion/stories64", **networks)
+        prompt = texts()[0, :24].tolist()
+        batch = {"prompt": [prompt], "length": [64]}
+        written = method.run(session, batch, 64)
+    assert len(written[0]) == 40 and MASK not in written[0]
+
+
+# -- caches and guides ------------------------------------------------------------------------------------------------
+
+
+def test_a_pass_over_some_positions_is_exact_while_nothing_changes() -> None:
+    """FreeCache: the same text gives the same logits; a changed rest gives others, for the beginning is kept as it was."""
+    model = tiny(False)
+    x = texts()[:1].clone()
+    x[:, 30:] = MASK
+    with torch.no_grad():
+        cache = track.free_cache(model)
+        whole = mdlm.logits(model, x)
+        assert torch.allclose(track.run_from_clean(model, x, cache), whole, atol=1e-5)
+        again = track.run_from_clean(model, x, cache)
+        assert torch.equal(again[:, :29], torch.zeros_like(again[:, :29]))
+        assert torch.allclose(again[:, 29:], whole[:, 29:], atol=1e-4)
+        y = x.clone()
+        y[:, 30:40] = texts()[1, 30:40]
+        kept, fresh = track.run_from_clean(model, y, cache)[:, 39:], mdlm.logits(model, y)[:, 39:]
+        assert float((kept - fresh).abs().max()) > 1e-3
+        assert mdlm.logits(model, y)[:, :5].sub(whole[:, :5]).abs().max() > 1e-3  # it looks both ways
+
+
+def test_the_causal_model_with_a_cache_is_the_one_without() -> None:
+    model, x = tiny(True), texts()[:2]
+    with torch.no_grad():
+        cache, whole = track.new_cache(model), mdlm.logits(model, x)
+        parts, start = [], 0
+        for length in (1, 7, 1, 20, 35):
+            parts.append(track.run_blocks(model, x[:, start : start + length], start, cache))
+            start += length
+    assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-4)
+
+
+def test_the_guide_decides_how_much_and_never_what() -> None:
+    assert [track.agreed([1, 2, 3], g) for g in ([1, 2, 3], [1, 2, 9], [9, 2, 3])] == [3, 2, 1]
+    model, guide = tiny(False), tiny(True)
+    x = torch.full((1, 64), MASK)
+    x[:, :24] = texts()[:1, :24]
+    steps: list[tuple[Tensor, Tensor]] = []
+    original = track.run_from_clean
+
+    def spy(network: Any, y: Tensor, cache: Any) -> Tensor:
+        found = original(network, y, cache)
+        steps.append((y, track.word_probabilities(found).argmax(-1)))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(track, "run_from_clean", spy)
+        done = track.fill_guided(model, guide, x, 40, cached=False)
+    steps.append((done, done))
+    assert len(steps) > 3
+    for (y, draft), (after, _) in itertools.pairwise(steps):
+        start, stop = track.first_mask(y), track.first_mask(after)
+        assert torch.equal(after[:, start:stop], draft[:, start:stop])  # the model's own words
+        text = torch.where(y == MASK, draft, y)
+        before = torch.cat([torch.full((1, 1), mdlm.START), text[:, :-1]], 1)
+        with torch.no_grad():
+            wished = track.word_probabilities(mdlm.logits(guide, before)).argmax(-1)
+        agrees = (wished == text)[0, start:].tolist()
+        assert stop - start == max(1, agrees.index(False) if False in agrees else len(agrees)) or after is done
+
+
+def test_an_agreeing_guide_ends_in_one_step_and_positions_are_saved() -> None:
+    model, guide = tiny(False), tiny(True, 1)
+    prompt = texts()[0, :24].tolist()
+    batch = {"prompt": [prompt], "length": [64]}
+    spent = {}
+    for name in ("guided_diffusion", "flashdlm", "freecache", "dlm_confidence"):
+        session = session_of("completion/stories64", model=model, ar=guide)
+        session.ledger.reset(limit=40)
+        with torch.no_grad():
+            track.check(TASKS["completion/stories64"], batch, load(name).run(session, batch, 40))
+        spent[name] = session.ledger.entries["model"].as_dict()
+    assert spent["freecache"]["evaluations"] == spent["dlm_confidence"]["evaluations"] == 40
+    assert spent["dlm_confidence"]["positions"] == 40 * 64
+    assert spent["flashdlm"]["positions"] < 0.6 * 64 * spent["flashdlm"]["evaluations"]
+    assert spent["guided_diffusion"]["positions"] == 64 * spent["guided_diffusion"]["evaluations"]
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(track, "agreed", lambda draft, wished: len(draft))
+        session = session_of("completion/stories64", model=model, ar=guide)
+        load("flashdlm").run(session, batch, 40)
+    assert session.ledger.entries["model"].evaluations == 1
+
+
+def test_confident_unmasking_takes_the_surest_masks() -> None:
+    found = torch.zeros(1, 4, V)
+    for i, sure in enumerate((5.0, 9.0, 7.0, 20.0)):
+        found[0, i, A + i] = sure
+    x = torch.tensor([[MASK, MASK, MASK, C]])
+    assert track.unmask_confident(found, x, 2).tolist() == [[MASK, A + 1, A + 2, C]]
+
+
+# -- self-distillation ------------------------------------------------------------------------------------------------
+
+
+def test_targets_through_time_are_those_of_the_step_that_replaced_a_mask() -> None:
+    language = {(A, A): 0.5, (B, B): 0.3, (A, B): 0.2}
+    exact, calls = exact_denoiser(language), []
+
+    def denoise(x: Tensor) -> Tensor:
+        calls.append(x)
+        return exact(x)
+
+    n = 3000
+    x = torch.full((n, 2), MASK)
+    target = track.targets_through_time(denoise, x, torch.ones(n), 0.5, 2, rng(1))
+    assert len(calls) == 2  # the student saves one of two evaluations
+    early = (calls[1] != MASK)[..., None]
+    first, second = (track.word_log_probabilities(exact(c)) for c in calls)
+    assert torch.equal(target, torch.where(early, first, second))
+    assert float(early.double().mean()) == pytest.approx(0.5, abs=0.03)
+    # On average over the teacher's runs that is the posterior, for this language as for any: a martingale.
+    assert torch.allclose(target.exp().mean(0), first[0].exp(), atol=0.03)
+    # At a later time and half the steps some masks remain; visible words have no target.
+    y = torch.tensor([[A, MASK]]).expand(n, 2)
+    target = track.targets_through_time(exact, y, torch.full((n,), 0.5), 0.125, 2, rng(2))
+    assert torch.equal(target[:, 0], torch.zeros(n, V, dtype=torch.float64))
+    assert torch.allclose(target[:, 1, [A, B]].exp(), torch.tensor([5 / 7, 2 / 7]).double().expand(n, 2))
+
+
+def test_the_student_learns_a_mode_of_its_teacher() -> None:
+    """KL(student || target): zero at the target, its minimum over constant students the geometric mean."""
+    loss = module("sdtt").distillation_loss
+    target = torch.tensor([[0.9, 0.1], [0.2, 0.8]]).log()
+    assert float(loss(target, target)) == pytest.approx(0, abs=1e-7)
+    best = target.mean(0).log_softmax(0)
+    here = float(loss(best.expand(2, 2), target))
+    for shift in (-0.2, 0.2):
+        other = (best + torch.tensor([shift, 0.0])).log_softmax(0)
+        assert float(loss(other.expand(2, 2), target)) > here
+    impossible = torch.tensor([[0.0, -torch.inf]])
+    assert float(loss(impossible, torch.tensor([[0.0, -torch.inf]]))) == 0
+
+
+# -- bounds -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_bound_of_masked_diffusion_is_exact_for_an_exact_denoiser(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sum over sizes and sets of masks by enumeration: with true posteriors it is -log p, with others more."""
+    language = {(A, A, B): 0.5, (B, B, A): 0.3, (A, B, C): 0.2}
+    exact = exact_denoiser(language)
+    for temperature in (1.0, 2.0):
+        monkeypatch.setattr(mdlm, "logits", lambda model, ids: (exact(ids) / temperature).log_softmax(-1))
+        excess = 0.0
+        for text, p in language.items():
+            total = 0.0
+            for count in (1, 2, 3):
+                sets = list(itertools.combinations(range(3), count))
+                for chosen in sets:
+                    masked = torch.tensor([[i in chosen for i in range(3)]])
+                    loss = mdlm.word_losses(nn.Identity(), torch.tensor([text]), masked)
+                    total += float(loss) / len(sets)  # x L, and the mean over L sizes
+            assert temperature > 1 or total == pytest.approx(-math.log(p), abs=1e-9)
+            excess += p * (total + math.log(p))
+        assert temperature == 1 or excess > 0.01
+
+
+def test_masks_are_chosen_evenly() -> None:
+    masked = mdlm.mask_some(torch.zeros(9000, 4, dtype=torch.long), torch.full((9000,), 2), rng())
+    assert bool((masked.sum(1) == 2).all())
+    counts = Counter(map(tuple, masked.tolist()))
+    assert len(counts) == 6 and stats.chisquare(list(counts.values())).pvalue > 1e-3
+    assert sorted(mdlm.spread(64, rng()).tolist()) == list(range(1, 65))
+
+
+def test_inference_climbs_to_the_exact_likelihood_of_a_linear_gaussian() -> None:
+    """x = W z + noise with orthogonal columns: the posterior is diagonal, so that the best bound is log p(x) itself."""
+    latent = module("latent_thought_lm")
+    generator = rng(3)
+    w = torch.linalg.qr(torch.randn(6, 3, generator=generator)).Q * torch.tensor([2.0, 1.0, 0.5])
+    x, variance = torch.randn(40, 6, generator=generator) @ torch.diag(torch.ones(6) * 1.5), 0.25
+    exact = torch.distributions.MultivariateNormal(torch.zeros(6), w @ w.T + variance * torch.eye(6)).log_prob(x)
+
+    def elbo(mean: Tensor, log_std: Tensor) -> Tensor:
+        """The bound without Monte Carlo."""
+        fit = torch.distributions.Normal(mean @ w.T, variance**0.5).log_prob(x).sum(1)
+        spread = (w.square().sum(0) * (2 * log_std).exp()).sum(1) / (2 * variance)
+        return fit - spread - latent.divergence(mean, log_std)
+
+    def bound(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean, log_std = mean.requires_grad_(True), log_std.requires_grad_(True)
+        z = mean + log_std.exp() * noise
+        value = torch.distributions.Normal(z @ w.T, variance**0.5).log_prob(x).sum(1) - latent.divergence(mean, log_std)
+        gradients = torch.autograd.grad(value.sum(), (mean, log_std))
+        return value.detach(), gradients[0], gradients[1]
+
+    found = []
+    for steps in (0, 1, 4, 16, 64):
+        mean, log_std = latent.infer(bound, torch.Size((40, 3)), steps, 0.1, rng(1))
+        value = elbo(mean.detach(), log_std.detach())
+        assert bool((value <= exact + 1e-4).all())
+        found.append(float(value.mean()))
+    assert found == sorted(found)
+    posterior = torch.linalg.inv(torch.eye(3) + w.T @ w / variance)
+    best = elbo(x @ w / variance @ posterior, posterior.diagonal().log() / 2 + torch.zeros(40, 3))
+    assert torch.allclose(best, exact, atol=1e-4)  # the closed form closes the gap
+    assert found[-1] > found[0] + 0.95 * (float(exact.mean()) - found[0])
+
+
+def test_the_thought_decoder_sees_a_window_and_its_own_vectors() -> None:
+    latent = module("latent_thought_lm")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        decoder = latent.ThoughtDecoder(32, 2, 3, 4).eval().requires_grad_(False)
+        for parameter in decoder.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(5)
+    tokens, z = texts()[:2], torch.randn(2, 2, 3, 32, generator=rng())
+    changed = tokens.clone()
+    changed[:, 0] = A
+    with torch.no_grad():
+        inner = decoder.gpt.transformer
+
+        def losses(ids: Tensor, thoughts: Tensor) -> Tensor:
+            kept: list[Tensor] = []
+            hook = inner.ln_f.register_forward_hook(lambda m, a, out: kept.append(out))
+            decoder.log_likelihood(ids, thoughts)
+            hook.remove()
+            return kept[0]
+
+        difference = (losses(tokens, z) - losses(changed, z)).abs().amax((0, 2))
+        assert float(difference[0]) == 0 and float(difference[1:8].min()) > 0
+        assert float(difference[8:].max()) < 1e-5  # 2 layers x (window 4 - 1) words further, and no more
+        moved = z.clone()
+        moved[:, 1] += 1
+        assert float((losses(tokens, z) - losses(tokens, moved)).abs().amin()) >= 0
+        assert float((losses(tokens, z) - losses(tokens, moved)).abs().amax((0, 2)).min()) > 0
+    mean, log_std, noise = (0.3 * torch.randn(z.shape, generator=rng(s)) for s in (1, 2, 3))
+    _, by_mean, by_std = decoder(tokens, mean, log_std, noise)
+    step = 1e-2
+    for gradient, index in ((by_mean, 0), (by_std, 1)):
+        direction = gradient / gradient.norm()
+        ends = []
+        for sign in (-1, 1):
+            moved_by = [mean, log_std]
+            moved_by[index] = moved_by[index] + sign * step * direction
+            ends.append(float(decoder(tokens, *moved_by, noise)[0].sum()))
+        assert (ends[1] - ends[0]) / (2 * step) == pytest.approx(float(gradient.norm()), rel=0.05)
+
+
+# -- the track --------------------------------------------------------------------------------------------------------
+
+
+def test_the_backbones_know_the_language() -> None:
+    ids = texts()[:48]
+    session = session_of("likelihood/stories64", model=backbones.load("mdlm_stories"), ar=backbones.load("ar_stories"))
+    floor = stories64.entropy() / 64
+    nll = {}
+    for name in ("ar_lm", "mdlm_bound"):
+        with torch.no_grad():
+            bound = load(name).run(session, {"tokens": ids}, 4)
+        track.check(TASKS["likelihood/stories64"], {"tokens": ids}, bound)
+        scored = track.score(TASKS["likelihood/stories64"], {"tokens": ids}, bound, {}, np.arange(48)[None])
+        nll[name] = scored["nll"].value
+        assert scored["excess"].value == pytest.approx(nll[name] - floor, abs=0.02)
+    assert floor - 0.01 < nll["ar_lm"] < floor + 0.05
+    assert floor < nll["mdlm_bound"] < floor + 0.15
+    assert session.ledger.entries["model"].evaluations == 4 * 48 and session.ledger.entries["ar"].evaluations == 48
+
+
+def test_scores_of_right_and_wrong_texts() -> None:
+    task = TASKS["generation/stories64"]
+    resample = np.arange(40)[None].repeat(2, 0)
+
+    def scored(rows: Tensor) -> dict[str, float]:
+        batch = {"prompt": [[]] * len(rows), "length": [64] * len(rows)}
+        found = track.score(task, batch, rows.tolist(), {}, resample)
+        assert all(s.resamples == pytest.approx([s.value] * 2) for s in found.values())
+        return {name: s.value for name, s in found.items()}
+
+    right = scored(texts()[:40])
+    assert right["valid"] == 1 and right["gen_ppl"] == pytest.approx(
+        math.exp(stories64.entropy() / 64 + 0.0099), rel=0.02
+    )
+    shuffled = texts()[:40, torch.randperm(64, generator=rng())]
+    wrong = scored(shuffled)
+    assert wrong["valid"] == 0 and wrong["gen_ppl"] > 50 * right["gen_ppl"]
+    assert wrong["entropy"] == pytest.approx(right["entropy"])
+    same = scored(texts()[:1].expand(40, 64))
+    assert same["valid"] == 1 and same["entropy"] < right["entropy"] - 0.2
+
+
+@pytest.mark.parametrize(
+    ("outputs", "said"),
+    [
+        ([[1] * 39], "39 words"),
+        ([[1] * 39 + [MASK]], "mask"),
+        ([[1] * 40, [1] * 40], "list of 1"),
+        ([[1.0] * 40], "list of ints"),
+        ([[V] * 40], "list of ints"),
+    ],
+)
+def test_bad_texts_are_refused(outputs: Any, said: str) -> None:
+    with pytest.raises(BadOutput, match=said):
+        track.check(TASKS["completion/stories64"], {"prompt": [[5] * 24], "length": [64]}, outputs)
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_bad_bounds_are_refused(value: float) -> None:
+    batch = {"tokens": torch.zeros(2, 64, dtype=torch.long)}
+    with pytest.raises(BadOutput):
+        track.check(TASKS["likelihood/stories64"], batch, torch.tensor([1.0, value]))
+    with pytest.raises(BadOutput):
+        track.check(TASKS["likelihood/stories64"], batch, torch.ones(3))
+
+
+def test_inputs_are_texts_of_the_test_split() -> None:
+    split = {tuple(row) for row in texts().tolist()}
+    for name, task in TASKS.items():
+        found = track.inputs(task, 5, rng(1), torch.device("cpu"))
+        rows = found["tokens"].tolist() if "tokens" in found else found["prompt"]
+        again = track.inputs(task, 5, rng(1), torch.device("cpu"))
+        assert str(again) == str(found)
+        if name.startswith("generation/"):
+            assert rows == [[]] * 5
+        else:
+            length = len(rows[0])
+            assert {tuple(row) for row in rows} <= {row[:length] for row in split}
