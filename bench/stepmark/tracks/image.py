@@ -12,7 +12,10 @@ of any network into predictions of x0 and eps, and single steps of the standard 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
+import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -28,6 +31,9 @@ from stepmark.backbones.unet import TRAIN_TIMESTEPS, alphas_cumprod
 from stepmark.task import BadOutput, Score, Task, harness_only, load_split
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from stepmark.distributed import Exchange, Group
     from stepmark.session import Session
 
 TASKS = (
@@ -129,6 +135,23 @@ TASKS = (
         batch=100,
         seeds=2,
         smoke_n=64,
+        smoke_rungs=(4,),
+    ),
+    Task(
+        id="class_to_image/digits_dit",
+        version=1,
+        summary="8x8 digits by class, rectified-flow diffusion transformer",
+        dataset="digits",
+        backbones={"teacher": "digits_dit"},
+        judges={"classifier": "digits_classifier"},
+        reference="teacher",
+        unit="NFE",
+        rungs=(1, 2, 4, 8, 16, 50),
+        metrics={"fd": "lower"},
+        n=2000,
+        batch=100,
+        seeds=2,
+        smoke_n=32,
         smoke_rungs=(4,),
     ),
     Task(
@@ -574,6 +597,514 @@ def fit(
             parameter.copy_(mean)
     network.eval()
     return losses
+
+
+# --- students --------------------------------------------------------------------------------------------------------
+
+
+def sinusoids(values: Tensor, width: int = 32, top: float = 1000.0) -> Tensor:
+    """Sines and cosines [B, width] of values [B], at width / 2 frequencies from 1 to `top`."""
+    frequency = torch.logspace(0, math.log10(top), width // 2, device=values.device, dtype=values.dtype)
+    angle = values[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+def pseudo_huber(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean over items [B, ...] of sqrt(|a - b|^2 + c^2) - c, c = 0.00054 sqrt(d) (Song and Dhariwal 2024)."""
+    c = 0.00054 * math.sqrt(prediction[0].numel())
+    return (((prediction - target).flatten(1).square().sum(1) + c**2).sqrt() - c).mean()
+
+
+@torch.no_grad()
+def teacher_pairs(session: Session, n: int, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """n noises, the samples to which so many DDIM steps of the teacher take them, and their conditions. For `prepare`.
+
+    Conditions are drawn from the labels of the training data; no image is looked at.
+    """
+    label, shape = session.train["condition"].to(session.device), session.train["x0"].shape[1:]
+    condition = label[torch.randint(len(label), (n,), generator=session.rng, device=session.device)]
+    eps = torch.randn(n, *shape, generator=session.rng, device=session.device)
+    samples = []
+    for x, part in zip(session.progress(eps.split(200), "pairs"), condition.split(200), strict=True):
+        denoise = Denoiser(session.networks["teacher"], part)
+        for t, s in pairwise(uniform_times(steps)):
+            x = ddim_step(denoise.schedule, *denoise(x, t), s)
+        samples.append(x)
+    return eps, torch.cat(samples), condition
+
+
+class PointField(nn.Module):
+    """An untrained perceptron for points of the plane, called like the networks of images: a velocity [B, 2].
+
+    kinds: number of conditions. extra: further numbers [B, extra] that are appended to x, such as a latent.
+    """
+
+    prediction = "flow"
+
+    def __init__(self, kinds: int, width: int = 128, extra: int = 0, outputs: int = 2) -> None:
+        super().__init__()
+        self.table = nn.Embedding(kinds, 16)
+        sizes = (2 + extra + 32 + 16, width, width, width)
+        hidden = [part for a, b in pairwise(sizes) for part in (nn.Linear(a, b), nn.SiLU())]
+        self.body = nn.Sequential(*hidden, nn.Linear(width, outputs))
+
+    def null_condition(self, condition: Tensor) -> Tensor:
+        """Points have no unconditional branch."""
+        return condition
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        return self.body(torch.cat([x, sinusoids(t, top=100.0), self.table(condition)], 1))
+
+
+def fit_coupled(
+    session: Session,
+    network: nn.Module,
+    couple: Callable[[Tensor, Tensor, Tensor], Tensor],
+    steps: int,
+    batch: int = 256,
+    pool: int = 1024,
+    rate: float = 2e-3,
+) -> None:
+    """Flow matching from scratch with paired noise: |v(x_t, t) - (eps - x0)|^2, x_t = (1 - t) x0 + t eps, t uniform.
+
+    couple(eps, x0, condition) gives, for a pool of data [pool, ...], the index [pool] of the noise of each; a pool
+    serves pool / batch updates, so that a coupling may look at more items than an update needs (Cheng and Schwing
+    2025, section 3.3).
+    """
+    rng, device = session.rng, session.device
+    data, label = (session.train[key].to(device) for key in ("x0", "condition"))
+    schedule = schedule_of(network)
+    waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def loss() -> Tensor:
+        if not waiting:
+            pick = torch.randint(len(data), (pool,), generator=rng, device=device)
+            noise = torch.randn(data[pick].shape, generator=rng, device=device)
+            chosen = couple(noise, data[pick], label[pick])
+            waiting.extend(zip(*(part.split(batch) for part in (data[pick], noise[chosen], label[pick])), strict=True))
+        x0, eps, condition = waiting.pop()
+        t = torch.rand(len(x0), generator=rng, device=device)
+        v = network(add_noise(schedule, x0, eps, t), t, condition)
+        return (v - (eps - x0)).square().mean()
+
+    fit(session, network, loss, steps, rate, ema=0.997)
+
+
+def bridge_step(x0: Tensor, x: Tensor, t: Tensor, s: Tensor, epsilon: float, rng: torch.Generator) -> Tensor:
+    """x_s [B, ...] of the Brownian bridge that is at x0 at time 0 and at x at time t, for s < t, [B] each.
+
+    Normal with mean (1 - s/t) x0 + (s/t) x and variance epsilon s (t - s) / t; at s = 0 it is x0.
+    """
+    shape = (-1, *[1] * (x.dim() - 1))
+    ratio, spread = (s / t).view(shape), (epsilon * s * (t - s) / t).sqrt().view(shape)
+    return torch.lerp(x0, x, ratio) + spread * torch.randn(x.shape, generator=rng, device=x.device, dtype=x.dtype)
+
+
+class GuidanceAdapter(nn.Module):
+    """Cross-attention from features [B, C, H, W] to tokens [B, n, width], one head; gives zero until it is trained."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(channels, width, bias=False)
+        self.key, self.value = (nn.Linear(width, width, bias=False) for _ in range(2))
+        self.out = nn.Linear(width, channels, bias=False)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, features: Tensor, tokens: Tensor) -> Tensor:
+        score = self.query(features.flatten(2).mT) @ self.key(tokens).mT / math.sqrt(tokens.shape[-1])
+        return self.out(score.softmax(-1) @ self.value(tokens)).mT.reshape(features.shape)
+
+
+class AdaptedUNet(nn.Module):
+    """A frozen UNet with a `GuidanceAdapter` behind every residual block, told time, condition and guidance scale.
+
+    Called as network(x, t, condition, scale) with scale float [B]. Adapters share three small projections of the
+    time and condition as the UNet itself embeds them, and of sinusoids of the scale.
+    """
+
+    def __init__(self, base: nn.Module, width: int = 10) -> None:
+        super().__init__()
+        from diffusers.models.resnet import ResnetBlock2D
+
+        self.base, self.prediction = base.requires_grad_(False), base.prediction
+        features = base.table.embedding_dim
+        self.embed = nn.ModuleList(nn.Linear(n, width) for n in (features, features, 32))
+        blocks = [part for part in base.unet.modules() if isinstance(part, ResnetBlock2D)]
+        self.adapters = nn.ModuleList(GuidanceAdapter(block.out_channels, width) for block in blocks)
+        self._tokens = torch.zeros(0)
+        for block, adapter in zip(blocks, self.adapters, strict=True):
+            block.register_forward_hook(
+                lambda _, inputs, output, adapter=adapter: output + adapter(output, self._tokens)
+            )
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor, scale: Tensor) -> Tensor:
+        base = self.base
+        step = t * TRAIN_TIMESTEPS if self.prediction == "flow" else t
+        time = base.unet.time_embedding(base.unet.time_proj(step))
+        parts = (time, base.embed(base.table(condition)), sinusoids(scale, top=10.0))
+        self._tokens = torch.stack([embed(part) for embed, part in zip(self.embed, parts, strict=True)], 1)
+        return base(x, t, condition)
+
+
+def guided_rows(network: nn.Module, x: Tensor, t: Tensor, condition: Tensor, scale: Tensor) -> Tensor:
+    """Classifier-free guidance with a time t [B] and scale [B] of its own for every row: null + scale (cond - null)."""
+    twice = torch.cat([network.null_condition(condition), condition])
+    null, conditional = network(torch.cat([x, x]), torch.cat([t, t]), twice).chunk(2)
+    return torch.lerp(null, conditional, scale.view(-1, *[1] * (x.dim() - 1)))
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def fused(kernel: str, x: Tensor, *arguments: Any) -> Tensor:
+    """A function of `stepmark.kernels` by its name: in Triton on a GPU where no gradient is wanted, else in plain torch.
+
+    "sampler_step": x, output, guidance, a, b; "adaptive_norm": x, scale, shift, eps (see `kernels/reference.py`).
+    """
+    module = "reference"
+    if x.is_cuda and not torch.is_grad_enabled() and importlib.util.find_spec("triton"):
+        module = kernel
+    return getattr(importlib.import_module(f"stepmark.kernels.{module}"), kernel)(x, *arguments)
+
+
+# --- decoupled transformers (DDT) --------------------------------------------------------------------------------------
+
+
+class DecoupledBlock(nn.Module):
+    """A transformer block on [B, L, width] whose norms and residuals are modulated by c, [B, 1 or L, width]."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.modulation = nn.Linear(width, 6 * width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """As x."""
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulation(c).chunk(6, -1)
+        width = x.shape[-1:]
+        inner = torch.layer_norm(x, width) * (1 + scale) + shift
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(inner).chunk(3, -1))
+        mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + gate * self.out(mixed)
+        return x + gate_mlp * self.mlp(torch.layer_norm(x, width) * (1 + scale_mlp) + shift_mlp)
+
+
+class DecoupledDiT(nn.Module):
+    """A decoupled diffusion transformer (Wang et al. 2025): z = encoder(x_t, t, y), v = decoder(x_t, t, z).
+
+    The encoder's blocks are modulated by time and class, the decoder's token by token by z = SiLU(t + what the encoder
+    found). Called as network(x, t, condition) it gives (v, z); called with the z of another step, the encoder is left
+    out.
+    """
+
+    prediction = "flow"
+
+    def __init__(
+        self, size: int, channels: int, kinds: int, width: int = 64, encoder: int = 4, decoder: int = 2, patch: int = 2
+    ) -> None:
+        super().__init__()
+        self.patch, self.width, planes = patch, width, channels * patch**2
+        self.place = nn.Parameter(0.02 * torch.randn(1, (size // patch) ** 2, width))
+        self.see, self.draw = nn.Linear(planes, width), nn.Linear(planes, width)  # one for each half
+        self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
+        self.kind = nn.Embedding(kinds, width)
+        self.encoder = nn.ModuleList(DecoupledBlock(width, 4) for _ in range(encoder))
+        self.decoder = nn.ModuleList(DecoupledBlock(width, 4) for _ in range(decoder))
+        self.last_modulation, self.last = nn.Linear(width, 2 * width), nn.Linear(width, planes)
+        for layer in (self.last_modulation, self.last):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor, z: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """v [B, C, H, W] and z [B, L, width] for x [B, C, H, W], t float [B], condition int64 [B]."""
+        silu, grid = torch.nn.functional.silu, x.shape[-1] // self.patch
+        tokens = torch.pixel_unshuffle(x, self.patch).flatten(2).transpose(1, 2)
+        time = self.time(sinusoids(t, 64))[:, None]
+        if z is None:
+            state, c = self.see(tokens) + self.place, silu(time + self.kind(condition)[:, None])
+            for block in self.encoder:
+                state = block(state, c)
+            z = silu(time + state)
+        h = self.draw(tokens) + self.place
+        for block in self.decoder:
+            h = block(h, z)
+        shift, scale = self.last_modulation(z).chunk(2, -1)
+        out = self.last(torch.layer_norm(h, h.shape[-1:]) * (1 + scale) + shift)
+        return torch.pixel_shuffle(out.transpose(1, 2).unflatten(2, (grid, -1)), self.patch), z
+
+
+def masked_features(session: Session, patch: int = 2, width: int = 32) -> Callable[[Tensor], Tensor]:
+    """A small self-supervised encoder, images -> [B, L, width]: it is trained to fill in patches that were blanked."""
+    data, rng, device = session.train["x0"].to(session.device), session.rng, session.device
+    layers = [nn.SiLU(), nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1)]
+    trunk = nn.Sequential(nn.Conv2d(data.shape[1], width, patch, stride=patch), *layers)
+    whole = nn.Sequential(trunk, nn.SiLU(), nn.Conv2d(width, data.shape[1] * patch**2, 1)).to(device)
+
+    def loss() -> Tensor:
+        x = data[torch.randint(len(data), (128,), generator=rng, device=device)]
+        target = torch.pixel_unshuffle(x, patch)
+        blank = (torch.rand(len(x), 1, *target.shape[2:], generator=rng, device=device) < 0.5).to(x.dtype)
+        missing = whole(x * (1 - blank.repeat_interleave(patch, 2).repeat_interleave(patch, 3)))
+        return (blank * (missing - target).square()).mean()
+
+    fit(session, whole, loss, session.scale(400, 4))
+    return torch.no_grad()(lambda x: trunk(x).flatten(2).transpose(1, 2))
+
+
+def fit_decoupled(session: Session, network: nn.Module, steps: int = 900, layer: int = 2, weight: float = 0.5) -> None:
+    """Train a decoupled transformer on flow matching, with tokens of an encoder layer aligned to `masked_features`.
+
+    loss = |v - (eps - x0)|^2 + weight (1 - cos(projection(encoder layer), features of the clean image)), times
+    distributed as the sigmoid of a normal variable.
+    """
+    data, label, rng, device = (
+        *(session.train[k].to(session.device) for k in ("x0", "condition")),
+        session.rng,
+        session.device,
+    )
+    features, seen = masked_features(session), []
+    size = features(data[:1]).shape[-1]
+    project = nn.Sequential(nn.Linear(network.width, network.width), nn.SiLU(), nn.Linear(network.width, size)).to(
+        device
+    )
+    hook = network.encoder[layer - 1].register_forward_hook(lambda module, given, found: seen.append(found))
+
+    def loss() -> Tensor:
+        pick = torch.randint(len(data), (64,), generator=rng, device=device)
+        x0, t = data[pick], torch.randn(64, generator=rng, device=device).sigmoid()
+        eps = torch.randn(x0.shape, generator=rng, device=device)
+        v = network(add_noise(_default_schedule("flow"), x0, eps, t), t, label[pick])[0]
+        alike = torch.nn.functional.cosine_similarity(project(seen.pop()), features(x0), dim=-1)
+        return (v - (eps - x0)).square().mean() + weight * (1 - alike).mean()
+
+    fit(session, nn.ModuleList([network, project]), loss, session.scale(steps, 4), clip=1.0)
+    hook.remove()
+
+
+def sample_decoupled(
+    network: nn.Module, x: Tensor, condition: Tensor, steps: int, recomputed: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Euler steps of a decoupled transformer whose encoder runs in the `recomputed` steps only (0 among them), its z being
+    kept in between. Returns the samples [B, ...] and the z of every step [steps, B, L, width].
+    """
+    z, kept = None, []
+    for step, (t, s) in enumerate(pairwise(uniform_times(steps))):
+        time = torch.full((len(x),), t, dtype=x.dtype, device=x.device)
+        v, z = network(x, time, condition, None if step in recomputed else z)
+        x = euler_step(x, v, t, s)
+        kept.append(z)
+    return x, torch.stack(kept)
+
+
+@torch.no_grad()
+def state_similarity(session: Session, network: nn.Module, steps: int) -> Tensor:
+    """S [steps, steps]: mean cosine of the tokens of z between any two steps, on noises with classes of the train split."""
+    label, n = session.train["condition"].to(session.device), session.scale(64, 8)
+    condition = label[torch.randint(len(label), (n,), generator=session.rng, device=session.device)]
+    noise = torch.randn(n, *session.train["x0"].shape[1:], generator=session.rng, device=session.device)
+    states = sample_decoupled(network, noise, condition, steps, range(steps))[1]
+    unit = torch.nn.functional.normalize(states.flatten(1, 2), dim=-1)
+    return torch.einsum("ind,jnd->ij", unit, unit) / unit.shape[1]
+
+
+# --- patch parallelism -------------------------------------------------------------------------------------------------
+
+
+class Bands:
+    """A network evaluated on bands: every rank of a group holds a horizontal band of each image, and of each activation.
+
+    Convolutions take the rows beyond the border, self-attention further keys and values and group norms the statistics
+    from other ranks; while `synchronous` those of this evaluation, else those that were sent in the one before (Li et al.
+    2024, displaced patch parallelism). The first convolution always takes fresh rows: latents, not activations.
+
+    Args:
+        group: the ranks, as many as there are bands, in order from the top.
+        reach: whose keys and values attention sees beside its own. "all": those of every rank; a number f: of the
+            neighbours the rows next to the border, as many as f of a band, and statistics of neighbours only; "none":
+            nothing is exchanged at all, rows beyond the border are zero.
+
+    Acts on diffusers' UNet2DModel and DiTTransformer2DModel in the wrappers of the backbones, inside `on(network)`.
+    """
+
+    def __init__(self, group: Group, reach: str | float = "all") -> None:
+        self.group, self.reach, self.synchronous = group, reach, True
+        self._sent: dict[nn.Module, Exchange] = {}
+        self._statistics: dict[nn.Module, Tensor] = {}
+
+    @property
+    def neighbours(self) -> list[int]:
+        """The ranks of the bands above and below."""
+        return [rank for rank in (self.group.rank - 1, self.group.rank + 1) if 0 <= rank < self.group.size]
+
+    def own(self, whole: Tensor) -> Tensor:
+        """This rank's rows of [..., height, width]."""
+        return whole.chunk(self.group.size, -2)[self.group.rank]
+
+    def join(self, band: Tensor) -> Tensor:
+        """The whole [..., height, width] of everybody's bands."""
+        return torch.cat(self.group.gather(band), -2)
+
+    def output(self, denoise: Denoiser, band: Tensor, t: float) -> Tensor:
+        """What the network predicts for this rank's band."""
+        found = denoise.output(band, t)
+        return found if found.shape == band.shape else self.own(found)
+
+    @contextlib.contextmanager
+    def on(self, network: nn.Module) -> Iterator[None]:
+        """Inside, the network takes and gives bands."""
+        forwards: dict[nn.Module, Callable[..., Tensor]] = {}
+        for part in network.modules():
+            kind = type(part).__name__
+            if isinstance(part, nn.Conv2d) and part.padding[0]:
+                first = part is getattr(getattr(network, "unet", None), "conv_in", None)
+                forwards[part] = functools.partial(self._convolution, part, first)
+            elif isinstance(part, nn.GroupNorm):
+                forwards[part] = functools.partial(self._norm, part)
+            elif kind == "Attention":
+                forwards |= {linear: functools.partial(self._keys, linear) for linear in (part.to_k, part.to_v)}
+            elif kind == "PatchEmbed":
+                forwards[part] = functools.partial(self._tokens, part)
+            elif kind == "DiTTransformer2DModel":
+                forwards[part.proj_out_2] = functools.partial(self._in_place, part.proj_out_2)
+        coordinates = getattr(network, "coordinates", None)
+        try:
+            for part, forward in forwards.items():
+                part.forward = forward
+            if coordinates is not None:
+                network.coordinates = self.own(coordinates)
+            yield
+        finally:
+            for part in forwards:
+                part.__dict__.pop("forward", None)
+            if coordinates is not None:
+                network.coordinates = coordinates
+
+    def _remote(self, part: nn.Module, outgoing: dict[int, Tensor], fresh: bool = False) -> dict[int, Tensor]:
+        """Send, and return what the listed ranks sent for the same module: now, or in the evaluation before."""
+        if self.reach == "none":
+            return {}
+        now = self.group.exchange(outgoing)
+        before, self._sent[part] = self._sent.get(part, now), now
+        return (now if self.synchronous or fresh else before).wait()
+
+    def _convolution(self, part: nn.Conv2d, fresh: bool, x: Tensor) -> Tensor:
+        edge, above, below = int(part.padding[0]), self.group.rank - 1, self.group.rank + 1
+        rows = {above: x[:, :, :edge], below: x[:, :, -edge:]}
+        got = self._remote(part, {rank: rows[rank] for rank in self.neighbours}, fresh)
+        outside = torch.zeros_like(rows[above])
+        padded = torch.cat([got.get(above, outside), x, got.get(below, outside)], 2)
+        sides = (0, int(part.padding[1]))
+        return torch.conv2d(padded, part.weight, part.bias, part.stride, sides, part.dilation, part.groups)
+
+    def _norm(self, part: nn.GroupNorm, x: Tensor) -> Tensor:
+        """Statistics of the whole image: of old ones, this rank's share is brought up to date (section 4.2)."""
+        grouped = x.reshape(len(x), part.num_groups, -1)
+        own = torch.stack([grouped.mean(-1), grouped.square().mean(-1)])
+        peers = self.group.others if self.reach == "all" else self.neighbours
+        before, self._statistics[part] = self._statistics.get(part, own), own
+        got = self._remote(part, dict.fromkeys(peers, own))
+        then = own if self.synchronous else before
+        mean, square = torch.stack([then, *got.values()]).mean(0) + own - then
+        variance = square - mean.square()
+        variance = torch.where(variance < 0, own[1] - own[0].square(), variance)
+        scale = (variance + part.eps).rsqrt()[..., None]
+        normed = ((grouped - mean[..., None]) * scale).view(x.shape)
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        return normed * part.weight.view(shape) + part.bias.view(shape)
+
+    def _keys(self, part: nn.Linear, x: Tensor) -> Tensor:
+        """Keys or values [B, L, d] of this band with those of other bands in their places."""
+        own, rank = torch.nn.functional.linear(x, part.weight, part.bias), self.group.rank
+        if isinstance(self.reach, str):
+            outgoing = dict.fromkeys(self.group.others, own)
+        else:
+            width = math.isqrt(own.shape[1] * self.group.size)
+            edge = width * max(1, round(self.reach * own.shape[1] / width))
+            parts = {rank - 1: own[:, :edge], rank + 1: own[:, -edge:]}
+            outgoing = {peer: parts[peer] for peer in self.neighbours}
+        got = self._remote(part, outgoing) | {rank: own}
+        return torch.cat([got[place] for place in sorted(got)], 1)
+
+    def _tokens(self, part: nn.Module, x: Tensor) -> Tensor:
+        """Patches of the band as tokens, with the position they have in the whole image."""
+        tokens = part.proj(x).flatten(2).transpose(1, 2)
+        return tokens + part.pos_embed.chunk(self.group.size, 1)[self.group.rank]
+
+    def _in_place(self, part: nn.Linear, x: Tensor) -> Tensor:
+        """The band's tokens of the output in their place among all, the others zero: diffusers builds a square of them."""
+        out = torch.nn.functional.linear(x, part.weight, part.bias)
+        whole = out.new_zeros(len(out), out.shape[1] * self.group.size, out.shape[2])
+        whole.chunk(self.group.size, 1)[self.group.rank].copy_(out)
+        return whole
+
+
+# --- jumps along a flow ------------------------------------------------------------------------------------------------
+
+
+class JumpMLP(nn.Module):
+    """Mean velocity from time t to s < t at points of the plane: x_s = x_t - (t - s) u(x_t, t, s).
+
+    aware: whether it is told s. Without it, u is what a diffusion network gives a DDIM step: one direction for every s.
+    """
+
+    def __init__(self, kinds: int, aware: bool, width: int = 128) -> None:
+        super().__init__()
+        self.aware = aware
+        self.table = nn.Embedding(kinds, 16)
+        sizes = (2 + 64 + 16, width, width, width)
+        hidden = [part for a, b in pairwise(sizes) for part in (nn.Linear(a, b), nn.SiLU())]
+        self.body = nn.Sequential(*hidden, nn.Linear(width, 2))
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, condition: Tensor) -> Tensor:
+        """u [B, 2] at x [B, 2], t and s float [B], condition int64 [B]."""
+        times = torch.stack([t, s if self.aware else torch.zeros_like(s)], 1)
+        angle = times[:, :, None] * torch.logspace(0, 2, 16, device=x.device, dtype=x.dtype)
+        waves = torch.cat([angle.sin(), angle.cos()], 2).flatten(1)
+        return self.body(torch.cat([x, waves, self.table(condition)], 1))
+
+
+@torch.no_grad()
+def flow_paths(denoise: Denoiser, noise: Tensor, times: Sequence[float]) -> Tensor:
+    """States [len(times), B, ...] of the exact ODE of a flow at each of `times`, by Heun's method, the last step DDIM's."""
+    states = [noise]
+    for t, s in pairwise(times):
+        x = states[-1]
+        states.append(heun_step(denoise, x, t, s) if s > 0 else ddim_step(denoise.schedule, *denoise(x, t), s))
+    return torch.stack(states)
+
+
+def fit_jumps(session: Session, network: nn.Module, steps: int = 6000, batch: int = 1024) -> None:
+    """Regress u on the mean velocity (x_t - x_s) / (t - s) between random times of the teacher's own trajectories."""
+    rng, device, labels = session.rng, session.device, session.train["condition"].to(session.device)
+    n = session.scale(8000, 64)
+    condition = labels[torch.randint(len(labels), (n,), generator=rng, device=device)]
+    noise = torch.randn(n, 2, generator=rng, device=device)
+    grid = quadratic_times(session.scale(96, 8))
+    paths = flow_paths(Denoiser(session.networks["teacher"], condition), noise.double(), grid).float()
+    times = torch.tensor(grid, dtype=torch.float32, device=device)
+
+    def loss() -> Tensor:
+        item = torch.randint(n, (batch,), generator=rng, device=device)
+        first, second = torch.randint(len(times) - 1, (2, batch), generator=rng, device=device)
+        early, late = torch.minimum(first, second), torch.maximum(first, second) + 1
+        t, s, x = times[early], times[late], paths[early, item]
+        target = (x - paths[late, item]) / (t - s)[:, None]
+        return (network(x, t, s, condition[item]) - target).square().mean()
+
+    fit(session, network, loss, session.scale(steps, 4), rate=2e-3, ema=0.997)
+
+
+@torch.no_grad()
+def take_jumps(network: nn.Module, x: Tensor, condition: Tensor, times: Sequence[float]) -> Tensor:
+    """From noise through `times`, one evaluation of u for each jump."""
+    for t, s in pairwise(times):
+        now, then = (torch.full((len(x),), time, dtype=x.dtype, device=x.device) for time in (t, s))
+        x = x - (t - s) * network(x, now, then, condition)
+    return x
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,405 @@
+"""Students and generators trained in prepare: each against what is known exactly, before and after its training."""
+
+from __future__ import annotations
+
+import importlib
+from itertools import pairwise, permutations
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stepmark import backbones
+from stepmark.meter.counts import Ledger, watch
+from stepmark.method import Skip
+from stepmark.run import track_of
+from stepmark.session import Session
+from stepmark.tracks import image
+
+torch.set_num_threads(1)
+
+
+def module_of(method: str) -> Any:
+    """The module of a plugin."""
+    return importlib.import_module(f"stepmark.methods.image.{method}")
+
+
+guided, agd, noised, one_step, slim, naive, c2ot, ot_cfm, points, asbm, dsbm, cfg = (
+    module_of(name)
+    for name in (
+        "guided_distillation", "agd", "agd_noised_data", "one_step_regression", "slimflow", "slimflow_naive",
+        "c2ot", "ot_cfm", "flow_matching_points", "asbm", "dsbm", "ddim_cfg",
+    )
+)  # fmt: skip
+DIGITS, POINTS = "class_to_image/digits_flow", "sampling/mixtures_flow"
+
+
+def session_of(task: str, method: Any = None, seed: int = 1) -> Session:
+    """A smoke session on a task, with the untrained networks of a method where given, at the start of prepare."""
+    spec, ledger = track_of(task)[1], Ledger()
+    teacher = watch(ledger, "teacher", backbones.load(spec.backbones["teacher"]))
+    session = Session(spec, "smoke", torch.device("cpu"), torch.float32, {"teacher": teacher}, {}, ledger, False)
+    session.begin("prepare", seed)
+    torch.manual_seed(seed)
+    for name, network in (method.networks(session) if method else {}).items():
+        session.networks[name] = watch(ledger, name, network)
+    return session
+
+
+def batch_of(n: int, shape: tuple[int, ...], classes: int, seed: int = 3) -> dict[str, Tensor]:
+    """Noise and balanced conditions."""
+    noise = torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
+    return {"noise": noise, "condition": torch.arange(n) % classes}
+
+
+class Gaussian(nn.Module):
+    """The exact velocity of data N(0, 1/4)."""
+
+    prediction = "flow"
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor, *_: Tensor) -> Tensor:
+        t = t.view(-1, *[1] * (x.dim() - 1))
+        return (t - (1 - t) / 4) / ((1 - t) ** 2 / 4 + t**2) * x
+
+
+# --- guidance --------------------------------------------------------------------------------------------------------
+
+
+def test_a_guided_step_costs_two_and_is_that_of_the_formula() -> None:
+    """Eight evaluations are four Euler steps along (1 + w) v(c) - w v(), written out by hand."""
+    session, batch = session_of(DIGITS), batch_of(10, (1, 8, 8), 10)
+    session.begin("run", 1, 80)
+    found = cfg.DDIMWithGuidance().run(session, batch, 8)
+    assert session.spent == 80
+    teacher, x, condition = session.networks["teacher"], batch["noise"], batch["condition"]
+    session.begin("run", 1)
+    with torch.no_grad():
+        for k in range(4):
+            t = torch.full((10,), 1 - k / 4)
+            v = 1.3 * teacher(x, t, condition) - 0.3 * teacher(x, t, torch.full_like(condition, 10))
+            x = x - v / 4
+    torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4)
+    with pytest.raises(Skip):
+        cfg.DDIMWithGuidance().run(session, batch, 1)
+
+
+@torch.no_grad()
+def test_rows_are_guided_each_by_its_own_scale_and_time() -> None:
+    teacher, batch = backbones.load("digits_flow_a"), batch_of(6, (1, 8, 8), 10)
+    scale, t = torch.tensor([1.0, 1.0, 2.5, 2.5, 4.0, 0.0]), torch.tensor([0.3, 0.9, 0.3, 0.9, 0.5, 0.5])
+    found = image.guided_rows(teacher, batch["noise"], t, batch["condition"], scale)
+    for row in range(6):
+        x, condition = batch["noise"][row : row + 1], batch["condition"][row : row + 1]
+        own = image.Denoiser(teacher, condition, float(scale[row])).output(x, float(t[row]))
+        torch.testing.assert_close(found[row : row + 1], own, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["flow", "epsilon"])
+def test_the_progressive_target_leads_where_two_steps_lead(prediction: str) -> None:
+    """One DDIM step with the target from t reaches the end of two steps, at s > 0 and at s = 0."""
+    schedule, draw = image.Schedule(prediction), torch.Generator().manual_seed(0)
+    x, end = (torch.randn(5, 1, 8, 8, generator=draw, dtype=torch.float64) for _ in range(2))
+    t, s = torch.tensor([1.0, 0.75, 0.5, 0.5, 0.25]).double(), torch.tensor([0.75, 0.5, 0.25, 0.0, 0.0]).double()
+    t, s = t.view(-1, 1, 1, 1), s.view(-1, 1, 1, 1)
+    x0 = guided.progressive_target(schedule, x, t, end, s)
+    eps = (x - schedule.alpha(t) * x0) / schedule.sigma(t)
+    torch.testing.assert_close(schedule.alpha(s) * x0 + schedule.sigma(s) * eps, end)
+
+
+def test_students_that_learn_nothing_sample_like_the_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weight is ignored at first, weights are handed down from stage to stage, and the longest fitting is used."""
+    method, batch = guided.GuidedDistillation(), batch_of(10, (1, 8, 8), 10)
+    session = session_of(DIGITS, method)
+    monkeypatch.setattr(method, "rate", 0.0)
+    with torch.no_grad():  # the head of a chain: what it starts with must reach its end
+        session.networks["student_32"].base.unet.conv_out.bias.add_(0.25)
+        session.networks["teacher"].unet.conv_out.bias.add_(0.25)
+    method.prepare(session)
+    for rung, steps in ((1, 1), (2, 2), (9, 8), (50, 50)):
+        session.begin("run", 1, 10 * rung)
+        found = method.run(session, batch, rung)
+        assert session.spent == 10 * steps
+        session.begin("run", 1)
+        plain = module_of("euler").Euler().run(session, batch, steps)
+        torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_a_halved_student_is_trained_on_two_steps_of_its_predecessor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an exact linear flow the loss at the start is |one step - two steps|^2 in x0, times the truncated SNR."""
+    session, method, losses = session_of(DIGITS), guided.GuidedDistillation(), []
+    session.networks |= {"student_4": Gaussian(), "student_2": Gaussian()}
+    monkeypatch.setattr(guided, "fit", lambda session, network, loss, *_: losses.append(float(loss())))
+    x, t = batch_of(6, (1, 8, 8), 10)["noise"].double(), torch.tensor([1.0, 0.5] * 3).double()
+    method.halve(session, 2, lambda: (x, t, torch.zeros(6, dtype=torch.int64), torch.zeros(6).double()))
+    wanted = []
+    for row, start in zip(x, t.tolist(), strict=True):
+        denoise, end = image.Denoiser(Gaussian(), torch.zeros(1, dtype=torch.int64)), row[None]
+        x0 = denoise(end, start)[0]
+        for now, then in pairwise([start, start - 0.25, start - 0.5]):
+            end = image.ddim_step(denoise.schedule, *denoise(end, now), then)
+        velocity = (row[None] - end) / 0.5
+        wanted.append(max((1 - start) ** 2 / start**2, 1) * (x0 - (row[None] - start * velocity)).square().mean())
+    assert losses[0] == pytest.approx(float(torch.stack(wanted).mean()), rel=1e-6)
+    assert losses[0] > 1e-4
+
+
+def test_untrained_adapters_change_nothing_and_only_they_can_learn() -> None:
+    method, batch = agd.AGD(), batch_of(10, (1, 8, 8), 10)
+    session = session_of(DIGITS, method)
+    adapted = session.networks["adapted"]
+    session.begin("run", 1, 40)
+    found = method.run(session, batch, 4)
+    assert session.spent == 40
+    session.begin("run", 1)
+    assert torch.equal(found, module_of("ddim").DDIM().run(session, batch, 4))
+    trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(name.startswith(("embed.", "adapters.")) for name in trained)
+    share = sum(p.numel() for n, p in adapted.named_parameters() if n in trained) / sum(
+        p.numel() for p in session.networks["teacher"].parameters()
+    )
+    assert 0.01 < share < 0.05
+
+
+def test_adapters_learn_guidance_on_the_states_of_guided_sampling() -> None:
+    """The stored states are those of the guided sampler, and a few updates bring the network nearer to its output."""
+    method = agd.AGD()
+    session, batch = session_of(DIGITS, method), batch_of(10, (1, 8, 8), 10)
+    scale = torch.full((10,), 3.0)
+    teacher, adapted = session.networks["teacher"], session.networks["adapted"]
+    x, t, condition, scales, target = agd.guided_trajectories(teacher, batch["noise"], batch["condition"], scale, 3)
+    denoise, state = image.Denoiser(teacher, batch["condition"], 3.0), batch["noise"]
+    with torch.no_grad():
+        for k, (now, then) in enumerate(pairwise(image.uniform_times(3))):
+            torch.testing.assert_close(x[10 * k : 10 * k + 10], state, rtol=1e-4, atol=1e-4)
+            assert torch.allclose(t[10 * k : 10 * k + 10], torch.tensor(now))
+            state = image.ddim_step(denoise.schedule, *denoise(state, now), then)
+
+    def loss() -> Tensor:
+        return (adapted(x, t, condition, scales) - target).square().mean()
+
+    before = loss().item()
+    image.fit(session, adapted, loss, 25, 1e-2, ema=0.0)
+    assert loss().item() < 0.8 * before
+
+
+# --- one step from pairs ---------------------------------------------------------------------------------------------
+
+
+def test_pairs_are_the_ends_of_the_teachers_chain() -> None:
+    session = session_of(DIGITS)
+    eps, x0, condition = image.teacher_pairs(session, 12, 4)
+    session.begin("run", 1)
+    batch = {"noise": eps, "condition": condition}
+    torch.testing.assert_close(module_of("euler").Euler().run(session, batch, 4), x0, rtol=1e-4, atol=1e-4)
+    assert abs(float(eps.mean())) < 0.1
+
+
+def test_annealed_noise_is_gaussian_on_the_whole_way() -> None:
+    """From random pairs at beta = 1 to the teacher's at 0, with unit variance and correlation sqrt(1 - beta^2)."""
+    draw = torch.Generator().manual_seed(0)
+    eps, fresh = (torch.randn(200_000, generator=draw, dtype=torch.float64) for _ in range(2))
+    assert torch.equal(slim.annealed(eps, fresh, 0.0), eps)
+    assert torch.equal(slim.annealed(eps, fresh, 1.0), fresh)
+    for beta in (0.2, 0.6, 0.9):
+        noise = slim.annealed(eps, fresh, beta)
+        assert float(noise.var()) == pytest.approx(1, abs=0.02)
+        assert float((noise * eps).mean()) == pytest.approx((1 - beta**2) ** 0.5, abs=0.02)
+
+
+def test_distillation_is_guided_by_two_steps_of_the_annealed_flow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flow that is straight already is its own one-step student: only the stored pairs are left in the loss."""
+
+    class Straight(nn.Module):
+        prediction = "flow"
+
+        def __init__(self, bend: float) -> None:
+            super().__init__()
+            self.bend = nn.Parameter(torch.tensor(bend))
+
+        def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+            """Towards zero along straight lines, v = x / t, or bent away from them."""
+            return x / t.view(-1, 1, 1, 1).clamp(min=1e-3) * (1 + self.bend * (1 - t.view(-1, 1, 1, 1)))
+
+    found = {}
+    for bend in (0.0, 0.5):
+        method, losses = slim.SlimFlow(), []
+        session = session_of(DIGITS)
+        session.networks["student"] = Straight(bend)
+        noise = batch_of(64, (1, 8, 8), 10)["noise"]
+        pairs = (noise, torch.zeros_like(noise), torch.zeros(64, dtype=torch.int64))
+        monkeypatch.setattr(slim, "teacher_pairs", lambda *_, pairs=pairs: pairs)
+        monkeypatch.setattr(slim, "fit", lambda session, network, loss, *_, losses=losses: losses.append(loss().item()))
+        method.prepare(session)
+        found[bend] = losses[1]
+    assert found[0.0] < 1e-4
+    assert found[0.5] > 0.1
+
+
+@pytest.mark.parametrize("module", [one_step, slim, naive])
+def test_one_evaluation_whatever_the_budget(module: Any) -> None:
+    method = next(
+        value() for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__
+    )
+    session, batch = session_of(DIGITS, method), batch_of(10, (1, 8, 8), 10)
+    student = session.networks["student"].eval().requires_grad_(False)
+    teacher = sum(p.numel() for p in session.networks["teacher"].parameters())
+    assert module is one_step or sum(p.numel() for p in student.parameters()) < 0.3 * teacher
+    session.begin("run", 1, 10)
+    found = method.run(session, batch, 1)
+    assert session.spent == 10
+    session.begin("run", 1)
+    one = torch.ones(10)
+    torch.testing.assert_close(found, batch["noise"] - student(batch["noise"], one, batch["condition"]))
+
+
+# --- couplings -------------------------------------------------------------------------------------------------------
+
+
+def test_conditional_transport_is_the_cheapest_pairing_that_keeps_conditions() -> None:
+    """Against all pairings of six points; without conditions a cheaper one breaks them."""
+    draw = torch.Generator().manual_seed(2)
+    eps, x0 = (torch.randn(6, 2, generator=draw) for _ in range(2))
+    condition = torch.tensor([0, 1, 0, 1, 1, 0])
+
+    def cost(order: Any) -> float:
+        return float((x0 - eps[list(order)]).square().sum())
+
+    every = list(permutations(range(6)))
+    keeping = [order for order in every if torch.equal(condition[list(order)], condition)]
+    assert cost(c2ot.C2OT.couple(eps, x0, condition).tolist()) == pytest.approx(min(map(cost, keeping)))
+    assert cost(ot_cfm.OTCFM.couple(eps, x0, condition).tolist()) == pytest.approx(min(map(cost, every)))
+    assert min(map(cost, every)) < min(map(cost, keeping))
+
+
+def test_noise_stays_gaussian_given_the_condition() -> None:
+    """Each condition keeps exactly the noises drawn for it; plain transport gives the inner data the inner noises."""
+    draw = torch.Generator().manual_seed(0)
+    eps, condition = torch.randn(800, 2, generator=draw), torch.arange(800) % 2
+    x0 = torch.randn(800, 2, generator=draw) * torch.where(condition == 0, 0.1, 2.0)[:, None]
+    ours, plain = c2ot.C2OT.couple(eps, x0, condition), ot_cfm.OTCFM.couple(eps, x0, condition)
+    for order in (ours, plain):
+        assert torch.equal(order.sort().values, torch.arange(800))
+    inner = condition == 0
+    assert torch.equal(ours[inner].sort().values, inner.nonzero().flatten())
+    assert float(eps[plain[inner]].square().mean()) < 0.7
+    assert float(eps[ours[inner]].square().mean()) > 0.9
+
+
+def test_a_field_trained_on_a_pairing_follows_it() -> None:
+    """Where the noise named for each datum is its shifted self, the velocity is the shift at every point and time."""
+    session, field, shift = session_of(POINTS), image.PointField(2), torch.tensor([1.0, -0.5])
+
+    def couple(eps: Tensor, x0: Tensor, condition: Tensor) -> Tensor:
+        eps.copy_(x0.roll(1, 0) + shift)  # the noise of datum j is number j + 1
+        return torch.arange(len(eps)).roll(-1)
+
+    image.fit_coupled(session, field, couple, 80, batch=64, pool=128, rate=3e-3)
+    data, condition = (session.train[key][:200] for key in ("x0", "condition"))
+    with torch.no_grad():
+        found = field(data + 0.3 * shift, torch.full((200,), 0.3), condition)
+    assert float((found - shift).norm(dim=1).mean()) < 0.2
+
+
+# --- Schroedinger bridges --------------------------------------------------------------------------------------------
+
+MEAN, SPREAD, EPSILON = 0.7, 0.3, 0.2
+
+
+def posterior(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of x0 ~ N(0.7, 0.09) at the point x_t of its bridge to an independent standard normal."""
+    variance = (1 - t) ** 2 * SPREAD**2 + t**2 + EPSILON * t * (1 - t)
+    gain = (1 - t) * SPREAD**2 / variance
+    return MEAN + gain * (x - (1 - t) * MEAN), SPREAD**2 - gain * (1 - t) * SPREAD**2
+
+
+class ExactGenerator(nn.Module):
+    """G(x_t, t, z): a draw of x0 given x_t."""
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        x, z = x.chunk(2, 1)
+        mean, variance = posterior(x, t[:, None])
+        return mean + variance.sqrt() * z
+
+
+class ExactDrift(nn.Module):
+    """v(x_t, t) = (x_t - E[x0 | x_t]) / t."""
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        return (x - posterior(x, t[:, None])[0]) / t[:, None]
+
+
+def test_exact_transitions_keep_the_law_of_every_time() -> None:
+    """Four random transitions with the exact posterior end in the data's law; the exact mean needs many steps."""
+    rng, label = torch.Generator().manual_seed(0), torch.zeros(100_000, dtype=torch.int64)
+    noise = torch.randn(100_000, 2, generator=rng, dtype=torch.float64)
+    ends = asbm.transport(ExactGenerator(), noise, label, 4, EPSILON, rng)
+    assert float(ends.mean()) == pytest.approx(MEAN, abs=0.01)
+    assert float(ends.std()) == pytest.approx(SPREAD, abs=0.005)
+    many, few = (dsbm.transport(ExactDrift(), noise[:20_000], label[:20_000], n, EPSILON, rng) for n in (100, 4))
+    assert float(many.std()) == pytest.approx(SPREAD, abs=0.02)
+    assert float(few.std()) < 0.85 * SPREAD
+
+
+def test_neighbouring_points_are_those_of_a_brownian_bridge() -> None:
+    """Given the ends, x_s and x_t have covariance e s (1 - t), and means on the line between the ends."""
+    rng, n = torch.Generator().manual_seed(0), 200_000
+    x0, x1 = torch.full((n, 1), -1.0).double(), torch.full((n, 1), 2.0).double()
+    x_s, x_t, t, s, _ = asbm.bridge_transition((x0, x1, torch.zeros(n)), 4, EPSILON, rng)
+    for k in (1, 2, 3, 4):
+        here = (t * 4).round() == k
+        times = torch.tensor([(k - 1) / 4, k / 4]).double()
+        assert float(here.double().mean()) == pytest.approx(0.25, abs=0.01)
+        both = torch.stack([x_s[here, 0], x_t[here, 0]])
+        torch.testing.assert_close(both.mean(1), -1 + 3 * times, rtol=0, atol=0.01)
+        wanted = EPSILON * torch.minimum(times[:, None], times) * (1 - torch.maximum(times[:, None], times))
+        torch.testing.assert_close(both.cov(), wanted, rtol=0, atol=0.002)
+    assert torch.equal(x_s[s == 0], x0[s == 0])
+
+
+def test_the_critic_is_punished_for_its_slope_and_the_generator_follows_it() -> None:
+    """A linear critic has the losses written down by hand, and moves the generator up its slope."""
+
+    class Linear(nn.Module):
+        def __init__(self, weight: float) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor(weight, dtype=torch.float64))
+
+        def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+            return self.weight * x[:, :1] + 0 * t[:, None]
+
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.place = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+
+        def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+            return self.place.expand(len(x), 2)
+
+    rng = torch.Generator().manual_seed(0)
+    pairs = (torch.ones(64, 2).double(), torch.zeros(64, 2).double(), torch.zeros(64, dtype=torch.int64))
+    side = asbm.Projection(Constant(), Linear(0.0), 1e-2)
+    loss, penalty = side.critic_loss(pairs, 1, EPSILON, rng)
+    assert float(loss) == pytest.approx(2 * torch.log(torch.tensor(2.0)).item(), rel=1e-5)
+    assert float(penalty) == 0
+    side = asbm.Projection(Constant(), Linear(3.0), 1e-2)
+    loss, penalty = side.critic_loss(pairs, 1, EPSILON, rng)
+    softplus = torch.nn.functional.softplus
+    assert float(loss) == pytest.approx(float(softplus(torch.tensor(-3.0)) + softplus(torch.tensor(0.0))), rel=1e-5)
+    assert float(penalty) == pytest.approx(0.01 / 2 * 9)
+    side.fit(lambda: pairs, 150, 1, EPSILON, rng)  # one transition to data that are all at (1, 1)
+    assert float(side.generator.place[0]) > 0.5
+    assert float(side.generator.place[1]) == 0
+
+
+def test_four_transitions_are_counted_and_fewer_are_refused() -> None:
+    method, batch = asbm.ASBM(), batch_of(20, (2,), 2)
+    session = session_of(POINTS, method)
+    method.prepare(session)
+    for rung in (4, 16):
+        session.begin("run", 1, 80)
+        method.run(session, batch, rung)
+        assert session.spent == 80
+    with pytest.raises(Skip):
+        method.run(session, batch, 2)
