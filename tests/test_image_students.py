@@ -84,6 +84,16 @@ def test_a_guided_step_costs_two_and_is_that_of_the_formula() -> None:
         cfg.DDIMWithGuidance().run(session, batch, 1)
 
 
+@pytest.mark.parametrize("backbone", ["digits_flow_a", "digits_eps_a"])
+def test_a_ddim_step_is_linear_in_the_sample_and_the_output(backbone: str) -> None:
+    schedule, rng = image.schedule_of(backbones.load(backbone)), torch.Generator().manual_seed(3)
+    x, output = torch.randn(2, 5, 1, 8, 8, generator=rng)
+    for t, s in ((1.0, 0.75), (0.5, 0.2), (0.25, 0.0)):
+        x0, eps = image.to_x0_eps(schedule.prediction, output, x, schedule.alpha(t), schedule.sigma(t))
+        a, b = image.ddim_coefficients(schedule, t, s)
+        torch.testing.assert_close(a * x + b * output, image.ddim_step(schedule, x0, eps, s), rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_rows_are_guided_each_by_its_own_scale_and_time() -> None:
     teacher, batch = backbones.load("digits_flow_a"), batch_of(6, (1, 8, 8), 10)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from stepmark.backbones.checkpoint import Made
 
 PACKAGE = Path(__file__).parent
-MOUNTS = ("methods", "datasets", "leaderboard")
+MOUNTS = ("methods", "datasets", "kernels", "leaderboard")
 METADATA = ("paper", "claims", "tasks")  # of a method: what is said about it, not what runs
 TRACK_CALLS = ("handles", "layers", "inputs", "check", "reference_call", "score")  # what the harness asks of a track
 

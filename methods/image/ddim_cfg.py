@@ -9,7 +9,7 @@ from torch import Tensor
 from stepmark import Method, Paper
 from stepmark.method import skip
 from stepmark.session import Session
-from stepmark.tracks.image import Denoiser, ddim_step, uniform_times
+from stepmark.tracks.image import ddim_coefficients, fused, schedule_of, uniform_times
 
 
 class DDIMWithGuidance(Method):
@@ -20,7 +20,8 @@ class DDIMWithGuidance(Method):
         eps_w = (1 + w) eps(x_t, c) - w eps(x_t)
 
     with w = 0.3. A network that predicts velocities is guided alike, as v is linear in eps at a given x_t; DDIM's step is
-    then Euler's. An odd budget leaves one evaluation unused, and a budget of one has no guided step.
+    then Euler's. Guidance and step are one linear function of x_t and the two predictions, which a GPU computes in one
+    kernel. An odd budget leaves one evaluation unused, and a budget of one has no guided step.
 
     It is what distillation of guidance starts from. The weight is small, for on these data guidance trades the spread of
     a class for its clarity quickly; Meng et al. (2023) find the same 0.3 the best on ImageNet 64x64.
@@ -41,9 +42,11 @@ class DDIMWithGuidance(Method):
     def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> Tensor:
         if rung < 2:
             skip("a guided step takes two evaluations")
-        denoise = Denoiser(session.networks["teacher"], batch["condition"], 1 + self.weight)
-        x = batch["noise"]
+        network, x = session.networks["teacher"], batch["noise"]
+        schedule = schedule_of(network)
+        condition = torch.cat([network.null_condition(batch["condition"]), batch["condition"]])
         for t, s in pairwise(uniform_times(rung // 2)):
-            x0, eps = denoise(x, t)
-            x = ddim_step(denoise.schedule, x0, eps, s)
+            time = torch.full((2 * len(x),), schedule.network_time(t), dtype=x.dtype, device=x.device)
+            output = network(torch.cat([x, x]), time, condition)
+            x = fused("sampler_step", x, output, 1 + self.weight, *ddim_coefficients(schedule, t, s))
         return x

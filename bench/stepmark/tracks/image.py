@@ -377,6 +377,16 @@ def ddim_step(schedule: Schedule, x0: Tensor, eps: Tensor, s: float) -> Tensor:
     return schedule.alpha(s) * x0 + schedule.sigma(s) * eps
 
 
+def ddim_coefficients(schedule: Schedule, t: float, s: float) -> tuple[float, float]:
+    """(a, b) for which `ddim_step` from t to s is a x + b output, of the network's own output (eps or v)."""
+    alpha, sigma, then = schedule.alpha(t), schedule.sigma(t), (schedule.alpha(s), schedule.sigma(s))
+    if schedule.prediction == "flow":
+        return then[0] + then[1], then[1] * alpha - then[0] * sigma
+    if schedule.prediction == "epsilon":
+        return then[0] / alpha, then[1] - then[0] * sigma / alpha
+    raise ValueError(f"prediction {schedule.prediction!r} is not known here; use 'epsilon' or 'flow'")
+
+
 def euler_step(x: Tensor, velocity: Tensor, t: float, s: float) -> Tensor:
     """x + (s - t) dx/dt; velocity is what a flow network predicts."""
     return torch.add(x, velocity, alpha=s - t)
@@ -785,12 +795,11 @@ class DecoupledBlock(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """As x."""
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulation(c).chunk(6, -1)
-        width = x.shape[-1:]
-        inner = torch.layer_norm(x, width) * (1 + scale) + shift
+        inner = fused("adaptive_norm", x, scale, shift)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(inner).chunk(3, -1))
         mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + gate * self.out(mixed)
-        return x + gate_mlp * self.mlp(torch.layer_norm(x, width) * (1 + scale_mlp) + shift_mlp)
+        return x + gate_mlp * self.mlp(fused("adaptive_norm", x, scale_mlp, shift_mlp))
 
 
 class DecoupledDiT(nn.Module):
@@ -833,7 +842,7 @@ class DecoupledDiT(nn.Module):
         for block in self.decoder:
             h = block(h, z)
         shift, scale = self.last_modulation(z).chunk(2, -1)
-        out = self.last(torch.layer_norm(h, h.shape[-1:]) * (1 + scale) + shift)
+        out = self.last(fused("adaptive_norm", h, scale, shift))
         return torch.pixel_shuffle(out.transpose(1, 2).unflatten(2, (grid, -1)), self.patch), z
 
 
