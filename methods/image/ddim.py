@@ -28,7 +28,13 @@ class DDIM(Method):
         arxiv="2010.02502",
         code="ermongroup/ddim",
     )
-    tasks = ("class_to_image/digits_eps", "class_to_image/digits_eps_b", "sampling/mixtures_eps")
+    tasks = (
+        "class_to_image/digits_eps",
+        "class_to_image/digits_eps_b",
+        "sampling/mixtures_eps",
+        "minority/rare_eps",
+        "class_to_image/shades",
+    )
 
     @torch.no_grad()
     def run(self, session: Session, batch: dict[str, Tensor], rung: int) -> Tensor:

@@ -29,6 +29,7 @@ class Euler(Method):
         "class_to_image/digits_flow_b",
         "attributes_to_image/shapes16",
         "sampling/mixtures_flow",
+        "search/digits",
     )
 
     @torch.no_grad()

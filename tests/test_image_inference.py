@@ -1,0 +1,465 @@
+"""Evaluations spent otherwise than step after step: in rounds, on a search, on guidance, on a further time input."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stepmark import backbones
+from stepmark.meter.counts import Ledger, watch
+from stepmark.run import track_of
+from stepmark.session import Session
+from stepmark.task import digest_of
+from stepmark.tracks import image
+
+torch.set_num_threads(1)
+
+SCHEDULE = image.Schedule("epsilon")
+
+
+def module_of(method: str) -> Any:
+    """The module of a plugin."""
+    return importlib.import_module(f"stepmark.methods.image.{method}")
+
+
+def session_of(task: str, network: nn.Module | None = None, **more: nn.Module) -> Session:
+    """A smoke session on a task, with another teacher where given and further networks."""
+    spec, ledger = track_of(task)[1], Ledger()
+    networks = {"teacher": network or backbones.load(spec.backbones["teacher"])} | more
+    watched = {name: watch(ledger, name, part) for name, part in networks.items()}
+    session = Session(spec, "smoke", torch.device("cpu"), torch.float32, watched, {}, ledger, False)
+    session.begin("run", 1)
+    return session
+
+
+def batch_of(n: int, shape: tuple[int, ...], classes: int, seed: int = 3) -> dict[str, Tensor]:
+    """Noise and balanced conditions."""
+    noise = torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
+    return {"noise": noise, "condition": torch.arange(n) % classes}
+
+
+class Clock(nn.Module):
+    """A network that sees nothing but the time."""
+
+    prediction = "epsilon"
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        return (t / 150).cos()[:, None].expand_as(x)
+
+
+class Gaussian(nn.Module):
+    """The exact noise prediction of data N(0, 1/4), eps = gain(t) x: every sampler is a number. Keeps what it was asked."""
+
+    prediction = "epsilon"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[Tensor, Tensor]] = []
+
+    @staticmethod
+    def gain(t: float) -> float:
+        alpha, sigma = SCHEDULE.alpha(t), SCHEDULE.sigma(t)
+        return sigma / (alpha**2 / 4 + sigma**2)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        self.asked.append((x.clone(), t.clone()))
+        times, place = t.unique(return_inverse=True)
+        gains = torch.tensor([self.gain((float(time) + 1) / 1000) for time in times], dtype=x.dtype)
+        return gains[place].view(-1, *[1] * (x.dim() - 1)) * x
+
+
+# --- ParaStep --------------------------------------------------------------------------------------------------------
+
+parastep = module_of("parastep")
+
+
+def test_where_states_do_not_matter_rounds_give_the_sequential_samples() -> None:
+    """64 steps in 20 rounds, bit for bit those of 64 rounds: every prediction is fresh and replayed in its place."""
+    batch, session = batch_of(10, (2,), 2), session_of("sampling/mixtures_eps", Clock())
+    whole = module_of("ddim").DDIM().run(session, batch, 64)
+    session.begin("run", 1, 640)
+    torch.testing.assert_close(parastep.ParaStep().run(session, batch, 64), whole, rtol=1e-6, atol=1e-6)
+    assert session.spent == 640
+    assert session._ledger.snapshot()["teacher"]["calls"] == 5 + math.ceil(59 / 4) <= 0.4 * 64
+
+
+def test_one_worker_is_ddim_bit_for_bit() -> None:
+    batch, session = batch_of(10, (2,), 2), session_of("sampling/mixtures_eps")
+    alone = parastep.ParaStep()
+    alone.workers = 1
+    whole = module_of("ddim").DDIM().run(session, batch, 12)
+    assert torch.equal(alone.run(session, batch, 12), whole)
+    assert not torch.equal(parastep.ParaStep().run(session, batch, 12), whole)
+
+
+def test_a_round_reuses_then_predicts_then_replays() -> None:
+    """On a linear network all states are multiples of the noise: against the numbers of the algorithm, step by step."""
+    network, batch = Gaussian(), batch_of(3, (2,), 1)
+    session, method, rung = session_of("sampling/mixtures_eps", network), parastep.ParaStep(), 11
+    found = method.run(session, batch, rung)
+    schedule, times = SCHEDULE, image.uniform_times(rung)
+
+    def step(x: float, eps: float, t: float, s: float) -> float:
+        x0 = (x - schedule.sigma(t) * eps) / schedule.alpha(t)
+        return schedule.alpha(s) * x0 + schedule.sigma(s) * eps
+
+    x, eps, asked, done = 1.0, 0.0, [], 0
+    while done < rung:
+        part = list(pairwise(times))[done : done + (1 if done < 5 else 4)]
+        guess, fresh = x, []
+        for k, (t, s) in enumerate(part):  # a worker takes its steps one by one
+            fresh.append(network.gain(t) * guess)
+            asked.append((guess, schedule.network_time(t)))
+            guess = step(guess, eps, t, s) if k + 1 < len(part) else guess
+        for (t, s), eps in zip(part, fresh, strict=True):
+            x = step(x, eps, t, s)
+        done += len(part)
+    torch.testing.assert_close(found, x * batch["noise"], rtol=1e-4, atol=1e-5)
+    rows = [(state, float(time)) for states, now in network.asked for state, time in zip(states, now, strict=True)]
+    for k, (factor, time) in enumerate(asked):
+        assert rows[3 * k][1] == pytest.approx(time, abs=1e-3)
+        torch.testing.assert_close(rows[3 * k][0], factor * batch["noise"][0], rtol=1e-4, atol=1e-5)
+
+
+# --- search ----------------------------------------------------------------------------------------------------------
+
+search = importlib.import_module("stepmark.tracks.image_search")
+SEARCHES = {
+    "random": module_of("diffusion_its_search").RandomSearch,
+    "zero-order": module_of("diffusion_its_search_zero_order").ZeroOrderSearch,
+    "paths": module_of("diffusion_its_search_paths").PathSearch,
+}
+
+
+class Straight(nn.Module):
+    """A flow to the fixed point of its own noise: image = noise / 2, along a straight line, from any time."""
+
+    prediction = "flow"
+
+    def null_condition(self, condition: Tensor) -> Tensor:
+        return condition
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        t = t.view(-1, *[1] * (x.dim() - 1))
+        eps = x / (t + (1 - t) / 2)
+        return eps - eps / 2
+
+
+class Brightness(nn.Module):
+    """A verifier that likes class k the more, the nearer the mean pixel is to k / 10; keeps what it was shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.shown.append(x.clone())
+        classes = torch.arange(10) / 10
+        return -100 * (x.mean((1, 2, 3))[:, None] - classes).square()
+
+
+def searched(kind: str, rung: int, n: int = 20) -> tuple[Tensor, dict[str, Tensor], Brightness, Session]:
+    """Images of a search with a network and a verifier that are known exactly."""
+    verifier, batch = Brightness(), batch_of(n, (1, 8, 8), 10)
+    session = session_of("search/digits", Straight(), verifier=verifier)
+    session.begin("run", 1, rung * n)
+    return SEARCHES[kind]().run(session, batch, rung), batch, verifier, session
+
+
+@pytest.mark.parametrize("kind", SEARCHES)
+def test_the_best_of_what_was_judged_is_returned(kind: str) -> None:
+    """Of all images shown to the verifier, each item gets the one that it likes best for this item's wish."""
+    rung, n = 64, 20
+    found, batch, verifier, session = searched(kind, rung, n)
+    shown = torch.cat([part.view(-1, n, *part.shape[1:]) for part in verifier.shown])  # [tries, n, ...]
+    values = [search.approval(Brightness(), tried, batch["condition"]) for tried in shown]
+    if kind == "paths":  # of the last round: before, predictions are judged that lead on
+        values = values[-10:]
+        shown = shown[-10:]
+    best = torch.stack(values).argmax(0)
+    torch.testing.assert_close(found, shown[best, torch.arange(n)])
+    assert session.spent <= rung * n
+    assert len(verifier.shown) > 1 and len(best.unique()) > 1
+
+
+@pytest.mark.parametrize("kind", SEARCHES)
+def test_a_rung_that_leaves_no_choice_is_spent_on_steps(kind: str) -> None:
+    found, batch, verifier, session = searched(kind, 4)
+    session.begin("run", 1)
+    torch.testing.assert_close(found, module_of("euler").Euler().run(session, batch, 4))
+    assert not verifier.shown
+
+
+def test_a_pivot_moves_to_its_better_neighbour_and_noises_keep_unit_variance() -> None:
+    """Images are half their noise here: every one judged is a neighbour of the best before its round."""
+    n, method = 50, SEARCHES["zero-order"]
+    found, batch, verifier, _ = searched("zero-order", 64, n)
+    noises = [2 * part for part in verifier.shown]
+    torch.testing.assert_close(noises[0], batch["noise"], rtol=1e-4, atol=1e-4)
+    pivot, liked = noises[0], search.approval(Brightness(), noises[0] / 2, batch["condition"])
+    scale = (1 + method.reach**2) ** 0.5
+    for first in range(1, len(noises), method.neighbours):
+        centre = pivot
+        for noise in noises[first : first + method.neighbours]:
+            step = (noise * scale - centre) / method.reach
+            assert abs(float(step.std()) - 1) < 0.05 and abs(float((step * centre).mean())) < 0.05
+            assert abs(float(noise.std()) - 1) < 0.05
+            value = search.approval(Brightness(), noise / 2, batch["condition"])
+            better = (value > liked)[:, None, None, None]
+            pivot, liked = torch.where(better, noise, pivot), torch.maximum(value, liked)
+    torch.testing.assert_close(found, pivot / 2, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(pivot, noises[0])
+
+
+@pytest.mark.parametrize("prediction", ["flow", "epsilon"])
+def test_noising_again_keeps_the_marginal(prediction: str) -> None:
+    schedule = image.Schedule(prediction)
+    draw = torch.Generator().manual_seed(0)
+    x0, eps, noise = (
+        torch.randn(200_000, 1, generator=draw) * scale + shift for scale, shift in ((0.5, 2), (1, 0), (1, 0))
+    )
+    at = schedule.alpha(0.5) * x0 + schedule.sigma(0.5) * eps
+    found = module_of("diffusion_its_search_paths").noise_again(schedule, at, noise, 0.5, 0.7)
+    alpha, sigma = schedule.alpha(0.7), schedule.sigma(0.7)
+    assert float(found.mean()) == pytest.approx(2 * alpha, abs=0.01)
+    assert float(found.std()) == pytest.approx((alpha**2 / 4 + sigma**2) ** 0.5, rel=0.01)
+
+
+def test_the_model_of_a_search_knows_no_class() -> None:
+    network, batch = backbones.load("digits_flow_unnamed"), batch_of(10, (1, 8, 8), 10)
+    with torch.no_grad():
+        wished = network(batch["noise"], torch.full((10,), 0.6), batch["condition"])
+        other = network(batch["noise"], torch.full((10,), 0.6), batch["condition"].flip(0))
+        named = backbones.load("digits_flow_a")(batch["noise"], torch.full((10,), 0.6), batch["condition"])
+    assert torch.equal(wished, other)
+    assert (wished - named).abs().max() > 0.1
+
+
+# --- minorities ------------------------------------------------------------------------------------------------------
+
+minority = module_of("sg_minority")
+
+
+def test_the_guide_is_the_gradient_with_the_reconstruction_held_fixed() -> None:
+    """Against central differences of |x0(x) - x0'| with one and the same x0', scaled to a largest entry of one."""
+    network = backbones.load("rare_eps")
+    draw = torch.Generator().manual_seed(1)
+    x, noise = (torch.randn(12, 2, generator=draw, dtype=torch.float64) for _ in range(2))
+    denoise = image.Denoiser(network, torch.zeros(12, dtype=torch.long))
+    level = 0.2  # low enough for the reconstruction to depend on x0, so that it matters whether it is held fixed
+    x0, eps, push = minority.Guide()(x, 0.4, level, noise, denoise)
+    torch.testing.assert_close((x0, eps), denoise(x, 0.4))
+    schedule = denoise.schedule
+    again = denoise(schedule.alpha(level) * x0 + schedule.sigma(level) * noise, level)[0]
+
+    def loss(state: Tensor) -> Tensor:
+        return (denoise(state, 0.4)[0] - again).norm(dim=1)
+
+    small = 1e-5 * torch.eye(2, dtype=torch.float64)
+    slope = torch.stack([(loss(x + step) - loss(x - step)) / 2e-5 for step in small], 1)
+    torch.testing.assert_close(push, slope / slope.abs().amax(1, keepdim=True), rtol=1e-5, atol=1e-5)
+
+
+def test_without_weight_it_is_the_ancestral_chain_bit_for_bit() -> None:
+    batch, session = batch_of(40, (2,), 1), session_of("minority/rare_eps", guide=minority.Guide())
+    method = minority.SelfGuidedMinority()
+    assert method.steps(64) == 45
+    plain = module_of("ancestral").Ancestral().run(session, batch, 45)
+    method.weight = 0.0
+    session.begin("run", 1)
+    assert torch.equal(method.run(session, batch, 64), plain)
+
+
+def test_guidance_finds_the_rare_among_the_data_and_pays_for_it() -> None:
+    batch, session = batch_of(2000, (2,), 1), session_of("minority/rare_eps", guide=minority.Guide())
+    session.begin("run", 1, 64 * 2000)
+    found = minority.SelfGuidedMinority().run(session, batch, 64)
+    asked = session._ledger.evaluations()
+    assert asked == {"teacher": 2000 * (45 + 9), "guide": 2000 * 9}  # a pass backwards is an evaluation
+    session.begin("run", 1, 64 * 2000)
+    plain = module_of("ancestral").Ancestral().run(session, batch, 64)
+    task, rows = track_of("minority/rare_eps")[1], np.arange(2000)[None]
+    figures = [track_of(task.id)[0].score(task, batch, points, {}, rows) for points in (found, plain)]
+    guided, usual = ({name: score.value for name, score in each.items()} for each in figures)
+    assert 0.004 < usual["minority_share"] < 0.03
+    assert guided["minority_share"] > 3 * usual["minority_share"]
+    assert guided["precision"] > 0.9
+    assert guided["neighbour_distance"] > usual["neighbour_distance"]
+
+
+def test_ancestral_steps_draw_from_the_posterior() -> None:
+    """On Gaussian data the chain keeps the variance of the data, and forgets the noise that it began with."""
+    batch, session = batch_of(4000, (2,), 1), session_of("minority/rare_eps", Gaussian())
+    found = module_of("ancestral").Ancestral().run(session, batch, 800)
+    assert float(found.std()) == pytest.approx(0.5, rel=0.02)
+    start = torch.stack([found.flatten(), batch["noise"].flatten()])
+    assert abs(float(torch.corrcoef(start)[0, 1])) < 0.05
+
+
+def test_rare_points_are_as_rare_as_said_and_lie_apart() -> None:
+    from stepmark.datasets import rare
+
+    for name, digest in rare.DATASET.digests.items():
+        assert digest_of(rare.split(name)) == digest
+    points = rare.split("train")["x0"]
+    share = float((rare.component_of(points) >= rare.COMMON).double().mean())
+    assert share == pytest.approx(rare.SHARE, abs=4 * (rare.SHARE / len(points)) ** 0.5)
+    # 98.9 % of a Gaussian in the plane is within three deviations; where components overlap, more
+    assert 0.987 < float((rare.distances(points).min(1).values < 3).double().mean()) < 1
+
+
+# --- brightness ------------------------------------------------------------------------------------------------------
+
+shades = importlib.import_module("stepmark.tracks.image_shades")
+
+
+def test_the_rescaled_schedule_is_diffusers_own() -> None:
+    """It ends in pure noise, keeps its first timestep, and agrees with `rescale_betas_zero_snr` of diffusers."""
+    from diffusers import DDIMScheduler
+
+    teacher = backbones.load("shades_eps")
+    found = shades.signal_of(teacher)
+    betas = 1 - teacher.alphas_cumprod / torch.cat([torch.ones(1).double(), teacher.alphas_cumprod[:-1]])
+    scheduler = DDIMScheduler(1000, trained_betas=betas.tolist(), rescale_betas_zero_snr=True)
+    torch.testing.assert_close(found**2, scheduler.alphas_cumprod.double(), rtol=1e-3, atol=1e-6)
+    assert found[-1] == 0 and float(found[0] ** 2) == pytest.approx(float(teacher.alphas_cumprod[0]))
+    assert float(teacher.alphas_cumprod[-1]) > 0.05
+    for n in (5, 7, 25):
+        scheduler.config.timestep_spacing = "trailing"
+        scheduler.set_timesteps(n)
+        assert shades.trailing_timesteps(n, 1000) == scheduler.timesteps.tolist()
+
+
+def test_guidance_is_scaled_back_to_the_conditional_deviation() -> None:
+    draw = torch.Generator().manual_seed(2)
+    null, conditional = (torch.randn(6, 1, 8, 8, generator=draw) for _ in range(2))
+    guided = null + 5 * (conditional - null)
+    torch.testing.assert_close(shades.rescaled_guidance(null, conditional, 5.0, 0.0), guided)
+    whole = shades.rescaled_guidance(null, conditional, 5.0, 1.0)
+    torch.testing.assert_close(whole.flatten(1).std(1), conditional.flatten(1).std(1))
+    part = shades.rescaled_guidance(null, conditional, 5.0, 0.7)
+    torch.testing.assert_close(part, 0.7 * whole + 0.3 * guided)
+
+
+class Flat(nn.Module):
+    """The exact v of pictures that are flat and of brightness N(0, 1/4), on a given schedule."""
+
+    def __init__(self, signal: Tensor) -> None:
+        super().__init__()
+        self.signal = signal
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        alpha = self.signal[t.long()].view(-1, 1, 1, 1).to(x.dtype)
+        variance = 1 - alpha**2
+        mean = x.mean((1, 2, 3), keepdim=True) * alpha / 4 / (alpha**2 / 4 + variance / 64)
+        x0 = mean.expand_as(x)
+        eps = (x - alpha * x0) / variance.sqrt()
+        return alpha * eps - variance.sqrt() * x0
+
+
+def test_only_a_schedule_that_ends_in_noise_gives_the_brightness_of_the_data() -> None:
+    """With exact networks: the flawed schedule narrows the spread of brightness, the fixed one keeps it."""
+    teacher = backbones.load("shades_eps")
+    flawed, fixed = teacher.alphas_cumprod.sqrt(), shades.signal_of(teacher)
+    noise, kinds = batch_of(4000, (1, 8, 8), 3).values()
+    spread = [
+        float(shades.sample_v(Flat(signal), signal, noise, kinds, 100, 1.0, 0.0).mean((1, 2, 3)).std())
+        for signal in (flawed, fixed)
+    ]
+    assert spread[1] == pytest.approx(0.5, rel=0.06)
+    assert spread[0] < 0.85 * spread[1]
+
+
+def test_pictures_of_shades_are_what_they_say() -> None:
+    from stepmark.datasets import shades as data
+
+    for name, digest in data.DATASET.digests.items():
+        assert digest_of(data.split(name)) == digest
+    pictures = data.split("train")
+    background = pictures["x0"].flatten(1).mode(1).values
+    assert float(background.std()) == pytest.approx(3**-0.5, rel=0.02)
+    marked = (pictures["x0"] != background.view(-1, 1, 1, 1)).sum((1, 2, 3))
+    assert torch.equal(marked, torch.tensor([9, 5, 8])[pictures["condition"]])
+    assert pictures["x0"].abs().max() <= 1
+    task, rows = track_of("class_to_image/shades")[1], np.arange(2000)[None]
+    real = shades.score(task, {}, data.split("reference")["x0"][:2000], {}, rows)
+    grey = shades.score(task, {}, 0.5 * data.split("reference")["x0"][:2000], {}, rows)
+    away = float(data.split("reference")["x0"].mean((1, 2, 3)).abs().mean()) / 2
+    assert real["w1_brightness"].value < 0.02
+    assert grey["w1_brightness"].value == pytest.approx(away, abs=0.01)
+    assert real["w1_brightness"].resamples == [real["w1_brightness"].value]
+
+
+# --- told where to jump ----------------------------------------------------------------------------------------------
+
+
+class GaussianFlow(nn.Module):
+    """The exact velocity of data N(0, 1/4): x_s = x_t deviation(s) / deviation(t), along lines that bend."""
+
+    prediction = "flow"
+
+    def null_condition(self, condition: Tensor) -> Tensor:
+        return condition
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        t = t.view(-1, 1)
+        return (t - (1 - t) / 4) / ((1 - t) ** 2 / 4 + t**2) * x
+
+
+def deviation(t: Tensor) -> Tensor:
+    """Standard deviation of x_t."""
+    return ((1 - t) ** 2 / 4 + t**2).sqrt()
+
+
+class Exact(nn.Module):
+    """u* of the Gaussian flow."""
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, condition: Tensor) -> Tensor:
+        return ((1 - deviation(s) / deviation(t)) / (t - s))[:, None] * x
+
+
+def test_jumps_with_the_exact_mean_velocity_are_exact_on_any_grid() -> None:
+    batch = batch_of(50, (2,), 2)
+    noise, condition = batch["noise"].double(), batch["condition"]
+    for grid in ([1.0, 0.0], [1.0, 0.7, 0.1, 0.0]):
+        torch.testing.assert_close(image.take_jumps(Exact(), noise, condition, grid), noise / 2)
+    denoise, times = image.Denoiser(GaussianFlow(), condition), image.quadratic_times(96)
+    paths = image.flow_paths(denoise, noise, times)
+    scale = deviation(torch.tensor(times, dtype=torch.float64))
+    torch.testing.assert_close(paths, scale[:, None, None] * noise, rtol=1e-3, atol=1e-3)
+
+
+def test_told_the_target_a_network_learns_the_jump_and_untold_the_mean_of_all() -> None:
+    """After the same regression on a known flow: one is near u*, the other near its mean over s."""
+    session, steps = session_of("sampling/mixtures_flow", GaussianFlow()), 300
+    session.tier = "embedded"
+    networks = {}
+    for aware in (True, False):
+        session.begin("prepare", 4)
+        torch.manual_seed(0)
+        networks[aware] = image.JumpMLP(2, aware, width=64)
+        image.fit_jumps(session, networks[aware], steps, batch=256)
+    grid = torch.tensor(image.quadratic_times(96))
+    batch, x = batch_of(400, (2,), 2, seed=8), None
+    for first in (0, 30):
+        t = grid[first].expand(400)
+        x = batch["noise"] * deviation(grid[first])
+        late = torch.arange(first + 1, len(grid))
+        weights = torch.where(late == first + 1, 1.0, 2.0)  # a pair of different places is drawn in two orders
+        exact = torch.stack([Exact()(x, t, grid[k].expand(400), batch["condition"]) for k in late])
+        mean = (weights[:, None, None] * exact).sum(0) / weights.sum()
+        with torch.no_grad():
+            told, untold = (
+                torch.stack([networks[aware](x, t, grid[k].expand(400), batch["condition"]) for k in late])
+                for aware in (True, False)
+            )
+        assert torch.equal(untold, untold[:1].expand_as(untold))
+        assert (untold[0] - mean).square().mean() < 0.1 * (exact - mean).square().mean()
+        assert (told - exact).square().mean() < 0.2 * (untold - exact).square().mean()
