@@ -11,9 +11,10 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,22 +22,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepmark import claims, plugins
-from stepmark import record as record_files
 from stepmark.method import Claim
 from stepmark.plugins import MethodInfo
-from stepmark.record import Record
+from stepmark.record import Quality, Record
 from stepmark.stats import (
     PairedTest,
-    bootstrap_indices,
+    bootstrap_medians,
     centred,
+    drawn,
     holm,
     hypervolume,
-    paired_test,
+    intervals,
+    paired_tests,
     pareto_front,
-    standardised_difference,
+    standardised_differences,
     tie_groups,
 )
-from stepmark.task import Task
+from stepmark.task import CHECKPOINT, CHECKPOINT_METRICS, Task
+from stepmark.verify import compare as repeat
 
 Trust = Literal["claimed", "measured", "reproduced", "disputed"]
 Coverage = Literal["live", "not run", "no plugin yet"]
@@ -44,6 +47,9 @@ Training = Literal["none", "calibrated", "trained"]
 NETWORK_MIB = 0.01  # the least state that is taken for trained weights: about 2600 numbers
 ALPHA = 0.05
 WILDEST = 1e100  # no measurement is larger; beyond it sums and squares leave the floating-point numbers
+TIMED_DRAWS = 1000  # of the interval of a median latency
+REASONS = 3  # of a trust state that a page gives
+AT_ONCE = 128  # pairs whose draws are held at once
 LATENCY_DRAWS = 100  # where a record has no quality resamples whose number could be followed
 
 
@@ -67,7 +73,10 @@ class Place(NamedTuple):
 
 @dataclass
 class Row:
-    """One method at one rung of one task in one place. `group` is its tie group among the methods at that rung."""
+    """One method at one rung of one task in one place. `group` is its tie group among the methods at that rung.
+
+    What is computed from the records is kept, so that a row can let go of their raw numbers (see `ledger`).
+    """
 
     place: Place
     track: str
@@ -77,7 +86,7 @@ class Row:
     records: dict[int, Record]
     group: int | None = None
 
-    @property
+    @cached_property
     def measured(self) -> dict[int, Record]:
         """The seeds that gave figures."""
         return {s: r for s, r in self.records.items() if r.status in {"ok", "flagged"}}
@@ -88,7 +97,12 @@ class Row:
         have = self.measured or self.records
         return have[min(have)]
 
-    @property
+    @cached_property
+    def id(self) -> str:
+        """The id of the first record."""
+        return record_id(self.first)
+
+    @cached_property
     def status(self) -> str:
         """The worst status over seeds."""
         found = {r.status for r in self.records.values()}
@@ -96,45 +110,39 @@ class Row:
 
     @property
     def ranked(self) -> bool:
-        """Whether the figures take part in groups, fronts and verdicts: all seeds ran and none is flagged."""
+        """Whether the figures take part in groups, fronts, comparisons and verdicts: all seeds ran, none is flagged."""
         return self.status == "ok"
 
-    @property
+    @cached_property
     def notes(self) -> list[str]:
         """Messages and flags of all seeds, each once. Untrusted text."""
         found = [text for r in self.records.values() for text in ([r.message] if r.message else []) + r.flags]
         return list(dict.fromkeys(found))
 
     @cached_property
+    def centred(self) -> dict[str, dict[int, NDArray[np.float64]]]:
+        """Metric -> seed -> resamples about the value over all items; without those that are no measurement."""
+        return _centred([self])[0]
+
+    @cached_property
     def quality(self) -> dict[str, Estimate]:
         """Metric -> mean over seeds with its interval."""
-        found: dict[str, Estimate] = {}
-        for metric in self.first.quality if self.measured else ():
-            table = self.resamples(metric)
-            if table is not None:
-                value = float(np.mean([r.quality[metric].value for r in self.measured.values()]))
-                # A test against nought draws seeds and items as every comparison on the site does.
-                spread = paired_test(table, np.zeros_like(table))
-                found[metric] = Estimate(value, min(spread.low, value), max(spread.high, value))
-        return found
+        return _qualities([self])[0]
 
     def resamples(self, metric: str, seeds: Iterable[int] | None = None) -> NDArray[np.float64] | None:
         """Centred resamples [seeds, B] of the given seeds (default: all measured); None where they do not line up."""
-        chosen = [self.measured[s] for s in sorted(self.measured if seeds is None else seeds) if s in self.measured]
-        if not chosen or (seeds is not None and len(chosen) != len(set(seeds))):
-            return None
-        if any(metric not in r.quality for r in chosen):
-            return None
-        tables = [table for r in chosen if (table := _centred(r, metric)) is not None]
-        return np.stack(tables) if len(tables) == len(chosen) and len({t.size for t in tables}) == 1 else None
+        have = self.centred.get(metric, {})
+        tables = [have.get(s) for s in sorted(self.measured if seeds is None else set(seeds))]
+        sizes = {None if table is None else table.size for table in tables}
+        return None if None in sizes or len(sizes) != 1 else np.stack(tables)  # type: ignore[arg-type]
 
-    @property
+    @cached_property
     def nfe(self) -> float | None:
         """Evaluations per item that count against the rung, mean over seeds."""
         found = [r.counts["nfe"] for r in self.measured.values() if "nfe" in r.counts]
         return sane(math.fsum(found) / len(found)) if found and all(sane(x) is not None for x in found) else None
 
-    @property
+    @cached_property
     def nfe_equivalent(self) -> float | None:
         """FLOPs spent per item / FLOPs of one reference evaluation."""
         found = (r.counts["nfe_equivalent"] for r in self.measured.values() if "nfe_equivalent" in r.counts)
@@ -149,14 +157,7 @@ class Row:
     @cached_property
     def latency_ms(self) -> Estimate | None:
         """Milliseconds per item: median of the rounds, and the interval of that median."""
-        if self.timed is None or self.timed.latency is None:
-            return None
-        medians = _latency_resamples(self.timed, 1000)
-        value = self.timed.latency.median_ms / self.timed.latency.items
-        if not np.isfinite(medians).all() or sane(float(np.abs(medians).max())) is None:
-            return Estimate(value, value, value)
-        low, high = np.quantile(medians, [0.025, 0.975])
-        return Estimate(value, min(float(low), value), max(float(high), value))
+        return _latencies([self])[0]
 
     @property
     def speedup(self) -> Estimate | None:
@@ -203,27 +204,123 @@ def sane(x: float | None) -> float | None:
     return x if x is not None and abs(x) <= WILDEST else None
 
 
-def _centred(record: Record, metric: str) -> NDArray[np.float64] | None:
-    quality = record.quality[metric]
-    found = np.asarray(quality.resamples or [quality.value])
-    if sane(quality.value) is None or sane(float(np.abs(found).max())) is None:
-        return None
-    return centred(found, quality.value)
-
-
 def _latency_resamples(record: Record, draws: int, against_baseline: bool = False) -> NDArray[np.float64]:
     """Bootstrap of the median ms per item [draws], or of the speed-up over the baseline's paired rounds."""
     latency = record.latency
     assert latency is not None
     own = np.asarray(latency.samples_ms or [latency.median_ms])
-    index = bootstrap_indices(own.size, draws, 0)
-    medians = np.median(own[index], axis=1)
+    medians = bootstrap_medians(own[None], draws)[0]
     if against_baseline:
         other = np.asarray(latency.baseline_samples_ms or [])
         if other.size != own.size:
             return np.full(draws, latency.speedup if latency.speedup is not None else np.nan)
-        return np.median(other[index], axis=1) / np.maximum(medians, 1e-9)
+        return bootstrap_medians(other[None], draws)[0] / np.maximum(medians, 1e-9)
     return medians / latency.items
+
+
+# many rows at once --------------------------------------------------------------------------------
+
+
+def settle(found: Sequence[Row]) -> None:
+    """Compute the estimates of many rows, which is far cheaper together than one by one."""
+    for row, tables in zip(found, _centred(found), strict=True):
+        row.centred = tables
+    for row, quality, latency in zip(found, _qualities(found), _latencies(found), strict=True):
+        row.quality, row.latency_ms = quality, latency
+
+
+def _centred(found: Sequence[Row]) -> list[dict[str, dict[int, NDArray[np.float64]]]]:
+    """`Row.centred` of many rows."""
+    alike: dict[int, list[tuple[int, str, int, Quality]]] = defaultdict(list)
+    for i, row in enumerate(found):
+        for seed, r in row.measured.items():
+            for metric, quality in r.quality.items():
+                alike[len(quality.resamples) or 1].append((i, metric, seed, quality))
+    made: list[dict[str, dict[int, NDArray[np.float64]]]] = [{} for _ in found]
+    for same in alike.values():
+        tables = np.array([quality.resamples or [quality.value] for *_, quality in same])
+        values = np.array([quality.value for *_, quality in same])
+        sound = (np.abs(values) <= WILDEST) & (np.abs(tables) <= WILDEST).all(axis=1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            tables = centred(tables, values)
+        for (i, metric, seed, _), table, good in zip(same, tables, sound, strict=True):
+            if good:
+                made[i].setdefault(metric, {})[seed] = table
+    return made
+
+
+def _qualities(found: Sequence[Row]) -> list[dict[str, Estimate]]:
+    alike: dict[tuple[int, ...], list[tuple[int, str, NDArray[np.float64]]]] = defaultdict(list)
+    for i, row in enumerate(found):
+        for metric in row.first.quality if row.measured else ():
+            table = row.resamples(metric)
+            if table is not None:
+                alike[table.shape].append((i, metric, table))
+    made: list[dict[str, Estimate]] = [{} for _ in found]
+    for same in alike.values():
+        for start in range(0, len(same), AT_ONCE):
+            some = same[start : start + AT_ONCE]
+            # Seeds and items are drawn as every comparison on the site draws them.
+            low, high = intervals(drawn(np.stack([table for *_, table in some])))
+            for (i, metric, _), a, b in zip(some, low.tolist(), high.tolist(), strict=True):
+                value = float(np.mean([r.quality[metric].value for r in found[i].measured.values()]))
+                made[i][metric] = Estimate(value, min(a, value), max(b, value))
+    # In the order of the record, whatever was computed together.
+    return [{m: d[m] for m in row.first.quality if m in d} if d else d for row, d in zip(found, made, strict=True)]
+
+
+def _latencies(found: Sequence[Row]) -> list[Estimate | None]:
+    alike: dict[int, list[int]] = defaultdict(list)
+    made: list[Estimate | None] = [None] * len(found)
+    for i, row in enumerate(found):
+        if row.timed is not None and row.timed.latency is not None:
+            alike[len(row.timed.latency.samples_ms or [0.0])].append(i)
+    for places_ in alike.values():
+        for start in range(0, len(places_), AT_ONCE):
+            some = places_[start : start + AT_ONCE]
+            readings = [latency for i in some if (timed := found[i].timed) and (latency := timed.latency)]
+            medians = bootstrap_medians([each.samples_ms or [each.median_ms] for each in readings], TIMED_DRAWS)
+            with np.errstate(over="ignore"):
+                medians /= np.array([each.items for each in readings])[:, None]
+            sound = (np.abs(medians) <= WILDEST).all(axis=1)
+            low, high = intervals(medians)
+            for i, each, good, a, b in zip(some, readings, sound, low.tolist(), high.tolist(), strict=True):
+                value = each.median_ms / each.items
+                made[i] = Estimate(value, min(a, value), max(b, value)) if good else Estimate(value, value, value)
+    return made
+
+
+def paired(
+    pairs: Sequence[tuple[Row, Row]], metric: str, items: int = 0
+) -> list[tuple[PairedTest, float | None] | None]:
+    """The paired test of each pair of rows over the seeds that both have, and with `items` its effect size; None where
+    they cannot be compared. Rows that stand in many pairs are drawn once.
+    """
+    tables: dict[tuple[int, tuple[int, ...]], tuple[NDArray[np.float64], NDArray[np.float64]] | None] = {}
+
+    def look(row: Row, seeds: tuple[int, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+        key = (id(row), seeds)
+        if key not in tables:
+            table = row.resamples(metric, seeds)
+            tables[key] = None if table is None else (table, drawn(table))
+        return tables[key]
+
+    alike: dict[tuple[int, ...], list[tuple[int, Any, Any]]] = defaultdict(list)
+    for i, (a, b) in enumerate(pairs):
+        seeds = tuple(sorted(a.measured.keys() & b.measured.keys()))
+        first, second = look(a, seeds), look(b, seeds)
+        if first is not None and second is not None and first[0].shape == second[0].shape:
+            alike[first[0].shape].append((i, first, second))
+    found: list[tuple[PairedTest, float | None] | None] = [None] * len(pairs)
+    for same in alike.values():
+        for start in range(0, len(same), AT_ONCE):
+            some = same[start : start + AT_ONCE]
+            a, b = (np.stack([each[side][0] for each in some]) for side in (1, 2))
+            tests = paired_tests(a, b, *(np.stack([each[side][1] for each in some]) for side in (1, 2)))
+            effects = standardised_differences(a, b, items) if items else [None] * len(some)
+            for (i, *_), test, effect in zip(some, tests, effects, strict=True):
+                found[i] = (test, effect)
+    return found
 
 
 # reading ---------------------------------------------------------------------------------------
@@ -245,23 +342,40 @@ def newest(records: Sequence[Record]) -> list[Record]:
     return [r for r in records if version_key(r.suite) == version]
 
 
-def rows(records: Sequence[Record]) -> list[Row]:
+def rows(records: Sequence[Record], known: Mapping[str, tuple[str, Task]] | None = None) -> list[Row]:
     """One row per (place, task, method, rung), tie groups assigned, in a stable order.
 
-    Records of tasks that this checkout does not hold are left out: nothing says which way their metrics go.
+    Records of tasks that are not `known` (default: those of this checkout) are left out: nothing says which way their
+    metrics go.
     """
-    known = plugins.tasks()
-    cells: dict[tuple[Place, str, str, str, int], dict[int, Record]] = defaultdict(dict)
+    known = plugins.tasks() if known is None else known
+    found = cells(records, known)
+    assign_groups(found, known)
+    return found
+
+
+def cells(records: Iterable[Record], known: Mapping[str, tuple[str, Task]]) -> list[Row]:
+    """The rows of some records, later ones replacing earlier ones of the same seed; without groups."""
+    seeds: dict[tuple[Place, str, str, str, int], dict[int, Record]] = defaultdict(dict)
     for r in records:
         if r.task in known:
-            cells[(Place(r.machine, r.tier), r.track, r.task, r.method, r.rung)][r.seed] = r
+            seeds[(Place(r.machine, r.tier), r.track, r.task, r.method, r.rung)][r.seed] = r
     found = [
-        Row(place, track, task, method, rung, by_seed) for (place, track, task, method, rung), by_seed in cells.items()
+        Row(place, track, task, method, rung, by_seed) for (place, track, task, method, rung), by_seed in seeds.items()
     ]
-    found.sort(key=lambda row: (row.place, row.track, row.task, row.rung, row.method))
+    found.sort(key=order)
+    return found
+
+
+def order(row: Row) -> tuple[Any, ...]:
+    """The order of rows everywhere."""
+    return (row.place, row.track, row.task, row.rung, row.method)
+
+
+def assign_groups(found: Sequence[Row], known: Mapping[str, tuple[str, Task]]) -> None:
+    """Give every row its tie group."""
     for task_rows in split(found, "place", "task", "rung").values():
         _assign_groups(task_rows, known[task_rows[0].task][1])
-    return found
 
 
 def split(found: Sequence[Row], *fields: str) -> dict[tuple[Any, ...], list[Row]]:
@@ -350,21 +464,21 @@ def bargain(candidates: Sequence[Row], task: Task, infos: Mapping[str, MethodInf
     own = [row for row in ranked if row.method == name]
     if not own:
         return None
-    best = _best(own, metric, higher)
-    cheaper = [row for row in ranked if row.method != name and (row.nfe or 0) < (best.nfe or 0)]
-    matches = [row for row in cheaper if not _loses(row, best, metric, higher)]
+    top = best(own, metric, higher)
+    cheaper = [row for row in ranked if row.method != name and (row.nfe or 0) < (top.nfe or 0)]
+    matches = not_worse(cheaper, top, metric, higher)
     order = sorted(matches, key=lambda row: (row.nfe_equivalent or row.nfe or 0.0, row.nfe or 0.0, row.method))
-    return Bargain(task.id, best.place, best, order[0] if order else None)
+    return Bargain(task.id, top.place, top, order[0] if order else None)
 
 
-def _loses(row: Row, other: Row, metric: str, higher: bool) -> bool:
-    """Whether `row` is significantly worse than `other`, or cannot be compared with it."""
-    seeds = set(row.measured) & set(other.measured)
-    mine, theirs = row.resamples(metric, seeds), other.resamples(metric, seeds)
-    if mine is None or theirs is None or mine.shape != theirs.shape:
-        return True
-    test = paired_test(mine, theirs)
-    return test.p <= ALPHA and (test.difference < 0 if higher else test.difference > 0)
+def not_worse(candidates: Sequence[Row], other: Row, metric: str, higher: bool) -> list[Row]:
+    """Those rows that are not significantly worse than `other`; whoever cannot be compared with it counts as worse."""
+    tests = paired([(row, other) for row in candidates], metric)
+    worse = [
+        found is None or (found[0].p <= ALPHA and (found[0].difference < 0 if higher else found[0].difference > 0))
+        for found in tests
+    ]
+    return [row for row, lost in zip(candidates, worse, strict=True) if row is other or not lost]
 
 
 def training(mine: Sequence[Row]) -> Training:
@@ -417,7 +531,7 @@ class Ladder:
     area: dict[str, float | None]
 
 
-def _best(candidates: Sequence[Row], metric: str, higher: bool) -> Row:
+def best(candidates: Sequence[Row], metric: str, higher: bool) -> Row:
     """The row of best quality, the smallest rung among equals."""
     return max(
         candidates, key=lambda row: (row.quality[metric].value if higher else -row.quality[metric].value, -row.rung)
@@ -433,7 +547,7 @@ def yardstick(candidates: Sequence[Row], task: Task, infos: Mapping[str, MethodI
         return None
     values = [row.quality[metric].value for row in own]
     dearest = {axis: max((c for row in own if (c := row.cost(axis))), default=None) for axis in COSTS}
-    return Yardstick(_best(own, metric, higher), metric, higher, min(values) if higher else max(values), dearest)
+    return Yardstick(best(own, metric, higher), metric, higher, min(values) if higher else max(values), dearest)
 
 
 def ladders(candidates: Sequence[Row], task: Task, infos: Mapping[str, MethodInfo]) -> list[Ladder]:
@@ -441,16 +555,18 @@ def ladders(candidates: Sequence[Row], task: Task, infos: Mapping[str, MethodInf
     metric, higher = headline(task)
     against = yardstick(candidates, task, infos)
     ranked = [row for row in candidates if row.ranked and metric in row.quality]
+    matches = not_worse(ranked, against.best, metric, higher) if against is not None else []
+    able = {id(row) for row in matches}
     found: list[Ladder] = []
     for (method,), mine in sorted(split(ranked, "method").items()):
         matching: dict[str, float | None] = dict.fromkeys(COSTS)
         area: dict[str, float | None] = dict.fromkeys(COSTS)
         if against is not None:
-            same = [row for row in mine if row is against.best or not _loses(row, against.best, metric, higher)]
+            same = [row for row in mine if id(row) in able]
             for axis in COSTS:
                 matching[axis] = min((c for row in same if (c := row.cost(axis)) is not None and c > 0), default=None)
                 area[axis] = _area(mine, axis, against)
-        found.append(Ladder(method, _best(mine, metric, higher), matching, area))
+        found.append(Ladder(method, best(mine, metric, higher), matching, area))
     return found
 
 
@@ -507,17 +623,26 @@ def judge(claim: Claim, task: str, place: Place, found: Mapping[tuple[Place, str
 def _figure(row: Row, record: Record, metric: str) -> NDArray[np.float64] | None:
     """One seed's figure for a claim: resamples of a metric or of a timing, length one for counts."""
     if metric in record.quality:
-        return _centred(record, metric)
+        return row.centred.get(metric, {}).get(record.seed)
     if metric in record.counts:
         return np.array([record.counts[metric]])
     if metric in {"latency_ms", "speedup"} and row.timed is not None:
-        draws = max((len(q.resamples) for q in record.quality.values()), default=0)
+        draws = max((tables[record.seed].size for tables in row.centred.values() if record.seed in tables), default=0)
         figures = _latency_resamples(row.timed, draws if draws > 1 else LATENCY_DRAWS, metric == "speedup")
         return figures if np.isfinite(figures).all() else None
-    single = {"memory_mib": row.memory_mib, "joules": row.joules}.get(metric)
+    single = {"memory_mib": row.memory_mib, "joules": row.joules, "rounds": rounds(record)}.get(metric)
     if single is None:  # FLOPs and NFE-equivalents are counted at one seed and are the same at all
         single = next((r.counts[metric] for r in row.measured.values() if metric in r.counts), None)
     return None if single is None else np.array([single])
+
+
+def rounds(record: Record) -> float | None:
+    """Network calls that follow each other in one `run` call: the depth of a method that evaluates several states of an
+    item at once. None for a task that is not known, or where no network was called.
+    """
+    task = plugins.tasks().get(record.task, ("", None))[1]
+    calls = sum(figures.get("calls", 0.0) for figures in record.handles.values())
+    return calls / math.ceil(task.items(record.tier) / task.batch) if task and calls else None
 
 
 def index(found: Sequence[Row]) -> dict[tuple[Place, str, str, int], Row]:
@@ -531,9 +656,17 @@ def places(found: Sequence[Row]) -> list[Place]:
     return sorted(counted, key=lambda place: (-counted[place], place))
 
 
-def verdicts(info: MethodInfo, found: Sequence[Row]) -> list[tuple[Claim, dict[Place, claims.Verdict]]]:
-    """Every claim of a method with its verdict in every place that ran the method, best covered place first."""
-    have = index(found)
+Verdicts = list[tuple[Claim, dict[Place, claims.Verdict]]]
+
+
+def verdicts(
+    info: MethodInfo, found: Sequence[Row], have: Mapping[tuple[Place, str, str, int], Row] | None = None
+) -> Verdicts:
+    """Every claim of a method with its verdict in every place that ran the method, best covered place first.
+
+    `have` is `index(found)`, for those who ask for many methods.
+    """
+    have = index(found) if have is None else have
     where = places([row for row in found if row.method == info.id])
     return [
         (claim, {place: judge(claim, claim_task(claim, info), place, have) for place in where}) for claim in info.claims
@@ -544,14 +677,13 @@ def verdicts(info: MethodInfo, found: Sequence[Row]) -> list[tuple[Claim, dict[P
 
 
 def record_id(record: Record) -> str:
-    """Twelve hex digits that name a record: what a dispute quotes."""
-    text = json.dumps(record.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    """Twelve hex digits that name a record, of the sha256 of its line: what a dispute quotes."""
+    return line_id(record.model_dump_json())
 
 
-def history(root: Path) -> list[Record]:
-    """Every record below a results folder, those included that a later one of the same cell replaces."""
-    return [r for path in sorted(root.rglob("*.jsonl")) for r in record_files.read_once(path)]
+def line_id(line: str) -> str:
+    """The id of the record that `record.append` writes as this line."""
+    return hashlib.sha256(line.encode()).hexdigest()[:12]
 
 
 class Dispute(NamedTuple):
@@ -585,11 +717,26 @@ class Standing:
     state: Trust
     reasons: list[str] = field(default_factory=list)
 
+    @property
+    def said(self) -> str:
+        """The first reasons, accepted objections before all others, and how many more there are. Untrusted text."""
+        more = f"; and {len(self.reasons) - REASONS} more" if len(self.reasons) > REASONS else ""
+        return "; ".join(self.reasons[:REASONS]) + more
 
-def standing(method: str, task: str, everything: Sequence[Record], objections: Mapping[str, Dispute]) -> Standing:
+
+Intervals = Mapping[str, tuple[float, float]]
+
+
+def standing(
+    method: str,
+    task: str,
+    everything: Sequence[Record],
+    objections: Mapping[str, Dispute],
+    intervals_of: Callable[[Record], Intervals | None] = lambda record: None,
+) -> Standing:
     """Derived from all runs: *claimed* without one, *measured* with one, *reproduced* when a second machine or another
     commit agrees on the same sources (by the rules of `stepmark verify`), *disputed* when it does not or when an
-    objection was accepted.
+    objection was accepted. `intervals_of` gives the 95 % intervals of a record's metrics, where they are known already.
     """
     runs: dict[tuple[int, int, str], list[Record]] = defaultdict(list)
     for r in everything:
@@ -599,6 +746,7 @@ def standing(method: str, task: str, everything: Sequence[Record], objections: M
         return Standing("claimed")
     found = Standing("measured")
     agreeing: set[str] = set()
+    differing: list[str] = []
     for (rung, seed, _), again in sorted(runs.items()):
         for r in again:
             if objections and (objection := objections.get(record_id(r))) is not None:
@@ -609,14 +757,13 @@ def standing(method: str, task: str, everything: Sequence[Record], objections: M
             elsewhere = other.machine != first.machine
             if first.digests != other.digests or not (elsewhere or other.commit != first.commit):
                 continue
-            from stepmark.verify import compare as repeat  # imports torch: only where something was run twice
-
-            differs = repeat(first, other).differs
+            differs = repeat(first, other, intervals_of(first)).differs
             if differs:
                 found.state = "disputed"
-                found.reasons.append(f"rung {rung}, seed {seed}: a second run differs: {differs[0]}")
+                differing.append(f"rung {rung}, seed {seed}: a second run differs: {differs[0]}")
             else:
                 agreeing.add(f"machine {other.machine}" if elsewhere else f"commit {other.commit}")
+    found.reasons += differing
     if agreeing and found.state == "measured":
         found.state = "reproduced"
         found.reasons = [f"agrees with {name}" for name in sorted(agreeing)]
@@ -690,10 +837,18 @@ def catalogue(path: Path | None = None) -> list[CatalogueEntry]:
     return found
 
 
-def coverage(papers: Sequence[CatalogueEntry], infos: Mapping[str, MethodInfo], found: Sequence[Row]) -> list[Covered]:
+def coverage(
+    papers: Sequence[CatalogueEntry],
+    infos: Mapping[str, MethodInfo],
+    found: Sequence[Row],
+    judged: Mapping[str, Verdicts] | None = None,
+) -> list[Covered]:
     """Every paper with its computed status. Plugins belong to the paper that their `Paper.id` names; one that has run
-    makes it live.
+    makes it live. `judged` holds the verdicts by method (default: they are computed).
     """
+    if judged is None:
+        have = index(found)
+        judged = {name: verdicts(info, found, have) for name, info in infos.items()}
     by_paper: dict[str, list[MethodInfo]] = defaultdict(list)
     for info in infos.values():
         if info.paper:
@@ -705,14 +860,14 @@ def coverage(papers: Sequence[CatalogueEntry], infos: Mapping[str, MethodInfo], 
         status: Coverage = "no plugin yet" if not mine else "not run"
         if any(info.id in live for info in mine):
             status = "live"
-        states: Counter[str] = sum((tally(info, found) for info in mine), Counter())
+        states: Counter[str] = sum((tally(judged[info.id]) for info in mine), Counter())
         result.append(Covered(entry, tuple(mine), status, states))
     return result
 
 
-def tally(info: MethodInfo, found: Sequence[Row]) -> Counter[str]:
+def tally(judged: Verdicts) -> Counter[str]:
     """How many claims of a method got which verdict in its best covered place."""
-    return Counter(next(iter(by.values())).state if by else "not run" for _, by in verdicts(info, found))
+    return Counter(next(iter(by.values())).state if by else "not run" for _, by in judged)
 
 
 # for people at a terminal ---------------------------------------------------------------------------------------
@@ -752,10 +907,21 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
+def from_folders(records: Sequence[Record]) -> dict[str, tuple[str, Task]]:
+    """What is known of the tasks made from checkpoint folders when the folders are not at hand: metrics and unit."""
+    found: dict[str, tuple[str, Task]] = {}
+    for r in records:
+        if r.task.startswith(CHECKPOINT) and r.track in CHECKPOINT_METRICS:
+            unit = "NFE" if r.track == "image" else "target forwards"
+            task = Task(r.task, 1, "", "checkpoint", unit, (), dict(CHECKPOINT_METRICS[r.track]), 0, 0)
+            found[r.task] = (r.track, task)
+    return found
+
+
 def show(records: Sequence[Record]) -> str:
     """An aligned table per task and machine: best first at each rung, groups instead of ranks. Newest suite, any tier."""
-    found = rows(newest(records))
-    known = plugins.tasks()
+    known = from_folders(records) | plugins.tasks()
+    found = rows(newest(records), known)
     blocks: list[str] = []
     for (place, task_id), mine in split(found, "place", "task").items():
         task = known[task_id][1]
@@ -783,7 +949,10 @@ def show(records: Sequence[Record]) -> str:
             for row in sorted(mine, key=order)
         ]
         lines = _aligned(head, body, (1, 2, 9))
-        blocks.append(f"{task_id} v{task.version} on {place}; rungs in {task.unit}\n" + "\n".join(lines))
+        title = f"{task_id} v{task.version} on {place}; rungs in {task.unit}"
+        if task.from_folder:
+            title += f"\n{_printable(mine[0].first.environment.get('checkpoint', ''))}"
+        blocks.append(f"{title}\n" + "\n".join(lines))
     unknown = sorted({r.task for r in records if r.task not in known})
     if unknown:
         blocks.append(f"left out: records of tasks that are not in this checkout ({', '.join(unknown)})")
@@ -806,8 +975,20 @@ class Comparison:
     effect: float | None
 
 
-def comparisons(records: Sequence[Record], a: str, b: str, track: str | None = None) -> list[Comparison]:
+@dataclass
+class Contrast:
+    """All comparisons of two methods, and how many there would be more if records were not flagged or had not failed:
+    by (method, status).
+    """
+
+    tests: list[Comparison] = field(default_factory=list)
+    left_out: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+
+def comparisons(records: Sequence[Record], a: str, b: str, track: str | None = None) -> Contrast:
     """Paired tests of two methods wherever both have figures at the same rung, Holm-corrected over all of them.
+
+    What is flagged takes no part: neither can it win, nor does it count for the correction.
 
     Raises:
         ValueError: a method without records, or the same method twice.
@@ -819,38 +1000,50 @@ def comparisons(records: Sequence[Record], a: str, b: str, track: str | None = N
     if a == b:
         raise ValueError("give two different methods")
     chosen = [r for r in newest(records) if r.method in {a, b} and (track is None or r.track == track)]
-    return contrasts(rows(chosen), a, b)
+    known = from_folders(chosen) | plugins.tasks()
+    return contrasts(cells(chosen, known), [(a, b)], known)[a, b]
 
 
-def contrasts(found: Sequence[Row], a: str, b: str) -> list[Comparison]:
-    """Paired tests of two methods over rows that may hold others too; see `comparisons`."""
-    have = index([row for row in found if row.method == b])
-    known = plugins.tasks()
-    pairs: list[tuple[Row, Row, PairedTest, float | None, bool]] = []
-    for mine in found:
-        other = have.get((mine.place, mine.task, b, mine.rung))
-        if mine.method != a or other is None:
-            continue
-        task = known[mine.task][1]
+def contrasts(
+    found: Sequence[Row], wanted: Sequence[tuple[str, str]], known: Mapping[str, tuple[str, Task]]
+) -> dict[tuple[str, str], Contrast]:
+    """The comparisons of each wanted pair of methods, over rows that may hold others too; see `comparisons`."""
+    made = {pair: Contrast() for pair in wanted}
+    for same in split(found, "place", "task", "rung").values():
+        task = known[same[0].task][1]
         metric, higher = headline(task)
-        seeds = set(mine.measured) & set(other.measured)
-        first, second = mine.resamples(metric, seeds), other.resamples(metric, seeds)
-        if first is not None and second is not None and first.shape == second.shape:
-            effect = standardised_difference(first, second, task.items(mine.place.tier))
-            pairs.append((mine, other, paired_test(first, second), effect, higher))
-    adjusted = holm([test.p for _, _, test, _, _ in pairs])
-    tests: list[Comparison] = []
-    for (mine, other, test, effect, higher), p in zip(pairs, adjusted, strict=True):
-        winner = None if p > ALPHA else (a if (test.difference > 0) == higher else b)
-        ratio = None
-        if mine.latency_ms and other.latency_ms and other.latency_ms.value:
-            ratio = sane(mine.latency_ms.value / other.latency_ms.value)
-        tests.append(
-            Comparison(
-                mine.task, mine.place, mine.rung, test.difference, test.low, test.high, float(p), winner, ratio, effect
-            )
-        )
-    return tests
+        pairs: list[tuple[Row, Row]] = []
+        for one, two in combinations([row for row in same if row.measured], 2):
+            mine, other = (one, two) if (one.method, two.method) in made else (two, one)
+            if (mine.method, other.method) not in made:
+                continue
+            if mine.ranked and other.ranked:
+                pairs.append((mine, other))
+            else:
+                left = made[mine.method, other.method].left_out
+                left.update((row.method, row.status) for row in (mine, other) if not row.ranked)
+        # Of a checkpoint that is not at hand nobody knows how many items it had: no effect size.
+        for (mine, other), test in zip(pairs, paired(pairs, metric, task.items(same[0].place.tier)), strict=True):
+            if test is not None:
+                made[mine.method, other.method].tests.append(_comparison(mine, other, *test, higher))
+    for contrast in made.values():
+        adjusted = holm([each.p for each in contrast.tests]).tolist()
+        contrast.tests = [
+            replace(each, p=p, winner=each.winner if p <= ALPHA else None)
+            for each, p in zip(contrast.tests, adjusted, strict=True)
+        ]
+    return made
+
+
+def _comparison(mine: Row, other: Row, test: PairedTest, effect: float | None, higher: bool) -> Comparison:
+    """One test, before the correction over all of the pair's."""
+    ratio = None
+    if mine.latency_ms and other.latency_ms and other.latency_ms.value:
+        ratio = sane(mine.latency_ms.value / other.latency_ms.value)
+    better = mine.method if (test.difference > 0) == higher else other.method
+    return Comparison(
+        mine.task, mine.place, mine.rung, test.difference, test.low, test.high, test.p, better, ratio, effect
+    )
 
 
 def compare(records: Sequence[Record], a: str, b: str, track: str | None = None) -> str:
@@ -860,9 +1053,9 @@ def compare(records: Sequence[Record], a: str, b: str, track: str | None = None)
         ValueError: a method without records, or the same method twice.
     """
     found = comparisons(records, a, b, track)
-    if not found:
-        return f"{a} and {b} share no rung of a task on one machine" + (f" in track {track}" if track else "")
-    known = plugins.tasks()
+    if not found.tests:
+        return in_a_sentence(found, a, b, track)
+    known = from_folders(records) | plugins.tasks()
     head = (
         "task", "machine", "rung", "metric", f"{a} - {b}", "95 % interval", "p (Holm)", "effect", "better",
         "latency ratio",
@@ -880,19 +1073,30 @@ def compare(records: Sequence[Record], a: str, b: str, track: str | None = None)
             c.winner or "tied",
             figure(c.latency_ratio),
         )
-        for c in found
+        for c in found.tests
     ]
     return "\n".join(_aligned(head, body, (0, 1, 3, 8))) + "\n\n" + in_a_sentence(found, a, b)
 
 
-def in_a_sentence(found: Sequence[Comparison], a: str, b: str) -> str:
-    """What the comparisons of two methods come to."""
-    count = Counter(c.winner for c in found)
-    ratios = [c.latency_ratio for c in found if c.latency_ratio is not None]
+STATES = {"flagged": "is flagged", "failed": "failed at some seed"}  # how a sentence calls what leaves a row out
+
+
+def in_a_sentence(found: Contrast, a: str, b: str, track: str | None = None) -> str:
+    """What the comparisons of two methods come to, and what was left out of them."""
+    tests = found.tests
+    left = ", ".join(
+        f"{n} where {method} {STATES.get(state, state)}" for (method, state), n in sorted(found.left_out.items())
+    )
+    left = f" Left out of the comparison: {left}." if left else ""
+    if not tests:
+        where = f" in track {track}" if track else ""
+        return f"{a} and {b} share no rung of a task on one machine at which they can be compared{where}.{left}"
+    count = Counter(c.winner for c in tests)
+    ratios = [c.latency_ratio for c in tests if c.latency_ratio is not None]
     time = "Latency was not read for both."
     if ratios:
         time = f"At equal rungs {a} takes {figure(float(np.median(ratios)))} times as long as {b} (median)."
     return (
-        f"{a} is better than {b} in {count[a]} of {len(found)} comparisons, worse in {count[b]}, and {count[None]} "
-        f"show no difference (paired bootstrap, Holm-corrected at {ALPHA:.0%}). {time}"
+        f"{a} is better than {b} in {count[a]} of {len(tests)} comparisons, worse in {count[b]}, and {count[None]} "
+        f"show no difference (paired bootstrap, Holm-corrected at {ALPHA:.0%}). {time}{left}"
     )

@@ -43,14 +43,6 @@ class Step:
     left: tuple[str, ...]
 
 
-def by_version(found: Board) -> dict[str, list[Row]]:
-    """Suite version -> rows, oldest first. Tier smoke is left out."""
-    records = [r for r in found.everything if r.tier != "smoke"]
-    suites = sorted({r.suite for r in records}, key=lambda suite: (board.version_key(suite), suite))
-    shown = {r.suite for r in found.records} if all(r.tier != "smoke" for r in found.records) else set()
-    return {s: found.rows if shown == {s} else board.rows([r for r in records if r.suite == s]) for s in suites}
-
-
 def steps(versions: Mapping[str, Sequence[Row]]) -> list[Step]:
     """Every pair of consecutive versions, the newest first."""
     return [_step(a, versions[a], b, versions[b]) for a, b in pairwise(versions)][::-1]
@@ -106,7 +98,7 @@ def differing(old: Record, new: Record) -> tuple[str, ...]:
 # pages ------------------------------------------------------------------------------------------
 
 
-def page(found: Board, versions: Mapping[str, Sequence[Row]]) -> list[str]:
+def page(found: Board) -> list[str]:
     """All released versions with their permanent links, and what moved between versions."""
     up = "../" if found.snapshot else "versions/"
     lines = [
@@ -125,7 +117,7 @@ def page(found: Board, versions: Mapping[str, Sequence[Row]]) -> list[str]:
         if lines
         else element("p", "No version has been released yet."),
     ]
-    changes = steps(versions)
+    changes = steps(found.versions)
     if not changes:
         parts.append(element("p", "There are records of one suite version only, so nothing can have moved.", "sm-note"))
     for step in changes:

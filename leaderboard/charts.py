@@ -1,14 +1,11 @@
-"""Ladder curves as SVG, drawn at build time from Vega-Lite: no script, no font and no network at reading time."""
+"""Ladder curves as SVG, drawn at build time: no script, no font and no network at reading time."""
 
 from __future__ import annotations
 
 import html
 import math
-import re
 from collections.abc import Sequence
-from typing import Any
 
-import vl_convert
 from stepmark.leaderboard.board import Row, figure, front
 
 from stepmark.task import Task
@@ -19,8 +16,18 @@ COLOURS = (
     "#1098ad", "#b8860b",
 )  # fmt: skip
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
+# With each turn through the colours the shapes move on by one: no two of 72 methods look alike.
+LOOKS = [(colour, SHAPES[(i + turn) % len(SHAPES)]) for turn in range(len(SHAPES)) for i, colour in enumerate(COLOURS)]
 MARKS = {"circle": "●", "square": "■", "triangle-up": "▲", "diamond": "◆", "cross": "✚", "triangle-down": "▼"}
-INK = "#010203"  # stands for the colour of the text around the chart until `_adapt` replaces it
+POINTS = {
+    "circle": "M4.4,0A4.4,4.4 0 1 1 -4.4,0A4.4,4.4 0 1 1 4.4,0Z",
+    "square": "M-3.9,-3.9H3.9V3.9H-3.9Z",
+    "triangle-up": "M0,-5L5,3.9H-5Z",
+    "diamond": "M0,-5.4L4.6,0L0,5.4L-4.6,0Z",
+    "cross": "M-1.7,-5H1.7V-1.7H5V1.7H1.7V5H-1.7V1.7H-5V-1.7H-1.7Z",
+    "triangle-down": "M0,5L5,-3.9H-5Z",
+}
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BELOW, PADDING = 400, 310, 62, 10, 10, 44, 12  # of a drawing, in its own units
 AXES = {
     "unit": "spent per item ({unit})",
     "nfe_equivalent": "NFE-equivalents per item",
@@ -42,7 +49,7 @@ STATIC = ("unit", "nfe_equivalent", "latency_ms")  # drawn for readers without s
 
 def style(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Method -> (colour, shape), the same in every chart of a task."""
-    return {name: (COLOURS[i % len(COLOURS)], SHAPES[i % len(SHAPES)]) for i, name in enumerate(methods)}
+    return {name: LOOKS[i % len(LOOKS)] for i, name in enumerate(methods)}
 
 
 def legend(styles: dict[str, tuple[str, str]], baselines: Sequence[str] = (), buttons: bool = True) -> str:
@@ -62,11 +69,11 @@ def drawable(rows: Sequence[Row], axis: str, metric: str) -> list[Row]:
 
 
 def curve(
-    rows: Sequence[Row], task: Task, axis: str, styles: dict[str, tuple[str, str]], name: str, metric: str | None = None
+    rows: Sequence[Row], task: Task, axis: str, styles: dict[str, tuple[str, str]], metric: str | None = None
 ) -> str:
     """Quality against a cost axis for one place: a line per method, intervals, Pareto front; "" without two points.
 
-    Points off the front are faint, flagged ones hollow. `name` is a prefix for ids inside the page.
+    Points off the front are faint, flagged ones hollow. Each point says its figures when it is pointed at.
     """
     metric = metric or next(iter(task.metrics))
     higher = task.metrics[metric] == "higher"
@@ -74,96 +81,124 @@ def curve(
     if len(shown) < 2:
         return ""
     best = front(shown, axis, metric, higher)
-    on_front = {(row.method, row.rung) for row in best}
-    data = [
-        {
-            "method": row.method,
-            "cost": row.cost(axis),
-            "value": row.quality[metric].value,
-            "low": row.quality[metric].low,
-            "high": row.quality[metric].high,
-            "front": (row.method, row.rung) in on_front,
-            "flagged": not row.ranked,
-            "label": _label(row, task, axis, metric),
-        }
-        for row in shown
-    ]
-    logarithmic = min(d["low"] for d in data) > 0 and max(d["high"] for d in data) > 8 * min(d["low"] for d in data)
-    present = [m for m in styles if any(d["method"] == m for d in data)]
-    title = f"{metric} ({'higher' if higher else 'lower'} is better)"
-    x = {
-        "field": "cost",
-        "type": "quantitative",
-        "title": AXES[axis].format(unit=task.unit),
-        "scale": {"type": "log", "nice": False, "padding": 12},
-        "axis": {"tickCount": 5, "format": "~g", "labelOverlap": "greedy", "grid": False},
-    }
-    y = {
-        "field": "value",
-        "type": "quantitative",
-        "title": title,
-        "scale": {"type": "log", "nice": False} if logarithmic else {"zero": False, "nice": True},
-        "axis": {"tickCount": 6, "format": "~g", "labelOverlap": "greedy"},
-    }
-    by_method = {"field": "method", "type": "nominal", "legend": None}
-    colour = by_method | {"scale": {"domain": present, "range": [styles[m][0] for m in present]}}
-    shape = by_method | {"scale": {"domain": present, "range": [styles[m][1] for m in present]}}
-    faint = {"condition": {"test": "datum.front", "value": 1}, "value": 0.45}
-    hollow = {"condition": {"test": "datum.flagged", "value": "transparent"}, **colour}
-    layers: list[dict[str, Any]] = [
-        {
-            "mark": {"type": "line", "strokeWidth": 1.4, "opacity": 0.45},
-            "encoding": {
-                "x": x, "y": y, "color": colour, "order": {"field": "cost"}, "description": {"field": "method"},
-            },
-        },
-        {
-            "mark": {"type": "rule", "strokeWidth": 1.4},
-            "encoding": {
-                "x": x, "y": y | {"field": "low"}, "y2": {"field": "high"}, "color": colour, "opacity": faint,
-                "description": {"field": "method"},
-            },
-        },
-        {
-            "mark": {"type": "point", "size": 62, "strokeWidth": 1.4},
-            "encoding": {
-                "x": x, "y": y, "color": colour, "shape": shape, "fill": hollow, "opacity": faint,
-                "description": {"field": "label"},
-            },
-        },
-    ]  # fmt: skip
+    ends = [end for row in shown for end in (row.quality[metric].low, row.quality[metric].high)]
+    x = Scale([row.cost(axis) or 0.0 for row in shown], True, (LEFT + PADDING, WIDTH - RIGHT - PADDING))
+    y = Scale(ends, min(ends) > 0 and max(ends) > 8 * min(ends), (HEIGHT - BELOW, TOP))
+
+    def at(row: Row) -> tuple[float, float]:
+        return x(row.cost(axis) or 0.0), y(row.quality[metric].value)
+
+    parts = [*_axes(x, y, AXES[axis].format(unit=task.unit), f"{metric} ({'higher' if higher else 'lower'} is better)")]
     if len(best) > 1:
-        steps = {
-            "data": {"values": [{"cost": row.cost(axis), "value": row.quality[metric].value} for row in best]},
-            "mark": {
-                "type": "line",
-                "interpolate": "step-after",
-                "aria": False,
-                "strokeWidth": 5,
-                "opacity": 0.16,
-                "color": INK,
-            },
-            "encoding": {"x": x, "y": y, "order": {"field": "cost"}},
-        }
-        layers.insert(0, steps)
-    chart = {
-        "data": {"values": data},
-        "width": 330,
-        "height": 250,
-        "background": "transparent",
-        "layer": layers,
-        "config": {
-            "font": "sans-serif",
-            "view": {"stroke": None},
-            "axis": {
-                "labelColor": INK, "titleColor": INK, "domainColor": INK, "tickColor": INK, "gridColor": INK,
-                "gridOpacity": 0.12, "domainOpacity": 0.5, "tickOpacity": 0.5, "labelFontSize": 11,
-                "titleFontSize": 12, "titleFontWeight": "normal",
-            },
-        },
-    }  # fmt: skip
-    text = f"{metric} against {SHORT[axis]} on {task.id}, {len(present)} methods"
-    return _adapt(vl_convert.vegalite_to_svg(chart), name, text)
+        corners = [at(best[0])]
+        for row in best[1:]:
+            corners += [(at(row)[0], corners[-1][1]), at(row)]
+        parts.append(f'<path d="{_path(corners)}" fill="none" stroke="currentColor" stroke-width="5" opacity="0.16"/>')
+    on_front = {id(row) for row in best}
+    lines, rules, points = [], [], []
+    for name, (colour, shape) in styles.items():
+        mine = sorted((row for row in shown if row.method == name), key=lambda row: row.cost(axis) or 0.0)
+        if len(mine) > 1:
+            look = f'fill="none" stroke="{colour}" stroke-width="1.4" opacity="0.45"'
+            lines.append(f'<path data-method="{name}" d="{_path([at(row) for row in mine])}" {look}/>')
+        for row in mine:
+            strength = "" if id(row) in on_front else ' opacity="0.45"'
+            across, up = at(row)
+            e = row.quality[metric]
+            look = f'stroke="{colour}" stroke-width="1.4"{strength}'
+            rules.append(
+                f'<line data-method="{name}" x1="{across:.1f}" x2="{across:.1f}" y1="{y(e.low):.1f}" '
+                f'y2="{y(e.high):.1f}" {look}/>'
+            )
+            label = html.escape(_label(row, task, axis, metric))
+            points.append(
+                f'<path data-method="{name}" aria-label="{label}" role="img" transform="translate({across:.1f},{up:.1f})" '
+                f'd="{POINTS[shape]}" fill="{colour if row.ranked else "transparent"}" {look}><title>{label}</title></path>'
+            )
+    title = html.escape(f"{metric} against {SHORT[axis]} on {task.id}, {len({row.method for row in shown})} methods")
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">'
+    return "".join([head, f"<title>{title}</title>", *parts, *lines, *rules, *points, "</svg>"])
+
+
+class Scale:
+    """From figures to places on the page; on a linear scale the ends are round numbers."""
+
+    def __init__(self, values: Sequence[float], logarithmic: bool, ends: tuple[float, float]) -> None:
+        self.logarithmic, self.ends = logarithmic, ends
+        self.low, self.high = min(values), max(values)
+        if self.low == self.high:  # one value stands in the middle
+            off = abs(self.low) / 2 or 1.0
+            self.low, self.high = self.low - off, self.high + off
+        if not logarithmic:
+            step = self._step()
+            self.low, self.high = math.floor(self.low / step) * step, math.ceil(self.high / step) * step
+
+    def __call__(self, value: float) -> float:
+        a, b, v = (
+            (math.log10(x) for x in (self.low, self.high, value)) if self.logarithmic else (self.low, self.high, value)
+        )
+        return self.ends[0] + (v - a) / (b - a) * (self.ends[1] - self.ends[0])
+
+    def _step(self) -> float:
+        """The round number that parts the scale into about five."""
+        rough = (self.high - self.low) / 5
+        power = 10.0 ** math.floor(math.log10(rough))
+        return next(power * n for n in (1, 2, 5, 10) if power * n >= 0.999 * rough)
+
+    def ticks(self) -> list[float]:
+        """Round numbers along the scale: about six, of powers of ten first where it is logarithmic."""
+        if not self.logarithmic:
+            step = self._step()
+            first = round(self.low / step)
+            return [(first + i) * step for i in range(round((self.high - self.low) / step) + 1)]
+        powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        found: list[float] = []
+        for digits in ((1,), (1, 3), (1, 2, 5), range(1, 10)):
+            every = 1 if len(powers) < 10 else len(powers) // 5
+            marks = [d * 10.0**p for p in powers[::every] for d in digits]
+            found = [mark for mark in marks if self.low * 0.999 <= mark <= self.high * 1.001]
+            if len(found) >= 4:
+                break
+        return found or [self.low, self.high]
+
+
+def _path(corners: Sequence[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{across:.1f},{up:.1f}" for across, up in corners)
+
+
+def _axes(x: Scale, y: Scale, across: str, up: str) -> list[str]:
+    """Lines, ticks, numbers and titles; numbers that would touch are left out."""
+    base, ink = HEIGHT - BELOW, 'stroke="currentColor"'
+    text = 'fill="currentColor" font-family="sans-serif"'
+    found = [f'<path d="M{LEFT},{TOP}V{base}H{WIDTH - RIGHT}" fill="none" {ink} opacity="0.5"/>']
+    free = -math.inf
+    for tick in x.ticks():
+        place, word = x(tick), f"{tick:.6g}"
+        found.append(f'<path d="M{place:.1f},{base}v5" {ink} opacity="0.5"/>')
+        if place - 3.3 * len(word) > free:
+            found.append(
+                f'<text x="{place:.1f}" y="{base + 17}" text-anchor="middle" font-size="11" {text}>{word}</text>'
+            )
+            free = place + 3.3 * len(word) + 4
+    free = math.inf
+    for tick in y.ticks():
+        place, word = y(tick), f"{tick:.6g}"
+        found.append(f'<path d="M{LEFT - 5},{place:.1f}H{WIDTH - RIGHT}" {ink} opacity="0.12"/>')
+        if place + 6 < free:
+            found.append(
+                f'<text x="{LEFT - 8}" y="{place + 4:.1f}" text-anchor="end" font-size="11" {text}>{word}</text>'
+            )
+            free = place - 6
+    middle = (TOP + base) / 2
+    found.append(
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle" font-size="12" {text}>'
+        f"{html.escape(across)}</text>"
+    )
+    found.append(
+        f'<text transform="translate(12,{middle})rotate(-90)" text-anchor="middle" font-size="12" {text}>'
+        f"{html.escape(up)}</text>"
+    )
+    return found
 
 
 def as_file(svg: str) -> str:
@@ -178,24 +213,3 @@ def _label(row: Row, task: Task, axis: str, metric: str) -> str:
     state = "" if row.ranked else f", {row.status}"
     spread = f"{figure(e.value)} ({figure(e.low)} to {figure(e.high)})"
     return f"{row.method}, rung {row.rung}: {metric} {spread} at {figure(row.cost(axis))} {unit}{state}"
-
-
-def _adapt(svg: str, name: str, title: str) -> str:
-    """Make Vega's SVG fit a page: fluid width, text in the page's colour, unique ids, a title, tooltips."""
-    svg = svg.replace(INK, "currentColor")
-    svg = re.sub(r'\bid="(?!")', f'id="{name}-', svg)
-    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
-    # A point's label becomes its tooltip; the name of its method serves the legend.
-    svg = re.sub(
-        r'<path aria-label="(([a-z0-9_]+)[^"]*)"([^>]*?)(?:/>|></path>)',
-        r'<path data-method="\2" aria-label="\1"\3><title>\1</title></path>',
-        svg,
-    )
-    svg = re.sub(r'<line aria-label="([a-z0-9_]+)"([^>]*?)(?:/>|></line>)', r'<line data-method="\1"\2></line>', svg)
-    opening = re.match(r"<svg[^>]*>", svg)
-    assert opening is not None
-    box = re.search(r'viewBox="[^"]*"', opening[0])
-    assert box is not None
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {box[0]} role="img" aria-label="{html.escape(title)}">'
-    body = svg[opening.end() :].replace("\n", " ")
-    return f"{head}<title>{html.escape(title)}</title>{body}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def page(found: Board) -> list[str]:
         element(
             "p",
             f"{better}. A line counts for a method if a paired bootstrap test, Holm-corrected over all lines at "
-            f"{board.ALPHA:.0%}, tells the two apart; "
+            f"{board.ALPHA:.0%}, tells the two apart; what is flagged or failed at some seed takes no part; "
             + link("how-we-measure.html", "how the tests work")
             + ". The address of the page keeps the choice.",
         ),
@@ -72,30 +73,31 @@ def comparable(found: Board) -> dict[str, list[str]]:
 
 
 def track_data(found: Board, track: str) -> dict[str, Any]:
-    """Every pair of methods of a track, the first by name first, tests as lists in the order of the terminal."""
+    """Every pair of methods of a track, the first by name first, tests as lists in the order of the terminal; and how
+    many were left out, as [method, status, how many].
+    """
     names = comparable(found)[track]
+    number = {name: i for i, name in enumerate(names)}
     rows = [row for row in found.rows if row.track == track and row.measured]
-    tasks = sorted({row.task for row in rows})
-    places = sorted({row.place for row in rows})
-    tiers: dict[str, dict[str, list[list[Any]]]] = {}
+    tasks = {task: i for i, task in enumerate(sorted({row.task for row in rows}))}
+    places = {place: i for i, place in enumerate(sorted({row.place for row in rows}))}
+    tiers: dict[str, Any] = {}
+    left: dict[str, Any] = {}
     for tier in sorted({place.tier for place in places}):
-        mine = board.split([row for row in rows if row.place.tier == tier], "method")
-        held = {name: {row.task for row in mine.get((name,), [])} for name in names}
-        pairs = {}
-        for i, j in combinations(range(len(names)), 2):
-            a, b = names[i], names[j]
-            if held[a] & held[b]:
-                tests = board.contrasts([*mine[(a,)], *mine[(b,)]], a, b)
-                if tests:
-                    pairs[f"{i},{j}"] = [
-                        _packed(test, a, tasks.index(test.task), places.index(test.place)) for test in tests
-                    ]
-        tiers[tier] = pairs
+        mine = [row for row in rows if row.place.tier == tier]
+        tiers[tier], left[tier] = {}, {}
+        for (a, b), contrast in board.contrasts(mine, list(combinations(names, 2)), found.tasks).items():
+            pair = f"{number[a]},{number[b]}"
+            if contrast.tests:
+                tiers[tier][pair] = [_packed(test, a, tasks[test.task], places[test.place]) for test in contrast.tests]
+            if contrast.left_out:
+                left[tier][pair] = [[number[m], state, n] for (m, state), n in sorted(contrast.left_out.items())]
     return {
         "methods": names,
         "tasks": [{"name": task, "metric": board.headline(found.tasks[task][1])[0]} for task in tasks],
         "places": [str(place) for place in places],
         "tiers": tiers,
+        "left": left,
     }
 
 
@@ -105,15 +107,22 @@ def _packed(test: board.Comparison, a: str, task: int, place: int) -> list[Any]:
     return [task, place, test.rung, *[short(x, DIGITS) for x in figures], won]
 
 
+def _start(pairs: Mapping[str, Sequence[Any]], names: Sequence[str]) -> list[str]:
+    """The two methods that the page shows if it is asked for none: those with most comparisons."""
+    best = max(pairs, key=lambda pair: len(pairs[pair]), default="0,1")
+    return [names[int(i)] for i in best.split(",")]
+
+
 def write_data(found: Board, folder: Path) -> None:
-    """A file that says what can be compared, and one per track that holds the tests."""
+    """A file that says what can be compared and how it is said, and one per track that holds the tests."""
     tracks = []
     for track, names in comparable(found).items():
         data = track_data(found, track)
         # The tier that the terminal takes if it is told none comes first.
         tiers = sorted(data["tiers"], key=lambda tier: (tier != "embedded", tier))
-        tracks.append({"name": track, "title": words(track), "methods": names, "tiers": tiers})
+        start = _start(data["tiers"][tiers[0]], names)
+        tracks.append({"name": track, "title": words(track), "methods": names, "tiers": tiers, "start": start})
         (folder / f"compare-{track}.js").write_text(script(f"stepmarkComparisons_{track}", data), encoding="utf-8")
     if tracks:
-        content = {"alpha": f"{board.ALPHA:.0%}", "tracks": tracks}
+        content = {"alpha": f"{board.ALPHA:.0%}", "states": board.STATES, "tracks": tracks}
         (folder / "compare.js").write_text(script("stepmarkComparisons", content), encoding="utf-8")

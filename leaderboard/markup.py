@@ -84,7 +84,9 @@ def table(
     for line in lines:
         cells = []
         for i, cell in enumerate(line.cells):
-            value = "" if cell.value is None else f' data-v="{esc(cell.value)}"'
+            own = f"{cell.value:.9g}" if isinstance(cell.value, float) else cell.value
+            # A cell without a value of its own is sorted by its text.
+            value = "" if own is None or str(own) == cell.html else f' data-v="{esc(own)}"'
             tag = 'th scope="row"' if i == 0 else "td"
             cells.append(f"<{tag}{_class(cell.number)}{value}>{cell.html}</{tag.split()[0]}>")
         rung = "" if line.rung is None else f' data-rung="{line.rung}"'
@@ -109,6 +111,12 @@ def chip(word: str, mood: str = "", title: str = "") -> str:
     kind = f"sm-chip sm-{mood}" if mood else "sm-chip"
     hint = f' title="{esc(title)}"' if title else ""
     return f'<span class="{kind}"{hint}>{esc(word)}</span>'
+
+
+def tally(counted: Mapping[str, int], moods: Mapping[str, str]) -> str:
+    """How many there are of each state, in the order of `moods`."""
+    have = [(state, counted[state]) for state in moods if counted.get(state)]
+    return " ".join(f'<span class="sm-count">{n:,} {chip(state, moods[state])}</span>' for state, n in have)
 
 
 VERDICT_MOOD = {"reproduced": "good", "not reproduced": "bad", "inconclusive": "open", "not run": ""}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from stepmark.leaderboard import board, charts, markup
-from stepmark.leaderboard.board import Covered, Place, Row, Standing
+from stepmark.leaderboard.board import Bargain, Covered, Ladder, Place, Row, Standing, Verdicts, Yardstick
+from stepmark.leaderboard.ledger import Ledger
 from stepmark.leaderboard.markup import Cell, Line, chip, esc, estimate, link, number, table
 
 from stepmark import plugins
@@ -23,41 +24,59 @@ from stepmark.task import Task
 class Board:
     """All that the pages are made from."""
 
-    records: list[Record]
-    everything: list[Record]
-    rows: list[Row]
+    ledger: Ledger
     methods: dict[str, MethodInfo]
     tasks: dict[str, tuple[str, Task]]
-    objections: Mapping[str, board.Dispute]
-    repository: str | None
+    repository: str | None = None
     samples: Sequence[SampleFile] = ()
     releases: Sequence[tuple[str, str, str]] = ()  # (suite version, day, digest), oldest first
     snapshot: str | None = None  # the suite version that these pages are frozen into
 
+    @property
+    def records(self) -> list[Record]:
+        """Records of the newest version, without resamples."""
+        return self.ledger.records
+
+    @property
+    def rows(self) -> list[Row]:
+        """Rows of the newest version."""
+        return self.ledger.rows
+
+    @property
+    def versions(self) -> dict[str, list[Row]]:
+        """Rows of every suite version, oldest first."""
+        return self.ledger.versions
+
+    @property
+    def standings(self) -> dict[tuple[str, str], Standing]:
+        """Trust by (method, task), for all that were recorded."""
+        return self.ledger.standings
+
+    @cached_property
+    def by_method(self) -> dict[str, list[Row]]:
+        """Rows of each method."""
+        return {method: mine for (method,), mine in board.split(self.rows, "method").items()}
+
+    @cached_property
+    def verdicts(self) -> dict[str, Verdicts]:
+        """Every claim of every method with its verdict in every place."""
+        have = board.index(self.rows)
+        return {name: board.verdicts(info, self.by_method.get(name, []), have) for name, info in self.methods.items()}
+
     @cached_property
     def training(self) -> dict[str, board.Training]:
         """What each method needs before it can run."""
-        return {method: board.training(mine) for (method,), mine in board.split(self.rows, "method").items()}
+        return {method: board.training(mine) for method, mine in self.by_method.items()}
 
     @cached_property
     def covered(self) -> list[Covered]:
         """The catalogue with computed status."""
-        return board.coverage(board.catalogue(), self.methods, self.rows)
+        return board.coverage(board.catalogue(), self.methods, self.rows, self.verdicts)
 
     @cached_property
     def places(self) -> list[Place]:
         """Where figures were taken, the best covered first."""
         return board.places(self.rows)
-
-    @cached_property
-    def standings(self) -> dict[tuple[str, str], Standing]:
-        """Trust by (method, task), for all that were recorded."""
-        pairs = sorted({(row.method, row.task) for row in self.rows})
-        runs: dict[tuple[str, str], list[Record]] = {pair: [] for pair in pairs}
-        for r in self.everything:
-            if (r.method, r.task) in runs:
-                runs[(r.method, r.task)].append(r)
-        return {pair: board.standing(*pair, runs[pair], self.objections) for pair in pairs}
 
     @cached_property
     def _by_task(self) -> dict[tuple[str, Place], list[Row]]:
@@ -66,6 +85,44 @@ class Board:
     def of_task(self, task: str, place: Place) -> list[Row]:
         """Rows of a task in a place."""
         return self._by_task.get((task, place), [])
+
+    @cached_property
+    def _places_of(self) -> dict[str, list[Place]]:
+        order = {place: i for i, place in enumerate(self.places)}
+        found: dict[str, list[Place]] = {}
+        for task, place in sorted(self._by_task, key=lambda key: order[key[1]]):
+            found.setdefault(task, []).append(place)
+        return found
+
+    def places_of(self, task: str) -> list[Place]:
+        """Where a task was measured, the best covered place of the site first."""
+        return self._places_of.get(task, [])
+
+    @cached_property
+    def _ladders(self) -> dict[tuple[str, Place], list[Ladder]]:
+        return {}
+
+    def ladders(self, task: str, place: Place) -> list[Ladder]:
+        """Every method's ladder on a task in a place: computed once."""
+        if (task, place) not in self._ladders:
+            rows = self.of_task(task, place)
+            self._ladders[task, place] = board.ladders(rows, self.tasks[task][1], self.methods)
+        return self._ladders[task, place]
+
+    @cached_property
+    def _bargains(self) -> dict[tuple[str, Place], Bargain | None]:
+        return {}
+
+    def bargain(self, task: str, place: Place) -> Bargain | None:
+        """What the best method buys on a task in a place: computed once."""
+        if (task, place) not in self._bargains:
+            rows = self.of_task(task, place)
+            self._bargains[task, place] = board.bargain(rows, self.tasks[task][1], self.methods)
+        return self._bargains[task, place]
+
+    def yardstick(self, task: str, place: Place) -> Yardstick | None:
+        """The baseline's ladder on a task in a place."""
+        return board.yardstick(self.of_task(task, place), self.tasks[task][1], self.methods)
 
     @cached_property
     def _stale(self) -> dict[tuple[str, str], dict[str, str]]:
@@ -104,7 +161,7 @@ def slug(task: str) -> str:
 
 def words(name: str) -> str:
     """A track's name for people."""
-    return name.replace("_", " ").capitalize()
+    return " ".join("LM" if word == "lm" else word for word in name.replace("_", " ").capitalize().split(" "))
 
 
 def crumbs(*steps: tuple[str, str]) -> str:
@@ -129,12 +186,12 @@ NOTHING = element(
 def trust_cell(found: Board, row: Row) -> Cell:
     """The trust state of a method on a task."""
     state = found.standings[(row.method, row.task)]
-    return Cell(chip(state.state, markup.TRUST_MOOD[state.state], "; ".join(state.reasons)), state.state)
+    return Cell(chip(state.state, markup.TRUST_MOOD[state.state], state.said), state.state)
 
 
 def record_cell(found: Board, row: Row) -> Cell:
     """The id of a row's record; where the repository is known, it opens the form that disputes it."""
-    name = board.record_id(row.first)
+    name = row.id
     if not found.repository:
         return Cell(f"<code>{name}</code>", name)
     address = f"{found.repository}/issues/new?template=disputed-number.yml&record={name}"
@@ -143,11 +200,7 @@ def record_cell(found: Board, row: Row) -> Cell:
 
 def verdict_counts(states: Counter[str]) -> Cell:
     """How many claims got which verdict."""
-    ordered = [state for state in markup.VERDICT_MOOD if states[state]]
-    return Cell(
-        " ".join(f"{states[s]}\u00a0{chip(s, markup.VERDICT_MOOD[s])}" for s in ordered) or "–",
-        float(states["reproduced"]),
-    )
+    return Cell(markup.tally(states, markup.VERDICT_MOOD) or "–", float(states["reproduced"]))
 
 
 def curves(
@@ -156,21 +209,21 @@ def curves(
     task: Task,
     methods: Sequence[str],
     axes: Sequence[str],
-    source: Path | None = None,
+    data: Path | None = None,
 ) -> str:
     """Ladder curves of some methods on a task in one place, with their legend.
 
-    They stand in the page, where the legend can dim them; a page that has many keeps them as files below `source`.
+    They stand in the page, where the legend can dim them; a page that has many keeps them as files below `data`.
     """
     styles = charts.style(methods)
     figures = []
     for axis in axes:
         name = f"{slug(task.id)}-{axis}-{found.places.index(rows[0].place)}"
-        svg = charts.curve(rows, task, axis, styles, name)
-        if svg and source is None:
+        svg = charts.curve(rows, task, axis, styles)
+        if svg and data is None:
             figures.append(f"<figure data-search-exclude>{svg}</figure>")
-        elif svg and source is not None:
-            path = source / "data" / "charts" / f"{name}.svg"
+        elif svg and data is not None:
+            path = data / "charts" / f"{name}.svg"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(charts.as_file(svg), encoding="utf-8")
             alt = f"{board.headline(task)[0]} against {charts.SHORT[axis]} on {task.id}, {len(methods)} methods"
@@ -182,7 +235,7 @@ def curves(
     metric, _ = board.headline(task)
     drawn = {row.method for axis in axes for row in charts.drawable(rows, axis, metric)}
     shown = {name: look for name, look in styles.items() if name in drawn}
-    names = charts.legend(shown, baselines, source is None)
+    names = charts.legend(shown, baselines, data is None)
     return f'<div class="sm-charts">{names}<div class="sm-grid">{"".join(figures)}</div></div>'
 
 
@@ -207,8 +260,10 @@ def figures(found: Board, rows: Sequence[Row], task: Task, ids: bool = False) ->
     arrows = {"higher": "↑", "lower": "↓"}
     head = ["Rung"] if ids else ["Method", "Rung", "Group"]
     head += [f"{name} {arrows[direction]}" for name, direction in task.metrics.items()]
-    head += ["NFE", *(["NFE-eq"] if with_equivalents else []), "ms/item", "Speed-up", "Peak MiB", "J/item", "Status"]
-    head += ["Record"] if ids else []
+    head += ["NFE/item", *(["NFE-eq/item"] if with_equivalents else []), "ms/item", "Speed-up", "Peak MiB"]
+    # What no row has costs no width; on a track page other machines, which the script shows, may have it.
+    with_energy = not ids or any(row.joules is not None for row in rows)
+    head += [*(["J/item"] if with_energy else []), "Status", *(["Record"] if ids else [])]
 
     def order(row: Row) -> tuple[float, ...]:
         value = row.quality[metric].value if metric in row.quality else 0.0
@@ -229,7 +284,7 @@ def figures(found: Board, rows: Sequence[Row], task: Task, ids: bool = False) ->
             estimate(row.latency_ms, why=row.reason("latency")),
             estimate(row.speedup, "×", row.reason("latency")),
             number(row.memory_mib, row.reason("memory")),
-            number(row.joules, row.reason("energy")),
+            *([number(row.joules, row.reason("energy"))] if with_energy else []),
             Cell(state + notes, row.status),
         ]
         if ids:
@@ -238,7 +293,7 @@ def figures(found: Board, rows: Sequence[Row], task: Task, ids: bool = False) ->
             {} if ids else {"training": found.training[row.method], "tags": ",".join(found.tags.get(row.method, ()))}
         )
         lines.append(Line(cells, row.rung, not row.ranked, marks))
-    hints = {"Group": TIED, "NFE": NFE, "NFE-eq": NFE_EQUIVALENT}
+    hints = {"Group": TIED, "NFE/item": NFE, "NFE-eq/item": NFE_EQUIVALENT}
     return table(head, lines, f"Figures on {task.id}", picks=tuple(lines[0].marks) if lines else (), hints=hints) + (
         '<div class="sm-reasons">' + "".join(f'<p class="sm-note">{esc(note)}</p>' for note in reasons(rows)) + "</div>"
     )

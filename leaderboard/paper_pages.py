@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from stepmark.leaderboard import board, markup, taxonomy
 from stepmark.leaderboard.board import CatalogueEntry, Covered, Standing
-from stepmark.leaderboard.markup import Cell, Line, chip, esc, link, number, table
+from stepmark.leaderboard.markup import Cell, Line, chip, esc, link, table
 from stepmark.leaderboard.pages import Board, crumbs, element, slug, verdict_counts, words
 
 from stepmark.plugins import MethodInfo
@@ -36,12 +36,13 @@ def links(entry: CatalogueEntry, infos: Sequence[MethodInfo] = ()) -> list[str]:
 def index(found: Board) -> list[str]:
     """Every paper with its computed status; the script makes choices of what the lines are marked with."""
     lines = []
-    for each in found.covered:
+    status = list(markup.COVERAGE_MOOD)
+    for each in sorted(found.covered, key=lambda each: status.index(each.status)):  # what is live first
         entry = each.entry
         byline = f'<br><span class="sm-range">{esc(entry.byline)}</span>' if entry.byline else ""
         cells = [
             Cell(link(f"papers/{entry.id}.html", entry.title) + byline, entry.title),
-            number(entry.year),
+            Cell(str(entry.year or "–"), entry.year or "", True),
             markup.text(words(entry.track)),
             markup.text(entry.kind),
             Cell(chip(each.status, markup.COVERAGE_MOOD[each.status]), each.status),
@@ -169,13 +170,14 @@ def trust_on_task(found: Board, task_id: str) -> str:
 def why(state: Standing) -> str:
     """The reasons of a trust state. Untrusted text."""
     plain = {"claimed": "only the paper says so", "measured": "one run, which nobody has repeated"}
-    return "; ".join(state.reasons) or plain.get(state.state, "")
+    return state.said or plain.get(state.state, "")
 
 
 def claims_table(found: Board, info: MethodInfo, up: str) -> str:
     """Every claim of a plugin with its verdict, the share of draws it holds in, and the values behind it."""
     lines = []
-    for claim, by_place in board.verdicts(info, found.rows):
+    places = {place for _, by_place in found.verdicts[info.id] for place in by_place}
+    for claim, by_place in found.verdicts[info.id]:
         task = board.claim_task(claim, info)
         for place, verdict in by_place.items() or [(None, None)]:
             state = verdict.state if verdict else "not run"
@@ -191,14 +193,15 @@ def claims_table(found: Board, info: MethodInfo, up: str) -> str:
                         share,
                         markup.text(why),
                         Cell(link(f"{up}tasks/{slug(task)}.html", task) if task in found.tasks else esc(task)),
-                        markup.text(place or "–"),
+                        *([markup.text(place or "–")] if len(places) > 1 else []),
                     ]
                 )
             )
-    head = ("The paper says", "Verdict", "Holds in", "Measured", "Task", "Machine")
+    head = ("The paper says", "Verdict", "Holds in", "Measured", "Task", *(["Machine"] if len(places) > 1 else []))
+    where = f" Measured on {esc(next(iter(places)))}." if len(places) == 1 else ""
     return table(head, lines, f"Claims of {info.id} and verdicts") + (
         '<p class="sm-note">Reproduced: holds in at least 95 % of bootstrap resamples over seeds and items; not '
-        "reproduced: in at most 5 %; else inconclusive.</p>"
+        f"reproduced: in at most 5 %; else inconclusive.{where}</p>"
     )
 
 

@@ -7,23 +7,22 @@ Records are untrusted: each text passes through `markup.esc`, and pages are HTML
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from io import StringIO
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
 
-import numpy as np
 from stepmark.leaderboard import (
     board,
     changes,
     compare_page,
+    downloads,
+    ledger,
     markup,
     paper_pages,
     release,
@@ -49,10 +48,13 @@ from stepmark.leaderboard.pages import (
 
 from stepmark import plugins, samples
 from stepmark.plugins import MethodInfo
-from stepmark.record import Record, read_all
+from stepmark.record import Record
 
 MARKER = ".stepmark-site"  # a folder that holds it was made here and may be cleared
 ASSETS = Path(__file__).with_name("assets")
+DATA = ".data"  # below the written pages: MkDocs passes by what begins with a dot, and copies nothing of it
+PARTS = "parts"
+MANY = 2000  # rows from which on the data files are worth a process
 SET = "From the docstring of the source; letters, indices and powers are set from its plain text."
 
 
@@ -85,22 +87,25 @@ def build(
         _clear(folder)
     if repository is None and os.environ.get("GITHUB_REPOSITORY"):
         repository = f"{os.environ.get('GITHUB_SERVER_URL', 'https://github.com')}/{os.environ['GITHUB_REPOSITORY']}"
-    everything = board.history(results)
-    records = board.current(read_all(results), tier)
+    data = source / DATA
+    objections = board.disputes(Path(__file__).with_name("disputes.jsonl"))
     found = Board(
-        records=records,
-        everything=everything,
-        rows=board.rows(records),
+        ledger=ledger.read(results, tier, objections, data / PARTS),
         methods=plugins.methods(),
         tasks=plugins.tasks(),
-        objections=board.disputes(Path(__file__).with_name("disputes.jsonl")),
         repository=repository,
         samples=samples.read_all(results),
         releases=release.summary(results),
         snapshot=snapshot,
     )
-    write(found, source, root)
-    _mkdocs(root / "mkdocs.yml", source, out, strict)
+    # The data files need no page and the pages need none of them.
+    with ledger.beside(lambda: write_data(found, data), ledger.cores() > 1 and len(found.rows) > MANY):
+        aside = write(found, source, root)
+        _mkdocs(root / "mkdocs.yml", source, out, strict)
+    aside.append(_downloads_table(data))
+    _fill(out, aside)
+    shutil.rmtree(data / PARTS)
+    data.rename(out / "data")
     if snapshot is None:
         release.unpack_sites(results, out)
     (out / MARKER).touch()
@@ -142,55 +147,87 @@ def _mkdocs(config: Path, source: Path, out: Path, strict: bool) -> None:
         logger.propagate = propagated
 
 
-def write(found: Board, source: Path, root: Path) -> None:
-    """Every page and data file, into `source`."""
+def write(found: Board, source: Path, root: Path) -> list[str]:
+    """Every page and its drawings, into `source`; what `_fill` puts into the built pages."""
     shutil.copytree(ASSETS, source / "assets")
     for path in sorted((root / "docs").iterdir()):
         if path.suffix in {".md", ".svg"}:
             shutil.copy(path, source / path.name)
     written = (root / "docs" / "taxonomy.md").read_text(encoding="utf-8")
     (source / "taxonomy.md").write_text(taxonomy.fill(written, found), encoding="utf-8")
-    _page(source / "index.md", "Stepmark", _home(found), hide=("navigation", "toc"))
-    _page(source / "tracks" / "index.md", "Tracks", track_pages.index(found), hide=("navigation",))
+    aside: list[str] = []
+
+    def page(path: str, title: str, parts: Sequence[str], toc: bool = False) -> None:
+        _page(source / path, title, parts, ("navigation",) if toc else ("navigation", "toc"), aside)
+
+    page("index.md", "Stepmark", _home(found))
+    page("tracks/index.md", "Tracks", track_pages.index(found), toc=True)
     for track in found.tracks():
-        _page(
-            source / "tracks" / f"{track}.md",
-            words(track),
-            track_pages.track_page(found, track, source),
-            hide=("navigation", "toc"),
-        )
-    _page(source / "methods" / "index.md", "Methods", _methods(found), hide=("navigation", "toc"))
-    versions = changes.by_version(found)
-    for name in sorted({*found.methods, *(row.method for row in found.rows)}):
-        _page(source / "methods" / f"{name}.md", name, _method(found, name, versions), hide=("navigation",))
-    _page(source / "changes.md", "Changes", changes.page(found, versions), hide=("navigation",))
-    _page(source / "tasks" / "index.md", "Tasks", _tasks(found), hide=("navigation", "toc"))
+        page(f"tracks/{track}.md", words(track), track_pages.track_page(found, track, source / DATA))
+    page("methods/index.md", "Methods", _methods(found))
+    for name in sorted({*found.methods, *found.by_method}):
+        page(f"methods/{name}.md", name, _method(found, name), toc=True)
+    page("changes.md", "Changes", changes.page(found), toc=True)
+    page("tasks/index.md", "Tasks", _tasks(found))
     for task_id in found.tasks:
-        _page(source / "tasks" / f"{slug(task_id)}.md", task_id, _task(found, task_id), hide=("navigation",))
-    _page(source / "papers.md", "Papers", paper_pages.index(found), hide=("navigation", "toc"))
+        page(f"tasks/{slug(task_id)}.md", task_id, _task(found, task_id), toc=True)
+    page("papers.md", "Papers", paper_pages.index(found))
     related, nodes = paper_pages.relatives(found.covered), taxonomy.nodes()
     for each in found.covered:
         entry = each.entry
         parts = paper_pages.paper_page(found, each, related[entry.id], nodes)
-        _page(source / "papers" / f"{entry.id}.md", entry.title, parts, hide=("navigation", "toc"))
-    _page(source / "downloads.md", "Downloads", _downloads(found, source), hide=("navigation",))
-    _page(source / "compare.md", "Compare", compare_page.page(found), hide=("navigation", "toc"))
-    for track in found.tracks():
-        track_pages.write_data(found, track, source / "data")
-    compare_page.write_data(found, source / "data")
+        page(f"papers/{entry.id}.md", entry.title, parts)
+    page("downloads.md", "Downloads", _downloads(found), toc=True)
+    page("compare.md", "Compare", compare_page.page(found))
     track_pages.write_assets(source / "assets")
     for info in found.methods.values():
         path = source / "source" / f"{info.id}.py.txt"
         path.parent.mkdir(exist_ok=True)
         shutil.copy(info.path, path)
+    return aside
 
 
-def _page(path: Path, title: str, parts: Sequence[str], hide: Sequence[str] = ()) -> None:
+def write_data(found: Board, data: Path) -> None:
+    """Every data file, into `data`."""
+    data.mkdir(parents=True, exist_ok=True)
+    for track in found.tracks():
+        track_pages.write_data(found, track, data)
+    compare_page.write_data(found, data)
+    files = downloads.merge(data / PARTS, found.ledger.files, data)
+    (data / PARTS / "files.json").write_text(json.dumps(files), encoding="utf-8")
+    shutil.copy(Path(__file__).with_name("catalogue.jsonl"), data / "catalogue.jsonl")
+
+
+# What no search should find need not pass through Markdown, the theme and the index, each of which reads it letter by
+# letter: it leaves a mark, and takes its place when the page is built. `markup.esc` lets no record write such a mark.
+ASIDE = re.compile(
+    r'<div class="sm-scroll"[^>]* data-search-exclude>\n.*?</table>\n</div>|<figure data-search-exclude>.*?</figure>',
+    re.DOTALL,
+)
+MARK = "<!-- stepmark {} -->"
+LAST = MARK.format("last")
+
+
+def _page(path: Path, title: str, parts: Sequence[str], hide: Sequence[str], aside: list[str]) -> None:
+    def leave(found: re.Match[str]) -> str:
+        aside.append(found[0])
+        return MARK.format(len(aside) - 1)
+
     path.parent.mkdir(parents=True, exist_ok=True)
     hidden = "hide:\n" + "".join(f"  - {name}\n" for name in hide) if hide else ""
     top = f"---\ntitle: {json.dumps(esc(title))}\n{hidden}---\n\n# {markup.heading(title)}\n\n"
-    text = top + "\n\n".join(p for p in parts if p) + "\n"
-    path.write_text(text, encoding="utf-8")
+    text = ASIDE.sub(leave, "\n\n".join(p for p in parts if p))
+    path.write_text(f"{top}{text}\n", encoding="utf-8")
+
+
+def _fill(out: Path, aside: Sequence[str]) -> None:
+    """Put what was left aside, the last of it where it says `LAST`, into the built pages."""
+    marks = re.compile(MARK.format(r"(\d+|last)"))
+    for path in sorted(out.rglob("*.html")):
+        text = path.read_text(encoding="utf-8")
+        filled = marks.sub(lambda found: aside[-1 if found[1] == "last" else int(found[1])], text)
+        if filled != text:
+            path.write_text(filled, encoding="utf-8")
 
 
 # home -------------------------------------------------------------------------------------------
@@ -238,8 +275,8 @@ def _home(found: Board) -> list[str]:
         "</div>"
     )
     if states:
-        counts = ", ".join(f"{n} {chip(state, markup.VERDICT_MOOD[state])}" for state, n in sorted(states.items()))
-        parts.append(element("p", f"Claims that the plugins of these papers state: {counts}."))
+        counts = markup.tally(states, markup.VERDICT_MOOD)
+        parts.append(element("p", f"Claims that the plugins of these papers state: {counts}"))
     parts.append("[All papers and their status](papers.md)")
     parts.append("## When and where it was measured")
     parts.append(_measured(found) if found.records else NOTHING)
@@ -252,35 +289,40 @@ def _facts(facts: Sequence[tuple[object, str]]) -> str:
 
 def _bargains(found: Board) -> list[str]:
     lines: list[Line] = []
+    more = False
     for task_id, (track, task) in found.tasks.items():
         metric, _ = board.headline(task)
+        places = found.places_of(task_id)
+        more = more or len(places) > 1
 
         def at_rung(row: Row, metric: str = metric) -> Cell:
             name = link(f"methods/{row.method}.html", row.method)
             value = estimate(row.quality[metric]).html
             return Cell(f"{name} at {row.rung}<br>{esc(metric)} {value}", row.method)
 
-        for place in found.places:
-            deal = board.bargain(found.of_task(task_id, place), task, found.methods)
+        for place in places[:1]:
+            deal = found.bargain(task_id, place)
             if deal is None:
                 continue
             task_cell = Cell(link(f"tracks/{track}.html#{slug(task_id)}", task_id), task_id)
             match = at_rung(deal.row) if deal.row else Cell("none reaches it for less", "")
             factors = [number(deal.factor(axis), unit="×") for axis in ("unit", "nfe_equivalent", "latency_ms")]
             trust = trust_cell(found, deal.row or deal.baseline)
-            cells = [task_cell, markup.text(place), at_rung(deal.baseline), match, *factors, trust]
+            where = [markup.text(place)] if len(found.places) > 1 else []
+            cells = [task_cell, *where, at_rung(deal.baseline), match, *factors, trust]
             lines.append(Line(cells, weak=deal.row is None))
     if not lines:
         return [element("div", "<p>No baseline has been measured yet, so nothing can be compared.</p>", "sm-empty")]
-    head = ("Task", "Machine", "Baseline at its best", "Cheapest that matches it", "Evaluations saved",
-            "NFE-eq. saved", "Time saved", "Trust")  # fmt: skip
+    head = ("Task", *(["Machine"] if len(found.places) > 1 else []), "Baseline at its best", "Cheapest that matches it",
+            "Evaluations saved", "NFE-eq. saved", "Time saved", "Trust")  # fmt: skip
     return [
         table(head, lines, "What the best method per task buys"),
         element(
             "p",
             "A method matches if a paired bootstrap test at 5 % finds no loss in the task's first metric against the "
             "baseline's best rung. Values carry 95 % intervals. Time is the ratio of medians per "
-            "item on the same machine. A flagged record takes no part.",
+            "item on the same machine. A flagged record takes no part."
+            + (" Of each task the machine with most records is shown; the track pages have them all." if more else ""),
             "sm-note",
         ),
     ]
@@ -303,7 +345,7 @@ def _measured(found: Board) -> str:
                     markup.text(min(r.created for r in mine)[:10]),
                     markup.text(newest.created[:10]),
                     number(len(mine)),
-                    Cell(", ".join(f"{n} {chip(s, markup.STATUS_MOOD[s])}" for s, n in status.most_common())),
+                    Cell(markup.tally(status, markup.STATUS_MOOD)),
                     markup.text(", ".join(commits[:3]) + (f" and {len(commits) - 3} more" if len(commits) > 3 else "")),
                 ]
             )
@@ -323,10 +365,11 @@ def _measured(found: Board) -> str:
 
 def _methods(found: Board) -> list[str]:
     lines = []
-    for name in sorted({*found.methods, *(row.method for row in found.rows)}):
+    for name in sorted({*found.methods, *found.by_method}):
         info = found.methods.get(name)
-        states = board.tally(info, found.rows) if info else Counter()
-        track = info.track if info else next(row.track for row in found.rows if row.method == name)
+        rows = found.by_method.get(name, [])
+        states = board.tally(found.verdicts[name]) if info else Counter()
+        track = info.track if info else rows[0].track
         paper = f"{info.paper.authors.split(',')[0]}, {info.paper.year}" if info and info.paper else ""
         lines.append(
             Line(
@@ -335,7 +378,7 @@ def _methods(found: Board) -> list[str]:
                     markup.text(info.title if info else "not in this checkout"),
                     Cell(link(f"../tracks/{track}.html", words(track)) if track in found.tracks() else esc(track)),
                     markup.text(paper),
-                    number(len({row.task for row in found.rows if row.method == name and row.measured})),
+                    number(len({row.task for row in rows if row.measured})),
                     verdict_counts(states),
                 ]
             )
@@ -344,9 +387,9 @@ def _methods(found: Board) -> list[str]:
     return [table(head, lines, "Methods")] if lines else [element("p", "No method has been written yet.")]
 
 
-def _method(found: Board, name: str, versions: Mapping[str, Sequence[Row]]) -> list[str]:
+def _method(found: Board, name: str) -> list[str]:
     info = found.methods.get(name)
-    rows = [row for row in found.rows if row.method == name]
+    rows = found.by_method.get(name, [])
     track = info.track if info else rows[0].track
     parts = [crumbs(("index.html", "Methods"), (f"../tracks/{track}.html", words(track)), (f"{name}.html", name))]
     if info is None:
@@ -360,26 +403,63 @@ def _method(found: Board, name: str, versions: Mapping[str, Sequence[Row]]) -> l
     parts.append("## Ladder curves")
     if not rows:
         parts.append(element("div", "<p>Not run yet.</p>", "sm-empty"))
-    for (task_id, place), mine in board.split(rows, "task", "place").items():
+    shown: list[Row] = []  # in full: those of one place, the best covered, on each task
+    for (task_id,), mine in board.split(rows, "task").items():
+        by_place = {place: of_place for (place,), of_place in board.split(mine, "place").items()}
+        place, *others = [place for place in found.places_of(task_id) if place in by_place]
         task = found.tasks[task_id][1]
         against = [name, *(info.baselines if info else ())]
-        shown = [row for row in found.of_task(task_id, place) if row.method in against]
+        beside = [row for row in found.of_task(task_id, place) if row.method in against]
         suffix = f" on {place}" if len(found.places) > 1 else ""
-        anchor = f"{slug(task_id)}-{found.places.index(place)}" if found.places.index(place) else slug(task_id)
-        parts.append(f"### {task_id}{suffix} {{ #{anchor} }}")
+        parts.append(f"### {task_id}{markup.heading(suffix)} {{ #{slug(task_id)} }}")
         standing = trust_cell(found, mine[0]).html
         why = paper_pages.why(found.standings[(name, task_id)])
         parts.append(element("p", f"Trust: {standing} {esc(why)}"))
-        if place == found.places[0]:
-            present = [name for name in against if any(row.method == name for row in shown)]
-            parts.append(curves(found, shown, task, present, ("unit", "latency_ms")))
-        parts.append(figures(found, mine, task, ids=True))
+        present = [name for name in against if any(row.method == name for row in beside)]
+        parts.append(curves(found, beside, task, present, ("unit", "latency_ms")))
+        parts.append(figures(found, by_place[place], task, ids=True))
+        if others:
+            parts.append(_elsewhere(found, task_id, {other: by_place[other] for other in others}))
+        shown += by_place[place]
     parts += sample_pages.section(found, found.samples, name)
     if rows:
-        parts += ["## History", changes.history(versions, name)]
-        parts += ["## Counts", _counts(rows), "## Offline cost", _offline(rows), "## Repeat it", _repeat(found, rows)]
-        parts += ["## Digests", _digests(found, rows)]
+        parts += ["## History", changes.history(found.versions, name)]
+        parts += ["## Counts", _counts(shown), "## Offline cost", _offline(rows), "## Repeat it", _repeat(found, shown)]
+        parts += ["## Digests", _digests(found, shown)]
+        if len(shown) < len(rows):
+            note = "Counts, commands and digests of the other machines stand in the {}."
+            parts.append(element("p", note.format(link("../downloads.html", "downloads")), "sm-note"))
     return parts
+
+
+def _elsewhere(found: Board, task_id: str, by_place: Mapping[Place, Sequence[Row]]) -> str:
+    """A line per further place: the method's best rung there, and where the rest is."""
+    track, task = found.tasks[task_id]
+    metric, higher = board.headline(task)
+    lines = []
+    for place, mine in by_place.items():
+        ranked = [row for row in mine if row.ranked and metric in row.quality]
+        best = board.best(ranked, metric, higher) if ranked else None
+        status = Counter(row.status for row in mine)
+        lines.append(
+            Line(
+                [
+                    Cell(esc(place), str(place)),
+                    number(len(mine)),
+                    estimate(best.quality[metric] if best else None),
+                    number(best.rung if best else None),
+                    estimate(best.latency_ms if best else None),
+                    Cell(markup.tally(status, markup.STATUS_MOOD)),
+                ]
+            )
+        )
+    head = ("Machine", "Rungs", f"Best {metric}", "at rung", "ms/item there", "Status")
+    data = f"../data/ladders-{slug(task_id)}"
+    where = (
+        f"Every rung on these machines: {link(f'../tracks/{track}.html#{slug(task_id)}', 'the track page')}, "
+        f"{link(f'{data}.csv', 'CSV')}, {link(f'{data}.json', 'JSON')}."
+    )
+    return f"{table(head, lines, f'Other machines on {task_id}')}\n{element('p', where, 'sm-note')}"
 
 
 def _reference(found: Board, info: MethodInfo) -> str:
@@ -406,6 +486,9 @@ def _reference(found: Board, info: MethodInfo) -> str:
 
 def _counts(rows: Sequence[Row]) -> str:
     lines = []
+    several = len({row.place for row in rows}) > 1
+    others = {row.id: _further(row.first) for row in rows}
+    further = any(others.values())
     for row in rows:
         r = row.first
         if not r.counts:
@@ -422,10 +505,11 @@ def _counts(rows: Sequence[Row]) -> str:
                 [
                     Cell(esc(row.task), row.task),
                     number(row.rung),
-                    markup.text(row.place.machine),
+                    *([markup.text(row.place)] if several else []),
                     number(r.counts.get("nfe")),
                     number(r.counts.get("flops")),
                     number(r.counts.get("flops_outside")),
+                    *([markup.text(others[row.id] or "–")] if further else []),
                     markup.text(handles or "–"),
                     Cell(mark),
                 ],
@@ -435,14 +519,22 @@ def _counts(rows: Sequence[Row]) -> str:
     head = (
         "Task",
         "Rung",
-        "Machine",
-        "NFE",
+        *(["Machine"] if several else []),
+        "NFE/item",
         "FLOPs/item",
         "of them outside handles",
+        *(["Also counted"] if further else []),
         "All items, by handle",
         "It reports, per call",
     )
     return table(head, lines, "Counts") if lines else element("p", "Nothing was counted.")
+
+
+def _further(r: Record) -> str:
+    """The counts that have no column of their own and are not among those of the handles. Untrusted text."""
+    of_handles = {f"{name}_{kind}" for name, kinds in r.handles.items() for kind in kinds}
+    known = {"nfe", "nfe_equivalent", "flops", "flops_outside"} | of_handles
+    return "; ".join(f"{k.replace('_', ' ')} {board.figure(v)}" for k, v in sorted(r.counts.items()) if k not in known)
 
 
 def _offline(rows: Sequence[Row]) -> str:
@@ -552,115 +644,24 @@ def _task(found: Board, task_id: str) -> list[str]:
 # papers and downloads ---------------------------------------------------------------------------
 
 
-FIELDS = (
-    "id", "suite", "machine", "tier", "track", "method", "task", "rung", "seed", "status", "message", "flags",
-    "latency_items", "latency_median_ms", "latency_iqr_ms", "latency_p95_ms", "latency_cuda_ms", "baseline",
-    "baseline_median_ms", "speedup", "speedup_low", "speedup_high", "memory_peak_mib", "memory_how",
-    "memory_state_mib", "energy_joules", "energy_idle_watts", "energy_window_s", "energy_sensor", "offline_seconds",
-    "offline_state_mib", "commit", "created", "command",
-)  # fmt: skip
-
-
-def as_csv(records: Sequence[Record]) -> str:
-    """Records as a flat table; see `write_csv`."""
-    stream = StringIO()
-    write_csv(records, stream)
-    return stream.getvalue()
-
-
-def _intervals(records: Sequence[Record]) -> dict[tuple[int, str], tuple[float, float]]:
-    """95 % intervals by (place in `records`, metric), as `percentile_interval` gives them, many at a time."""
-    alike: dict[int, list[tuple[int, str]]] = {}
-    for i, r in enumerate(records):
-        for name, quality in r.quality.items():
-            if quality.resamples:
-                alike.setdefault(len(quality.resamples), []).append((i, name))
-    found: dict[tuple[int, str], tuple[float, float]] = {}
-    for keys in alike.values():
-        for start in range(0, len(keys), 4096):
-            some = keys[start : start + 4096]
-            table = np.array([records[i].quality[name].resamples for i, name in some])
-            with np.errstate(over="ignore"):  # a hostile record may hold figures whose difference overflows
-                low, high = np.quantile(table, [0.025, 0.975], axis=1)
-            found |= {key: (float(a), float(b)) for key, a, b in zip(some, low, high, strict=True)}
-    return found
-
-
-def write_csv(records: Sequence[Record], stream: TextIO) -> None:
-    """Records as a flat table: one column per figure, metrics with their 95 % interval, null as an empty cell."""
-    metrics = sorted({name for r in records for name in r.quality})
-    counts = sorted({name for r in records for name in r.counts})
-    extra = [f"{m}{end}" for m in metrics for end in ("", "_low", "_high")] + [f"count_{c}" for c in counts]
-    writer = csv.DictWriter(stream, [*FIELDS, *extra], lineterminator="\n")
-    writer.writeheader()
-    intervals = _intervals(records)
-    for i, r in enumerate(records):
-        line: dict[str, object] = {
-            "id": board.record_id(r),
-            **{name: getattr(r, name) for name in FIELDS if name in type(r).model_fields},
-            "flags": "; ".join(r.flags),
-        }
-        for part, prefix in (
-            (r.latency, "latency"),
-            (r.memory, "memory"),
-            (r.energy, "energy"),
-            (r.offline, "offline"),
-        ):
-            for key, value in (part.model_dump() if part else {}).items():
-                column = key if key in FIELDS else f"{prefix}_{key}"
-                if column in FIELDS:
-                    line[column] = value
-        for name, quality in r.quality.items():
-            low, high = intervals.get((i, name), (None, None))
-            line |= {name: quality.value, f"{name}_low": low, f"{name}_high": high}
-        line |= {f"count_{name}": value for name, value in r.counts.items()}
-        writer.writerow({key: _plain(value) for key, value in line.items()})
-
-
-def _plain(value: object) -> object:
-    """A spreadsheet runs text that begins like a formula: such text gets a quote in front."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in {"=", "+", "-", "@", "\t", "\r"} else value
-
-
-def _downloads(found: Board, source: Path) -> list[str]:
-    folder = source / "data"
-    folder.mkdir(exist_ok=True)
-    lines = []
-    every = read_order(found.everything)
-    for track in sorted({r.track for r in every}):
-        mine = [r for r in every if r.track == track]
-        # Line by line: all records of a track as one text would be most of the memory of a build.
-        with (folder / f"{track}.csv").open("w", encoding="utf-8", newline="") as stream:
-            write_csv(mine, stream)
-        with (folder / f"{track}.json").open("w", encoding="utf-8") as stream:
-            for i, r in enumerate(mine):
-                stream.write(("[\n" if i == 0 else ",\n") + r.model_dump_json())
-            stream.write("\n]\n")
-        sizes = [(folder / f"{track}.{end}").stat().st_size / 1024 for end in ("csv", "json")]
-        lines.append(
-            Line(
-                [
-                    Cell(esc(words(track)), track),
-                    number(len(mine)),
-                    *[
-                        Cell(f"{link(f'data/{track}.{e}', e.upper())} ({size:,.0f} KiB)", size)
-                        for e, size in zip(("csv", "json"), sizes, strict=True)
-                    ],
-                ]
-            )
-        )
-    shutil.copy(Path(__file__).with_name("catalogue.jsonl"), folder / "catalogue.jsonl")
+def _downloads(found: Board) -> list[str]:
     return [
         element("p", "Every record of every suite version, as the harness wrote it. JSON holds all of it, bootstrap "
               "resamples and raw timings included; CSV is one line per record with 95 % intervals over its items."),
-        table(("Track", "Records", "CSV", "JSON"), lines, "Downloads") if lines else NOTHING,
+        LAST if any(found.ledger.files.values()) else NOTHING,
         element("p", f"The catalogue of papers: {link('data/catalogue.jsonl', 'catalogue.jsonl')}."),
     ]  # fmt: skip
 
 
-def read_order(records: Iterable[Record]) -> list[Record]:
-    """Records in one order, whatever files they came from."""
-    return sorted(records, key=lambda r: (r.suite, r.machine, r.track, r.method, r.task, r.seed, r.rung, r.created))
+def _downloads_table(data: Path) -> str:
+    """The table of the files, whose sizes are known when they have been written."""
+    lines = []
+    for each in json.loads((data / PARTS / "files.json").read_text(encoding="utf-8")):
+        file = downloads.File(*each)
+        sizes = (("csv", file.csv / 1024), ("json", file.json / 1024))
+        links = [Cell(f"{link(f'data/{file.track}.{e}', e.upper())} ({n:,.0f} KiB)", n) for e, n in sizes]
+        lines.append(Line([Cell(esc(words(file.track)), file.track), number(file.records), *links]))
+    return table(("Track", "Records", "CSV", "JSON"), lines, "Downloads")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import csv
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from io import StringIO
 from pathlib import Path
@@ -65,8 +65,8 @@ def index(found: Board) -> list[str]:
     ]
 
 
-def track_page(found: Board, track: str, source: Path) -> list[str]:
-    """The page of one track; its drawings go to files below `source`, its scripts are those that `write_assets` and
+def track_page(found: Board, track: str, data: Path) -> list[str]:
+    """The page of one track; its drawings go to files below `data`, its scripts are those that `write_assets` and
     `write_data` put beside it.
     """
     tasks = [(task_id, task) for task_id, (owner, task) in found.tasks.items() if owner == track]
@@ -91,7 +91,7 @@ def track_page(found: Board, track: str, source: Path) -> list[str]:
         parts.append(
             element("p", f"{esc(task.summary)}. Rungs in {esc(task.unit)}: {esc(task.rungs)[1:-1]}. See {page}.")
         )
-        here = places_of(found, task_id)
+        here = found.places_of(task_id)
         if not here:
             parts.append(element("div", "<p>No records of this task yet.</p>", "sm-empty"))
             continue
@@ -103,9 +103,9 @@ def track_page(found: Board, track: str, source: Path) -> list[str]:
             element(
                 "p", f"Measured on <span data-place>{esc(here[0])}</span>{more}. Data of this task: {files}.", "sm-note"
             ),
-            f"<div data-deal>{element('p', esc(deal_text(found, rows, task)))}</div>",
-            curves(found, rows, task, _methods(found, task_id), charts.STATIC, source),
-            whole_ladders(found, rows, task),
+            f"<div data-deal>{element('p', esc(deal_text(found, task_id, here[0])))}</div>",
+            curves(found, rows, task, _methods(found, task_id), charts.STATIC, data),
+            whole_ladders(found, task, here[0]),
             figures(found, rows, task),
             "</div>",
             trust_on_task(found, task_id),
@@ -113,24 +113,19 @@ def track_page(found: Board, track: str, source: Path) -> list[str]:
         parts.append("\n".join(block))
     # In the order of the page, after it has been read: the data, the charts, what joins them.
     scripts = ("../assets/vega.js", f"../data/ladders-{track}.js", "../assets/pieces.js", "../assets/ladders.js")
-    if any(places_of(found, task_id) for task_id, _ in tasks):
+    if any(found.places_of(task_id) for task_id, _ in tasks):
         parts.append("".join(f'<script defer src="{each}"></script>' for each in scripts))
     return parts
 
 
-def places_of(found: Board, task_id: str) -> list[Place]:
-    """Where a task was measured, the best covered place of the site first."""
-    return [place for place in found.places if found.of_task(task_id, place)]
-
-
 def _methods(found: Board, task_id: str) -> list[str]:
     """Every method on a task, whatever the place: so that each keeps its colour."""
-    return found.order(row for place in places_of(found, task_id) for row in found.of_task(task_id, place))
+    return found.order(row for place in found.places_of(task_id) for row in found.of_task(task_id, place))
 
 
-def deal_text(found: Board, rows: Sequence[Row], task: Task) -> str:
+def deal_text(found: Board, task_id: str, place: Place) -> str:
     """What the best method buys, as a sentence; "" without a baseline. Plain text."""
-    deal = board.bargain(rows, task, found.methods)
+    deal = found.bargain(task_id, place)
     if deal is None:
         return ""
     base = deal.baseline
@@ -145,11 +140,11 @@ def deal_text(found: Board, rows: Sequence[Row], task: Task) -> str:
     return f"{begin}{deal.row.method} matches it at rung {deal.row.rung}: {', '.join(said)}."
 
 
-def whole_ladders(found: Board, rows: Sequence[Row], task: Task) -> str:
+def whole_ladders(found: Board, task: Task, place: Place) -> str:
     """The table of whole ladders in one place: a line per method, with how its two figures come about below it."""
     metric, _ = board.headline(task)
     lines = []
-    for each in board.ladders(rows, task, found.methods):
+    for each in found.ladders(task.id, place):
         tags = found.tags.get(each.method, [])
         training = found.training[each.method]
         cells = [
@@ -175,13 +170,13 @@ def whole_ladders(found: Board, rows: Sequence[Row], task: Task) -> str:
         table(head, lines, f"Whole ladders on {task.id}", picks=("training", "tags"), hints=hints)
         + "<details><summary>How cost to quality and hypervolume are computed</summary>"
         + "".join(element("p", esc(text)) for text in (MATCHING, AREA, TRAINING))
-        + f"<p data-yardstick>{esc(yardstick_text(found, rows, task))}</p></details>"
+        + f"<p data-yardstick>{esc(yardstick_text(found, task.id, place))}</p></details>"
     )
 
 
-def yardstick_text(found: Board, rows: Sequence[Row], task: Task) -> str:
+def yardstick_text(found: Board, task_id: str, place: Place) -> str:
     """The reference point of the hypervolume, in figures. Plain text."""
-    stick = board.yardstick(rows, task, found.methods)
+    stick = found.yardstick(task_id, place)
     if stick is None:
         return "No baseline has been measured here, so neither figure can be computed."
     best = stick.best.quality[stick.metric].value
@@ -198,7 +193,7 @@ def yardstick_text(found: Board, rows: Sequence[Row], task: Task) -> str:
 def task_data(found: Board, task_id: str) -> dict[str, Any]:
     """All rows of a task in every place, by column. Figures have six digits; null: not measured."""
     task = found.tasks[task_id][1]
-    here = places_of(found, task_id)
+    here = found.places_of(task_id)
     methods = _methods(found, task_id)
     rows = [row for place in here for row in found.of_task(task_id, place)]
     metric, higher = board.headline(task)
@@ -229,11 +224,7 @@ def task_data(found: Board, task_id: str) -> dict[str, Any]:
         for end in ("value", "low", "high"):
             estimates = [row.quality.get(name) for row in rows]
             columns[f"metric:{name}:{end}"] = [short(getattr(e, end)) if e else None for e in estimates]
-    whole = [
-        (i, each)
-        for i, place in enumerate(here)
-        for each in board.ladders(found.of_task(task_id, place), task, found.methods)
-    ]
+    whole = [(i, each) for i, place in enumerate(here) for each in found.ladders(task_id, place)]
     return {
         "task": task_id,
         "version": task.version,
@@ -244,8 +235,8 @@ def task_data(found: Board, task_id: str) -> dict[str, Any]:
         "baselines": [int(found.is_baseline(name)) for name in methods],
         "training": [found.training[name] for name in methods],
         "tags": [found.tags.get(name, []) for name in methods],
-        "deals": [deal_text(found, found.of_task(task_id, p), task) for p in here],
-        "yardsticks": [yardstick_text(found, found.of_task(task_id, p), task) for p in here],
+        "deals": [deal_text(found, task_id, p) for p in here],
+        "yardsticks": [yardstick_text(found, task_id, p) for p in here],
         "reasons": [reasons(found.of_task(task_id, p)) for p in here],
         "rows": columns,
         "ladders": {
@@ -283,7 +274,7 @@ def write_data(found: Board, track: str, folder: Path) -> None:
     """The data files of a track page: one script for the page; CSV and JSON per task for readers."""
     blocks = {}
     for task_id, (owner, _) in found.tasks.items():
-        if owner == track and places_of(found, task_id):
+        if owner == track and found.places_of(task_id):
             blocks[task_id] = task_data(found, task_id)
             name = folder / f"ladders-{slug(task_id)}"
             text = json.dumps(blocks[task_id], allow_nan=False, separators=(",", ":"))
@@ -293,8 +284,8 @@ def write_data(found: Board, track: str, folder: Path) -> None:
         content = {
             "axes": charts.AXES,
             "costs": COST_NAMES,
-            "colours": charts.COLOURS,
-            "shapes": charts.SHAPES,
+            "colours": [colour for colour, _ in charts.LOOKS],
+            "shapes": [shape for _, shape in charts.LOOKS],
             "marks": charts.MARKS,
             "tasks": blocks,
         }

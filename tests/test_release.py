@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stepmark.leaderboard import board, changes, release, site
+from stepmark.leaderboard import board, changes, ledger, release, site
 from stepmark.leaderboard.pages import Board
 
 from stepmark import __version__, plugins
@@ -81,21 +81,23 @@ def test_counts_and_latency_can_move_too() -> None:
 def test_pages_say_it() -> None:
     rows = versions()
     everything = [r for found in rows.values() for row in found for r in row.records.values()]
-    found = Board([], everything, [], plugins.methods(), plugins.tasks(), {}, None)
-    text = "\n".join(changes.page(found, rows))
+    found = Board(ledger.of(everything), plugins.methods(), plugins.tasks())
+    text = "\n".join(changes.page(found))
     assert "library lock (torch 2.11 to 2.12)" in text
     assert "New methods: euler" in text
     assert "No version has been released yet" in text
-    assert list(changes.by_version(found)) == ["0.1.0", "0.2.0"]
-    table = changes.history(rows, "ddim")
+    assert list(found.versions) == ["0.1.0", "0.2.0"]
+    table = changes.history(found.versions, "ddim")
+    assert table == changes.history(rows, "ddim")  # though the raw numbers of the older version are gone
     assert ">0.1.0</th>" in table
     assert ">0.2.0</th>" in table
     assert changes.history(rows, "heun") == "<p>Measured in suite version 0.1.0 only.</p>"
 
 
 def test_versions_come_in_the_order_of_their_numbers() -> None:
-    found = Board([], [record(1.0, suite=s) for s in ("0.10.0", "0.9.0")], [], {}, plugins.tasks(), {}, None)
-    assert list(changes.by_version(found)) == ["0.9.0", "0.10.0"]
+    found = ledger.of(record(1.0, suite=s) for s in ("0.10.0", "0.9.0"))
+    assert list(found.versions) == ["0.9.0", "0.10.0"]
+    assert {r.suite for r in found.records} == {"0.10.0"}
 
 
 # releases ---------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from stepmark.leaderboard import board, sample_pages
+from stepmark.leaderboard import ledger, sample_pages
 from stepmark.leaderboard.pages import Board
 
 from stepmark import plugins, run, samples
@@ -114,6 +114,36 @@ def test_what_a_page_shows_is_described_and_escaped() -> None:
     assert 'cx="96.0"' in html  # what lies far out is drawn at the edge
 
 
+@pytest.mark.parametrize("method", ["speculative", "lookahead_decoding", "jacobi"])
+def test_drafts_are_marked_as_the_decoder_judged_them(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STEPMARK_CACHE", str(tmp_path))
+    bench = run.Bench(plugins.methods()[method], "greedy/sums", "smoke", show_progress=False)
+    inputs, rung = bench.inputs(1, 0), 16
+    outputs = bench.run(inputs, rung, 0)
+    plain = samples.of_outputs(inputs, outputs)
+    shown = samples.marked(plain, bench, inputs, rung, 0)
+    assert isinstance(shown, samples.Texts)
+    (pieces,) = shown.marks
+    assert " ".join(words for words, mark in pieces if mark != "rejected") == shown.pairs[0][1]
+    assert {mark for _, mark in pieces} == {"kept", "rejected", "own"}
+    written = [len(words.split()) for words, mark in pieces if mark == "own"]
+    assert set(written) == {1}  # one word of the target's own in each step ...
+    assert len(written) <= rung  # ... and one evaluation
+    html = sample_pages.picture(shown, "x")
+    assert html.count("<s title=") == sum(mark == "rejected" for _, mark in pieces)
+
+
+def test_a_method_that_drafts_nothing_has_no_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEPMARK_CACHE", str(tmp_path))
+    bench = run.Bench(plugins.methods()["autoregressive"], "greedy/sums", "smoke", show_progress=False)
+    inputs = bench.inputs(1, 0)
+    plain = samples.of_outputs(inputs, bench.run(inputs, 8, 0))
+    assert samples.marked(plain, bench, inputs, 8, 0) == plain
+    assert samples.marked(None, bench, inputs, 8, 0) is None
+
+
 def test_a_run_leaves_samples_and_making_them_again_gives_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,7 +193,7 @@ def test_a_method_page_sets_its_samples_beside_those_of_the_baseline(tmp_path: P
     samples.keep(tmp_path, mine, strip())
     samples.keep(tmp_path, other.model_copy(update={"digests": {"method": "0" * 32}}), strip())
     runs = [mine, other]
-    found = Board(runs, runs, board.rows(runs), plugins.methods(), plugins.tasks(), {}, None)
+    found = Board(ledger.of(runs), plugins.methods(), plugins.tasks())
     html = "\n".join(sample_pages.section(found, samples.read_all(tmp_path), "time_shift_sampler"))
     own, beside = html.index("samples of time_shift_sampler at rung 4"), html.index("samples of ddim at rung 4")
     assert own < html.index("of other sources than the figures", beside)  # the baseline's picture is of another file

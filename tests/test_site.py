@@ -271,6 +271,12 @@ def test_standing_follows_from_second_runs_and_objections(toys: None) -> None:
     assert state(first, make("toy_base", low, 4.0, machine="other-cpu", digests={"task": "0" * 64})) == "measured"
     objection = board.Dispute(board.record_id(first), "too good", "https://example.org/1")
     assert state(first, objections={objection.record: objection}) == "disputed"
+    others = [make("toy_base", low, 4.0 + i, machine=f"other-{i}") for i in range(5)]
+    last = board.Dispute(board.record_id(others[-1]), "too bad", "https://example.org/2")
+    found = board.standing("toy_base", TASK, [first, *others], {last.record: last})
+    assert len(found.reasons) == 6
+    assert "too bad" in found.said.split("; ")[0]
+    assert found.said.endswith("; and 3 more")
 
 
 def replace_fields(record: Record, **fields: Any) -> Record:
@@ -296,6 +302,7 @@ def test_show_and_compare(toys: None) -> None:
     assert all(text.isprintable() for text in table)
     said = board.compare(suite(), "toy_fast", "toy_base")
     assert "toy_fast is better than toy_base in 3 of 3 comparisons" in said
+    assert "Left out" not in said
     assert f"{low} " in said
     with pytest.raises(ValueError, match="no records of method 'nobody'"):
         board.compare(suite(), "toy_fast", "nobody")

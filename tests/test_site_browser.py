@@ -76,7 +76,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The site of `suite()`, with a catalogue of a few papers: that many pages are enough here."""
     entries = board.catalogue()[:4]
     path = next(iter(plugins.methods().values())).path
-    paper = Paper(id=entries[0].id, title="A title", authors="A. Author", year=2031)
+    paper = Paper(id=entries[-1].id, title="A title", authors="A. Author", year=2031)
     found = {
         name: plugins.MethodInfo(
             id=name, track="image", path=path, class_name="Toy", doc=f"{name}: a toy.", paper=paper, tasks=(TASK,),
@@ -258,8 +258,8 @@ def test_compare_says_what_the_terminal_says(reader: Reader) -> None:
 
     def check(a: str, b: str) -> None:
         expected = board.comparisons(suite(), a, b, "image")
-        page.locator("[data-result]", has_text=f"{a} is better than {b} in").wait_for()
-        assert page.locator("[data-result]").inner_text() == board.in_a_sentence(expected, a, b)
+        page.locator("[data-result]", has_text=f"{a} {'is better than' if expected.tests else 'and'} {b}").wait_for()
+        assert page.locator("[data-result]").inner_text() == board.in_a_sentence(expected, a, b, "image")
         shown = [[cell.inner_text().strip() for cell in line.locator("th,td").all()] for line in lines.all()]
         terminal = [
             [
@@ -268,7 +268,7 @@ def test_compare_says_what_the_terminal_says(reader: Reader) -> None:
                 f"{test.p:.3f}" if test.p >= 0.001 else "<0.001", board.figure(test.effect), test.winner or "tied",
                 board.figure(test.latency_ratio),
             ]
-            for test in expected
+            for test in expected.tests
         ]  # fmt: skip
         assert [[text.replace("–", "-") for text in line] for line in shown] == terminal
         assert page.locator("[data-command]").inner_text() == f"stepmark compare {a} {b} --track image"
@@ -281,6 +281,29 @@ def test_compare_says_what_the_terminal_says(reader: Reader) -> None:
     check("toy_base", "toy_cheat")
     page.evaluate("location.hash = '#a=<script>&b=toy_wild&track=nowhere'")
     check("toy_base", "toy_wild")
+
+
+def test_papers_are_chosen_by_what_they_are(reader: Reader) -> None:
+    entries = board.catalogue()[:4]
+    page = reader.open("papers.html")
+    bar = page.locator('.sm-filter:has(+ .sm-scroll[aria-label="Papers"])')
+    titles = [entry.title for entry in entries]
+    assert column(page, "Papers", 0) == [titles[-1], *titles[:-1]]  # the live one leads
+    assert set(column(page, "Papers", 1)) == {str(entry.year or "–") for entry in entries}  # years have no commas
+
+    bar.get_by_label("Status").select_option("live")
+    assert column(page, "Papers", 0) == titles[-1:]
+    assert "1 of 4 rows" in bar.inner_text()
+    bar.get_by_label("Status").select_option("no plugin yet")
+    assert column(page, "Papers", 0) == titles[:-1]
+    tag = next(tag for entry in entries[:-1] for tag in entry.tags)
+    bar.get_by_label("Tag").select_option(tag)
+    assert column(page, "Papers", 0) == [entry.title for entry in entries[:-1] if tag in entry.tags]
+    bar.get_by_label("Filter rows").fill("no paper says this")
+    assert column(page, "Papers", 0) == []
+
+    page = reader.open(f"papers.html?tag={tag}")  # as the tags of a paper's page link
+    assert sorted(column(page, "Papers", 0)) == sorted(entry.title for entry in entries if tag in entry.tags)
 
 
 def test_without_script_the_drawings_stand(chromium: Any, origin: str) -> None:

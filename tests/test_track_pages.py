@@ -5,16 +5,19 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from stepmark.leaderboard import board, charts, compare_page, pages, track_pages
+from stepmark.leaderboard import board, charts, compare_page, ledger, pages, site, track_pages
 
 from stepmark import plugins
+from stepmark import record as record_files
 from stepmark.method import Paper
 from stepmark.record import Energy, Latency, Memory, Offline, Quality, Record
 from stepmark.stats import standardised_difference
@@ -92,15 +95,7 @@ def toys() -> Iterator[Mapping[str, plugins.MethodInfo]]:
 
 def make_board(records: list[Record]) -> pages.Board:
     """What the pages are made from."""
-    return pages.Board(
-        records=records,
-        everything=records,
-        rows=board.rows(records),
-        methods=plugins.methods(),
-        tasks=plugins.tasks(),
-        objections={},
-        repository=None,
-    )
+    return pages.Board(ledger.of(records), plugins.methods(), plugins.tasks())
 
 
 def read_script(path: Path, variable: str) -> Any:
@@ -230,9 +225,14 @@ def test_the_comparisons_are_those_of_the_terminal(data: Path) -> None:
     assert names == sorted(plugins.methods())
     for a, b in permutations(names, 2):
         i, j = names.index(a), names.index(b)
-        expected = board.comparisons(suite(), a, b, "image")
-        stored = content["tiers"]["embedded"].get(f"{min(i, j)},{max(i, j)}", [])
-        assert len(stored) == len(expected) > 0
+        contrast = board.comparisons(suite(), a, b, "image")
+        expected = contrast.tests
+        pair = f"{min(i, j)},{max(i, j)}"
+        stored = content["tiers"]["embedded"].get(pair, [])
+        assert len(stored) == len(expected)
+        left = content["left"]["embedded"].get(pair, [])
+        assert {(names[method], status): n for method, status, n in left} == contrast.left_out
+        assert bool(expected) != bool(left) == ("toy_cheat" in {a, b})
         sign = 1 if i < j else -1
         for (task, place, rung, difference, low, high, p, effect, ratio, won), test in zip(
             stored, expected, strict=True
@@ -253,9 +253,69 @@ def test_the_comparisons_are_those_of_the_terminal(data: Path) -> None:
 def test_the_terminal_shows_the_effect_size() -> None:
     table = board.compare(suite(), "toy_half", "toy_base")
     head, line = table.splitlines()[:2]
-    test = board.comparisons(suite(), "toy_half", "toy_base")[0]
+    test = board.comparisons(suite(), "toy_half", "toy_base").tests[0]
     assert "effect" in head
     assert board.figure(test.effect) in line.split()
+
+
+def test_a_flagged_record_neither_wins_nor_counts() -> None:
+    low, middle, _ = ladder()
+    clean = [make(name, rung, value, s) for name, value in (("toy_base", 2.0), ("toy_half", 2.001)) for rung in (low, middle)
+             for s in (0, 1)]  # fmt: skip
+    spoilt = [
+        r.model_copy(update={"status": "flagged", "flags": ["hides a forward"]})
+        if (r.method, r.rung, r.seed) == ("toy_half", middle, 1)
+        else r
+        for r in clean
+    ]
+    before, after = (board.comparisons(runs, "toy_half", "toy_base") for runs in (clean, spoilt))
+    assert [test.rung for test in before.tests] == [low, middle]
+    assert [test.rung for test in after.tests] == [low]  # though one of two seeds is clean
+    assert after.left_out == {("toy_half", "flagged"): 1}
+    assert after.tests[0].p == board.comparisons([r for r in clean if r.rung == low], "toy_half", "toy_base").tests[0].p
+    cheat = [make("toy_cheat", low, 0.1, s, status="flagged") for s in (0, 1)]
+    said = board.compare([*clean, *cheat], "toy_cheat", "toy_base")
+    assert "better" not in said
+    assert said.endswith("Left out of the comparison: 1 where toy_cheat is flagged.")
+    assert board.compare(spoilt, "toy_base", "toy_half").endswith(
+        "Left out of the comparison: 1 where toy_half is flagged."
+    )
+
+
+# reading ----------------------------------------------------------------------------------------
+
+
+def test_many_processes_read_what_one_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    older = [r.model_copy(update={"suite": "0.0.9"}) for r in suite()[:6]]
+    for each in [*suite(), *older]:
+        record_files.append(record_files.path_of(tmp_path / "results", each), each)
+
+    def told(found: ledger.Ledger, folder: Path) -> tuple[Any, ...]:
+        rows = [(row.id, row.group, row.status, row.nfe, row.quality, row.latency_ms) for row in found.rows]
+        standings = {key: (each.state, each.reasons) for key, each in found.standings.items()}
+        versions = {suite: [row.id for row in mine] for suite, mine in found.versions.items()}
+        files = [file.read_text(encoding="utf-8") for file in sorted(folder.iterdir())]
+        return rows, standings, versions, found.files, files
+
+    alone = told(ledger.read(tmp_path / "results", folder=tmp_path / "alone"), tmp_path / "alone")
+    assert list(alone[2]) == ["0.0.9", "0.1.0"]
+    assert len(alone[4]) == 2 * len(alone[3]) == 10
+    monkeypatch.setattr(ledger, "APART", 0)
+    monkeypatch.setattr(ledger, "cores", lambda: 2)
+    assert told(ledger.read(tmp_path / "results", folder=tmp_path / "apart"), tmp_path / "apart") == alone
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_work_beside_is_done_or_fails_aloud(tmp_path: Path, apart: bool) -> None:
+    with ledger.beside(partial((tmp_path / "done").write_text, "yes"), apart):
+        pass
+    assert (tmp_path / "done").read_text() == "yes"
+
+    def fail() -> None:
+        raise ValueError("no room")
+
+    with pytest.raises(ValueError, match="no room"), ledger.beside(fail, apart):
+        pass
 
 
 # hostile records --------------------------------------------------------------------------------
@@ -292,13 +352,53 @@ def test_hostile_records_neither_break_nor_deface(tmp_path: Path) -> None:
     assert "1e+308" not in text
     assert "alert(1)" in text  # the flag is there, as text
     read_script(tmp_path / "data" / "compare-image.js", "stepmarkComparisons_image")
-    page = "\n\n".join(track_pages.track_page(found, "image", tmp_path) + compare_page.page(found))
+    page = "\n\n".join(track_pages.track_page(found, "image", tmp_path / "data") + compare_page.page(found))
     assert "<script>alert" not in page
     assert "<img src=x" not in page
     assert "&lt;script&gt;alert(1)" in page
     drawings = list((tmp_path / "data" / "charts").glob("*.svg"))
     assert drawings
     assert not [path for path in drawings if "NaN" in path.read_text() or "alert" in path.read_text()]
+
+
+def test_wild_records_reach_every_page_and_harm_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = board.catalogue()[:3]
+    monkeypatch.setattr(board, "catalogue", lambda: few)
+    root = plugins.checkout()
+    assert root is not None
+    low, middle, _ = ladder()
+    odd = [
+        make("toy_worse", low, 1.0, environment={"cpu": HOSTILE}, command=HOSTILE, digests={}, commit=None),
+        make(
+            "toy_worse", middle, 1.0, counts={"nfe": 1.0, "sent_bytes": 4096.0, "absurd": 1e308}, reported={"x": -1e308}
+        ),
+        make("nobody", low, 1.0, status="skipped", message=HOSTILE, quality={}, counts={}, latency=None, offline=None),
+        make("toy_half", low, 1.0, task="nowhere/at_all"),
+        make("toy_half", 0, 1.0, reasons={"energy": HOSTILE}, handles={"teacher": {"calls": -1e308}}),
+        make("toy_half", low, 9.0, suite="0.0.9", latency=None, memory=None, offline=None),
+    ]
+    (tmp_path / "src").mkdir()
+    aside = site.write(make_board([*suite()[:20], *wild(), *odd]), tmp_path / "src", root)
+    own = (
+        "index",
+        "downloads",
+        "papers",
+        "changes",
+        "compare",
+        "tracks/image",
+        "tracks/index",
+        "methods/index",
+        "tasks/index",
+    )
+    own += tuple(f"methods/{name}" for name in ("nobody", "toy_worse", "toy_half", "toy_trained", "toy_cheat"))
+    written = {name: (tmp_path / "src" / f"{name}.md").read_text(encoding="utf-8") for name in own}
+    for name, text in [*written.items(), *enumerate(aside)]:
+        assert "<script>alert" not in text, name
+        assert "<img src=x" not in text, name
+        assert not re.search(r"\b(nan|inf|None)\b", re.sub("<[^>]*>", " ", text)), name
+    # Counts that no column is made for are shown by their names.
+    counted = next(text for text in aside if 'aria-label="Counts"' in text and "absurd" in text)
+    assert "absurd 1.00e+308; sent bytes 4,096" in counted
 
 
 def test_a_script_cannot_be_left() -> None:
@@ -308,6 +408,13 @@ def test_a_script_cannot_be_left() -> None:
     assert json.loads(text.removeprefix("window.x = ").removesuffix(";\n")) == {"a": HOSTILE}
     with pytest.raises(ValueError, match="JSON"):
         track_pages.script("x", [math.inf])
+
+
+def test_no_two_methods_of_a_chart_look_alike(data: Path) -> None:
+    looks = charts.style([f"m{i}" for i in range(60)])
+    assert len(set(looks.values())) == 60
+    content = read_script(data / "ladders-image.js", "stepmarkLadders")  # the script counts through the same lists
+    assert list(zip(content["colours"], content["shapes"], strict=True))[:60] == list(looks.values())
 
 
 def test_figures_are_cut_to_six_digits() -> None:

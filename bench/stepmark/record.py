@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -155,6 +155,30 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _plainly(line: str) -> Record | None:
+    """A record that is written as `append` writes it, in a third of the time; None leaves the line to a closer look.
+
+    The parser behind this one lets a key stand twice. With no space before a colon every key is one `":`, so that as
+    many of these as the record has keys leave no room for a second one.
+    """
+    if '" ' in line or '"\t' in line or '"\r' in line:
+        return None
+    try:
+        record = Record.model_validate_json(line)
+    except ValueError:
+        return None
+    # A field that this count does not know makes the numbers differ, which costs time and nothing else.
+    tables: tuple[Mapping[str, Any], ...] = (
+        record.counts, record.handles, record.reported, record.quality, record.reasons, record.digests,
+    )  # fmt: skip
+    parts = [part for part in (record.latency, record.memory, record.energy, record.offline) if part is not None]
+    keys = len(record.model_fields_set) + sum(map(len, tables)) + len(record.environment)
+    keys += sum(map(len, record.handles.values())) + 2 * len(record.quality)
+    keys += sum(len(part.model_fields_set) for part in parts)
+    keys += len(record.offline.evaluations) if record.offline else 0
+    return record if keys == line.count('":') and "schema_version" in record.model_fields_set else None
+
+
 def parse(line: str, where: str) -> Record:
     """One record from its line; `where` (file:line) begins the error message.
 
@@ -163,6 +187,9 @@ def parse(line: str, where: str) -> Record:
     """
     if len(line) > LONGEST_LINE:
         raise RecordError(f"{where}: the line is {len(line)} characters long, at most {LONGEST_LINE} are read")
+    plain = _plainly(line)
+    if plain is not None:
+        return plain
     try:
         data = json.loads(line, parse_constant=_finite_only, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:

@@ -6,13 +6,12 @@ record's own bootstrap interval, and counts must still be equal. Timings are sho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
 from stepmark import plugins
 from stepmark.record import Record
-from stepmark.run import Cell, measure
 from stepmark.stats import percentile_interval
 
 
@@ -31,8 +30,11 @@ class Agreement:
 SAME_MACHINE, OTHER_MACHINE = 0.0, 0.02
 
 
-def compare(record: Record, again: Record) -> Agreement:
-    """Compare a record with its repetition, without running anything."""
+def compare(record: Record, again: Record, intervals: Mapping[str, tuple[float, float]] | None = None) -> Agreement:
+    """Compare a record with its repetition, without running anything.
+
+    `intervals`: the 95 % intervals of the record's resamples by metric, where they are known already.
+    """
     found = Agreement(record, again)
     changed = sorted(n for n in record.digests if again.digests.get(n) != record.digests[n])
     if changed:
@@ -60,7 +62,11 @@ def compare(record: Record, again: Record) -> Agreement:
             agrees = now == quality.value
             wanted = f"{quality.value:g} exactly"
         else:
-            low, high = percentile_interval(quality.resamples) if quality.resamples else (quality.value, quality.value)
+            if intervals is not None:
+                low, high = intervals.get(name, (quality.value, quality.value))
+            else:
+                both = (quality.value, quality.value)
+                low, high = percentile_interval(quality.resamples) if quality.resamples else both
             margin = max(high - low, abs(quality.value) * 0.01, 1e-9)
             agrees = low - margin <= now <= high + margin
             wanted = f"{quality.value:g} within [{low - margin:g}, {high + margin:g}]"
@@ -77,6 +83,8 @@ def compare(record: Record, again: Record) -> Agreement:
 
 def verify(record: Record, device: str = "cpu", timing: bool = False) -> Agreement:
     """Run the record's cell again here and compare."""
+    from stepmark.run import Cell, measure  # imports torch, which those who only compare need not wait for
+
     cell = Cell(record.method, record.task, record.rung, record.seed, record.tier)
     return compare(record, measure(cell, device, timing, show_progress=False))
 

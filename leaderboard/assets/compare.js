@@ -43,9 +43,9 @@
 
   function settle() {
     const known = methodsOf(state.track);
-    if (!known.includes(state.a)) state.a = known[0];
-    if (!known.includes(state.b) || state.b === state.a) state.b = known.find((name) => name !== state.a);
-    const { tiers } = index.tracks.find((each) => each.name === state.track);
+    const { tiers, start } = index.tracks.find((each) => each.name === state.track);
+    if (!known.includes(state.a)) state.a = start.find((name) => name !== state.b);
+    if (!known.includes(state.b) || state.b === state.a) state.b = [...start, ...known].find((name) => name !== state.a);
     if (!tiers.includes(state.tier)) state.tier = tiers[0];
   }
 
@@ -80,16 +80,26 @@
     return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2;
   }
 
-  function sentence(tests) {
+  // What is flagged takes no part, and the reader is told.
+  function leftOut(data) {
+    const pair = [state.a, state.b].map((name) => data.methods.indexOf(name)).sort((x, y) => x - y);
+    const left = data.left[state.tier]?.[pair.join(",")] ?? [];
+    const said = left.map(([method, status, n]) => n + " where " + data.methods[method] + " " + (index.states[status] ?? status));
+    return said.length ? " Left out of the comparison: " + said.join(", ") + "." : "";
+  }
+
+  function sentence(tests, left) {
     const { a, b } = state;
-    if (!tests.length) return a + " and " + b + " share no rung of a task on one machine in track " + state.track;
+    if (!tests.length) {
+      return a + " and " + b + " share no rung of a task on one machine at which they can be compared in track " + state.track + "." + left;
+    }
     const count = (won) => tests.filter((test) => test.won === won).length;
     const ratios = tests.map((test) => test.ratio).filter((ratio) => ratio !== null);
     const time = ratios.length
       ? "At equal rungs " + a + " takes " + figure(median(ratios)) + " times as long as " + b + " (median)."
       : "Latency was not read for both.";
     return a + " is better than " + b + " in " + count(1) + " of " + tests.length + " comparisons, worse in " + count(-1) +
-      ", and " + count(0) + " show no difference (paired bootstrap, Holm-corrected at " + index.alpha + "). " + time;
+      ", and " + count(0) + " show no difference (paired bootstrap, Holm-corrected at " + index.alpha + "). " + time + left;
   }
 
   const table = box.querySelector("table");
@@ -125,7 +135,7 @@
     box.querySelector("[data-difference]").textContent = state.a + " − " + state.b;
     table.closest(".sm-scroll").hidden = !tests.length;
     table.dispatchEvent(new Event("sm:rows"));
-    result.textContent = sentence(tests);
+    result.textContent = sentence(tests, leftOut(data));
     const tier = state.tier === "embedded" ? "" : " --tier " + state.tier;
     command.textContent = "stepmark compare " + state.a + " " + state.b + " --track " + state.track + tier;
   }

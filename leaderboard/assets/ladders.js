@@ -274,7 +274,7 @@
       const table = (label) => [...box.querySelectorAll(".sm-scroll")].find((each) => each.getAttribute("aria-label") === label)?.querySelector("table");
       refill(table("Whole ladders on " + task.task), ladderLines(task, state.place));
       const figures = table("Figures on " + task.task);
-      const equivalents = [...figures.tHead.rows[0].cells].some((cell) => cell.textContent.trim() === "NFE-eq");
+      const equivalents = [...figures.tHead.rows[0].cells].some((cell) => cell.textContent.trim() === "NFE-eq/item");
       refill(figures, figureLines(task, here(), equivalents));
       fillAxes();
     }

@@ -1,0 +1,139 @@
+"""The records as files to take along: a CSV and a JSON per track, put together from a part per method."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from stepmark.leaderboard.board import Intervals
+
+from stepmark.record import LONGEST_LINE, Record
+
+csv.field_size_limit(LONGEST_LINE)  # what a record may hold, a cell may hold
+
+FIELDS = (
+    "id", "suite", "machine", "tier", "track", "method", "task", "rung", "seed", "status", "message", "flags",
+    "latency_items", "latency_median_ms", "latency_iqr_ms", "latency_p95_ms", "latency_cuda_ms", "baseline",
+    "baseline_median_ms", "speedup", "speedup_low", "speedup_high", "memory_peak_mib", "memory_how",
+    "memory_state_mib", "energy_joules", "energy_idle_watts", "energy_window_s", "energy_sensor", "offline_seconds",
+    "offline_state_mib", "commit", "created", "command",
+)  # fmt: skip
+LATENCY = ("items", "median_ms", "iqr_ms", "p95_ms", "cuda_ms", "baseline", "baseline_median_ms", "speedup",
+           "speedup_low", "speedup_high")  # fmt: skip
+MEMORY = ("peak_mib", "how", "state_mib")
+ENERGY = ("joules", "idle_watts", "window_s", "sensor")
+OFFLINE = ("seconds", "state_mib")
+
+
+class File(NamedTuple):
+    """A track's downloads: how many records, bytes of the CSV and of the JSON."""
+
+    track: str
+    records: int
+    csv: int
+    json: int
+
+
+def _fixed(name: str, r: Record) -> list[object]:
+    """The values of `FIELDS`, null as None."""
+    found: list[object] = [name, r.suite, r.machine, r.tier, r.track, r.method, r.task, r.rung, r.seed, r.status]
+    found += [r.message, "; ".join(r.flags)]
+    for part, names in ((r.latency, LATENCY), (r.memory, MEMORY), (r.energy, ENERGY), (r.offline, OFFLINE)):
+        found += [getattr(part, each) for each in names] if part else [None] * len(names)
+    return [*found, r.commit, r.created, r.command]
+
+
+def _plain(value: object) -> object:
+    """A spreadsheet runs text that begins like a formula: such text gets a quote in front."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in {"=", "+", "-", "@", "\t", "\r"} else value
+
+
+def write_part(
+    folder: Path,
+    key: tuple[str, str],
+    records: Sequence[Record],
+    texts: Sequence[str],
+    names: Sequence[str],
+    within: Sequence[Intervals],
+) -> None:
+    """All records of a method: as lines of JSON (`texts`), and as lines of CSV whose heading names this method's own
+    figures. `names` are their ids, `within` the 95 % intervals of their metrics.
+    """
+    order = sorted(
+        range(len(records)),
+        key=lambda i: (r := records[i]) and (r.suite, r.machine, r.task, r.seed, r.rung, r.created),
+    )
+    path = _part(folder, key)
+    with path.with_suffix(".json").open("w", encoding="utf-8") as stream:
+        stream.writelines(f"{texts[i]}\n" for i in order)
+    metrics = sorted({name for r in records for name in r.quality})
+    counts = sorted({name for r in records for name in r.counts})
+    with path.with_suffix(".csv").open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(
+            [*FIELDS, *(f"{m}{end}" for m in metrics for end in ("", "_low", "_high")), *(f"count_{c}" for c in counts)]
+        )
+        for i in order:
+            r = records[i]
+            line = [_plain(value) for value in _fixed(names[i], r)]
+            for m in metrics:
+                quality = r.quality.get(m)
+                line += [None, None, None] if quality is None else [quality.value, *within[i].get(m, (None, None))]
+            line += [r.counts.get(c) for c in counts]
+            writer.writerow(line)
+
+
+def _part(folder: Path, key: tuple[str, str]) -> Path:
+    return folder / f"{key[0]}.{key[1]}.part"
+
+
+def merge(folder: Path, parts: Mapping[tuple[str, str], int], out: Path) -> list[File]:
+    """A CSV and a JSON per track from the parts below `folder`, in the order of the methods; one column per figure,
+    metrics with their 95 % interval, null as an empty cell.
+    """
+    found = []
+    for track in sorted({track for track, _ in parts}):
+        paths = [_part(folder, key) for key in sorted(parts) if key[0] == track and parts[key]]
+        made = out / track
+        _merge_csv([path.with_suffix(".csv") for path in paths], made.with_suffix(".csv"))
+        _merge_json([path.with_suffix(".json") for path in paths], made.with_suffix(".json"))
+        sizes = [made.with_suffix(end).stat().st_size for end in (".csv", ".json")]
+        found.append(File(track, sum(n for key, n in parts.items() if key[0] == track), *sizes))
+    return found
+
+
+def _merge_csv(paths: Sequence[Path], out: Path) -> None:
+    heads = []
+    for path in paths:
+        with path.open(encoding="utf-8", newline="") as stream:
+            heads.append(next(csv.reader(stream))[len(FIELDS) :])
+    own = {name for head in heads for name in head}
+    # A metric before its two ends, then the counts, each by name.
+    metrics = sorted(name for name in own if f"{name}_low" in own and f"{name}_high" in own)
+    ends = [f"{m}{end}" for m in metrics for end in ("", "_low", "_high")]
+    columns = [*ends, *sorted(own.difference(ends))]
+    with out.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow([*FIELDS, *columns])
+        for path, head in zip(paths, heads, strict=True):
+            place = {name: i for i, name in enumerate(head)}
+            where = [place.get(name, len(head)) for name in columns]  # what is not there is the empty cell at the end
+            with path.open(encoding="utf-8", newline="") as part:
+                lines: Iterable[list[str]] = csv.reader(part)
+                next(iter(lines))
+                for line in lines:
+                    own_figures = [*line[len(FIELDS) :], ""]
+                    writer.writerow([*line[: len(FIELDS)], *(own_figures[i] for i in where)])
+
+
+def _merge_json(paths: Sequence[Path], out: Path) -> None:
+    with out.open("w", encoding="utf-8") as stream:
+        between = "[\n"
+        for path in paths:
+            with path.open(encoding="utf-8") as part:
+                for line in part:
+                    stream.write(between + line[:-1])
+                    between = ",\n"
+        stream.write("\n]\n" if between != "[\n" else "[]\n")
