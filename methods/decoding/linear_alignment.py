@@ -1,0 +1,88 @@
+"""Linear alignment: a closed-form step towards a preference in every token's logits (Gao et al., ICML 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepmark.method import Claim, Method, Paper
+from stepmark.session import Session
+from stepmark.tracks.decoding import Decoder, draw
+from stepmark.tracks.decoding_texts import nucleus
+
+RATIO, TOP_P = 2.0, 0.8
+
+
+def aligned(wished: Tensor, plain: Tensor, ratio: float, mass: float) -> Tensor:
+    """The distribution [V] to draw from, given logits [V] with the principle in the prompt and without it."""
+    known = nucleus(wished.softmax(-1), mass)
+    p = (wished + ratio * (wished - plain)).softmax(-1) * (known > 0)
+    return p / p.sum() if p.sum() > 0 else known / known.sum()
+
+
+class LinearAlignment(Method):
+    """Linear alignment: follow the difference that the principle makes, without training.
+
+    To first order, the policy that raises the value of a preference most within a trust region is the old one moved
+    along the gradient of that value; its closed form adds a multiple of the gradient to the logits (section 3.2). The
+    direction is estimated by self-contrast (section 3.3): the same model reads the text after a prompt with the
+    principle and after one without,
+
+        logits = (1 + r) logits_with - r logits_without
+
+    and tokens are drawn from their softmax within the nucleus of the policy with the principle, so that the step stays
+    where that policy is fluent. r = 2 and a nucleus of 0.8, as in the official code. Two passes per token, each with a
+    cache of its own. Where nothing of the nucleus is left in floating point, it is drawn from as it is.
+
+    Differs from the paper: the principle is a wish for a colour, to which the model was trained to give way weakly, so
+    that how far a text follows it is counted instead of judged.
+    """
+
+    paper = Paper(
+        id="linear_alignment",
+        title="Linear Alignment: A Closed-form Solution for Aligning Human Preferences without Tuning and Feedback",
+        authors="Songyang Gao, Qiming Ge, Wei Shen, Shihan Dou, Junjie Ye, Xiao Wang, Rui Zheng, Yicheng Zou, "
+        "Zhi Chen, Hang Yan, Qi Zhang, Dahua Lin",
+        year=2024,
+        arxiv="2401.11458",
+        code="Wizardcoast/Linear_Alignment",
+    )
+    tasks = ("preference/colours",)
+    baselines = ("wish_prompting",)
+    claims = (
+        Claim(
+            "compliance[linear_alignment,192] >= compliance[wish_prompting,192] + 0.1 "
+            "and perplexity[linear_alignment,192] <= 1.2 * perplexity[wish_prompting,192]",
+            says="the preference is followed in a tenth more of the events than by prompting, as fluently",
+        ),
+        Claim(
+            "accuracy[linear_alignment,192] >= accuracy[wish_prompting,192] - 0.05 "
+            "and nfe[linear_alignment,192] <= 2.1 * nfe[wish_prompting,192]",
+            says="stories stay right, for two passes per token",
+        ),
+    )
+
+    def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
+        """New token ids per prompt."""
+        outputs = []
+        for prompt, plain, room, temperature in zip(
+            batch["prompt"], batch["plain"], batch["max_new_tokens"], batch["temperature"], strict=True
+        ):
+            pair = [Decoder(session.networks["target"], len(start) + room) for start in (prompt, plain)]
+            written: list[int] = []
+            new: tuple[list[int], list[int]] = (prompt, plain)
+            while True:
+                wished, without = (
+                    target.forward(ids, last=1)[0] / temperature for target, ids in zip(pair, new, strict=True)
+                )
+                u = float(torch.rand((), generator=session.rng, device=pair[0].device))
+                written.append(draw(aligned(wished, without, RATIO, TOP_P), u))
+                spent = sum(target.spent for target in pair)
+                if written[-1] == pair[0].eos or len(written) == room or spent + 2 > rung:
+                    break
+                new = written[-1:], written[-1:]
+            outputs.append(written)
+        return outputs

@@ -1,0 +1,40 @@
+"""Prompting alone: the wish stands in the prompt and the model samples as ever."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from stepmark.method import Method
+from stepmark.session import Session
+from stepmark.tracks.decoding import Decoder, draw
+from stepmark.tracks.decoding_texts import nucleus
+
+TOP_P = 0.8
+
+
+class WishPrompting(Method):
+    """Prompting alone: nucleus sampling after a prompt that holds the wish.
+
+    What linear alignment does at ratio 0, in one pass a token: the same nucleus of 0.8.
+    """
+
+    tasks = ("preference/colours",)
+
+    def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
+        """New token ids per prompt."""
+        outputs = []
+        for prompt, room, temperature in zip(
+            batch["prompt"], batch["max_new_tokens"], batch["temperature"], strict=True
+        ):
+            target, written = Decoder(session.networks["target"], len(prompt) + room), list(prompt)
+            while True:
+                p = (target.forward(written[target.length :], last=1)[0] / temperature).softmax(-1)
+                u = float(torch.rand((), generator=session.rng, device=target.device))
+                written.append(draw(nucleus(p, TOP_P), u))
+                if written[-1] == target.eos or target.length == len(prompt) + room - 1 or target.spent + 1 > rung:
+                    break
+            outputs.append(written[len(prompt) :])
+        return outputs
