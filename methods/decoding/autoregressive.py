@@ -27,6 +27,9 @@ class Autoregressive(Method):
         "greedy/stories_deep",
         "sampling/stories",
         "recall/needles",
+        "converted/words",
+        "converted/stories",
+        "outliers/words",
     )
 
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:

@@ -364,6 +364,98 @@ def make_outliers(model: nn.Module, progress: Progress) -> dict[str, float]:
     return {"greatest": float(factor.max())}
 
 
+class WorkersView:
+    """Who sees what, and at which distance, where several workers write below one prompt at once: for training.
+
+    A row holds the prompt, then the text of each worker, padded. All write one token at a time. A worker's token sees
+    the prompt, what the others have written up to then and its own text, laid out in this order: its distance to the
+    text of another grows with what either writes. As in Hogwild! inference, keys stay and queries are rotated.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        self.rotary = model.model.rotary_emb
+        self.blocks = self.shifts = self.seen = torch.zeros(0)
+        ALL_ATTENTION_FUNCTIONS.register("stepmark_workers", self.attend)
+        model.config._attn_implementation = "stepmark_workers"
+
+    def batch(self, rows: list[tuple[list[int], list[list[int]]]]) -> tuple[Tensor, Tensor]:
+        """Lay out rows of (prompt, texts of the workers); (ids, labels) int64 [B, L] as `batches` gives them."""
+        workers = len(rows[0][1])
+        length = max(len(prompt) + sum(map(len, texts)) for prompt, texts in rows)
+        ids, labels = torch.full((len(rows), length), PAD), torch.full((len(rows), length), -100)
+        blocks, times = torch.full_like(ids, -1), torch.arange(length).repeat(len(rows), 1)
+        shifts = torch.zeros(len(rows), workers + 1, length, dtype=torch.long)
+        for row, (prompt, texts) in enumerate(rows):
+            parts, first = [prompt, *texts], 0
+            starts = [sum(map(len, parts[:block])) for block in range(len(parts))]
+            for block, text in enumerate(parts):
+                first, last = starts[block], starts[block] + len(text)
+                ids[row, first:last] = torch.tensor(text)
+                blocks[row, first:last], times[row, first:last] = block, torch.arange(len(text))
+                if block == 0:
+                    continue
+                labels[row, first : last - 1] = ids[row, first + 1 : last]
+                others = [other for other in range(1, len(parts)) if other != block]
+                written = {c: torch.arange(1, len(text) + 1).clamp(max=len(parts[c])) for c in others}
+                offset = torch.zeros(len(text), dtype=torch.long)
+                offsets = {0: offset}
+                offset = offset + len(prompt)
+                for other in others:
+                    offsets[other] = offset
+                    offset = offset + written[other]
+                for other, place in offsets.items():
+                    shifts[row, other, first:last] = (offset - place) - (first - starts[other])
+        of, to = blocks[:, :, None], blocks[:, None, :]
+        earlier = times[:, :, None] >= times[:, None, :]
+        self.seen = ((of > 0) & (to == 0)) | ((to >= 0) & (of >= 0) & ((of == 0) == (to == 0)) & earlier)
+        self.seen |= torch.eye(length, dtype=torch.bool)  # padding sees itself
+        self.blocks, self.shifts = blocks, shifts
+        return ids, labels
+
+    def attend(
+        self, module: nn.Module, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, **_: Any
+    ) -> tuple[Tensor, None]:
+        """Attention outputs [B, L, H, d] of queries and keys that are rotated at their places in the row."""
+        from stepmark.tracks.decoding_recall import rotate_by
+
+        logits = queries.new_zeros(*queries.shape[:3], queries.shape[2])
+        for block in range(self.shifts.shape[1]):
+            moved = rotate_by(queries, self.shifts[:, block, None].expand(queries.shape[:3]), self.rotary)
+            logits = torch.where((self.blocks == block)[:, None, None], moved @ keys.transpose(2, 3), logits)
+        logits = (logits * queries.shape[3] ** -0.5).masked_fill(~self.seen[:, None], float("-inf"))
+        return (logits.softmax(-1) @ values).transpose(1, 2), None
+
+
+def train_workers(model: nn.Module, progress: Progress) -> dict[str, float]:
+    """About 1 minute on one core, starting from the committed `lm_target`, which knows the facts.
+
+    Lists of questions answered by one worker or by two, the latter on a shared cache (`WorkersView`).
+    """
+    from stepmark.backbones import load
+    from stepmark.datasets import hop_lists
+
+    model.load_state_dict(load("lm_target").state_dict())
+    view = WorkersView(model)
+
+    def stream() -> Iterator[tuple[Tensor, Tensor]]:
+        rng = random.Random("workers 7")
+        while True:
+            workers, rows = rng.choice((1, 2, 2)), []
+            count = rng.randint(3, hop_lists.QUESTIONS)
+            for _ in range(80 // count):
+                asked = [hop_lists.question(rng, held_out=False) for _ in range(count)]
+                texts = hop_lists.transcripts(asked, workers)
+                named = zip(hop_lists.WORKERS, texts, strict=False)
+                rows.append((encode(hop_lists.ask(asked)), [[*encode(" ".join([n, *t])), EOS] for n, t in named]))
+            yield view.batch(rows)
+
+    report = fit(model, progress, steps=220, lr=3e-3, seed=7, stream=stream())
+    model.config._attn_implementation = "sdpa"
+    return report
+
+
 RECIPES: dict[str, Recipe] = {
     "lm_target": Recipe(
         build=lambda: build(128, 4, seed=1),
@@ -394,5 +486,10 @@ RECIPES: dict[str, Recipe] = {
         build=lambda: build(128, 4, seed=5),
         train=train_wishes,
         summary="Llama, width 128, 4 layers: lm_target trained on with stories that follow a wished colour weakly",
+    ),
+    "lm_workers": Recipe(
+        build=lambda: build(128, 4, seed=7),
+        train=train_workers,
+        summary="Llama, width 128, 4 layers: lm_target trained on to answer lists of questions, alone or as two workers",
     ),
 }

@@ -1,0 +1,271 @@
+"""Models made cheaper: what is skipped was zero, what is folded changes nothing, integers are integers."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from stepmark import plugins
+from stepmark.backbones import lm
+from stepmark.meter.counts import Ledger, count_flops, watch
+from stepmark.tracks import decoding_models
+from stepmark.tracks.decoding import Decoder
+from stepmark.tracks.decoding_models import (
+    LEVELS,
+    Int4Linear,
+    SparseMlp,
+    pack,
+    rectify,
+    to_integers,
+    unpack,
+    write_greedily,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def tiny(seed: int = 0, width: int = 64, depth: int = 2) -> Any:
+    """A random Llama over the vocabulary of the tasks, weights large enough for far from even outputs."""
+    model = lm.build(width, depth, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+            else:
+                parameter.normal_(0.0, 0.2, generator=generator)
+    return model.eval().requires_grad_(False)
+
+
+def module_of(method: str) -> Any:
+    """The names that a method's file defines."""
+    return SimpleNamespace(**plugins.load_class(plugins.methods()[method]).run.__globals__)
+
+
+def made_by(method: str, target: Any) -> Any:
+    """The student that a method prepares from a target, at full calibration on a few texts."""
+    train = {"prompt": ["tom has 1 2 pears . how many pears does tom have ? <cot>"] * 12}
+    train["target"] = [f"1 2 + {i % 9} = 2 {i % 7} . ans {i % 5}" for i in range(12)]
+    session: Any = SimpleNamespace(
+        networks={"target": target},
+        train=train,
+        scale=lambda embedded, smoke: embedded,
+        clone=lambda _: deepcopy(target),
+    )
+    plugin = plugins.load_class(plugins.methods()[method])()
+    session.networks |= plugin.networks(session)
+    with torch.enable_grad():
+        plugin.prepare(session)
+    return session.networks["student"].eval().requires_grad_(False)
+
+
+# -- sparse activations ---------------------------------------------------------------------------------------------
+
+
+def flops_of(model: Any, ids: list[int]) -> int:
+    """FLOPs of one more token after a text."""
+    ledger = Ledger()
+    watch(ledger, "student", model, list(model.model.layers))
+    decoder = Decoder(model, 40)
+    with torch.no_grad():
+        decoder.forward(ids)
+        with count_flops(ledger, [model]) as flops:
+            decoder.forward([5])
+    for part in model.modules():
+        part.__dict__.pop("forward", None)
+    return flops.total
+
+
+def test_relufication_skips_what_is_zero_and_nothing_else() -> None:
+    """Token by token, reading only live rows and columns, gives the logits of dense ReLUs in one pass."""
+    ids = torch.randint(3, 100, (20,), generator=torch.Generator().manual_seed(1)).tolist()
+    model = rectify(tiny())
+    plain = tiny()
+    for layer in plain.model.layers:  # the same by the book: dense projections, hooks for the ReLUs
+        layer.mlp.act_fn = nn.ReLU()
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.register_forward_hook(lambda module, inputs, output: output.relu())
+    with torch.no_grad():
+        wanted = plain(torch.tensor([ids])).logits[0]
+        decoder = Decoder(model, 40)
+        found = torch.cat([decoder.forward([token]) for token in ids])
+        unlike = tiny()(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    assert (wanted - unlike).abs().max() > 0.1
+    dense, sparse = flops_of(tiny(), ids), flops_of(model, ids)
+    assert sparse < 0.75 * dense
+
+
+def test_a_shut_gate_costs_nothing() -> None:
+    """The FLOPs of a sparse block are those of its live inputs and open gates, to the multiply-add."""
+    block = SparseMlp(deepcopy(tiny().model.layers[0].mlp))
+    x = torch.zeros(1, 1, 64)
+    x[0, 0, [2, 7, 30]] = torch.tensor([1.0, -2.0, 0.5])
+    gate = block.gate_proj.weight @ x.flatten()
+    wide, opened = len(gate), int((gate > 0).sum())
+    ledger = Ledger()
+    watch(ledger, "block", block)
+    with torch.no_grad(), count_flops(ledger, [block]) as flops:
+        found = block(x)
+    assert flops.total == 2 * (3 * wide + 3 * opened + 64 * opened)
+    wanted = block.down_proj.weight @ (gate.relu() * (block.up_proj.weight @ x.flatten()))
+    torch.testing.assert_close(found.flatten(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_stages_of_relufication_come_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms are plain while the gates alone are new, and rectified in the second stage and for good."""
+    cls = plugins.load_class(plugins.methods()["relu_strikes_back"])
+    seen = []
+
+    def fit(model: Any, *_: Any, **kwargs: Any) -> None:
+        layer = model.model.layers[0]
+        x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+        assert isinstance(layer.mlp, SparseMlp)
+        seen.append((bool((layer.input_layernorm(x) < 0).any()), kwargs["steps"]))
+
+    monkeypatch.setitem(cls.prepare.__globals__, "fit", fit)
+    student = rectify(tiny())
+    session: Any = SimpleNamespace(
+        networks={"student": student}, train={"prompt": ["1 <cot>"] * 9, "target": ["2"] * 9}, seed=0, progress=None
+    )
+    session.scale = lambda embedded, smoke: embedded
+    cls().prepare(session)
+    assert seen == [(True, 50), (False, 100)]
+
+
+def test_topk_keeps_the_greatest() -> None:
+    """All neurons kept is the dense block; fewer are those of the greatest size."""
+    own = module_of("topk_activations")
+    dense = tiny().model.layers[0].mlp
+    block = own.TopkMlp(deepcopy(dense))
+    x = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(0))
+    hidden = nn.functional.silu(dense.gate_proj(x)) * dense.up_proj(x)
+    kept = torch.zeros_like(hidden).scatter(-1, hidden.abs().topk(round(own.KEPT * hidden.shape[-1])).indices, 1.0)
+    torch.testing.assert_close(block(x), dense.down_proj(hidden * kept))
+    torch.testing.assert_close(torch.cat([block(x[:, i : i + 1]) for i in range(5)], 1), block(x), rtol=1e-4, atol=1e-5)
+
+
+# -- integers -------------------------------------------------------------------------------------------------------
+
+
+def test_two_integers_lie_in_a_byte() -> None:
+    """Every pair of values comes back, and a projection's weights take half a byte each."""
+    every = torch.cartesian_prod(*[torch.arange(-7, 8, dtype=torch.int8)] * 2).view(1, -1)
+    assert torch.equal(unpack(pack(every)), every)
+    assert pack(every).numel() * 2 == every.numel()
+    model = made_by("mergequant", tiny())
+    bits = sum(
+        8 * part.packed.numel() * part.packed.element_size() for part in model.modules() if isinstance(part, Int4Linear)
+    )
+    weights = sum(p.numel() for layer in tiny().model.layers for p in layer.parameters() if p.ndim == 2)
+    assert bits == 4 * weights
+    floats = sum(p.numel() for p in model.model.layers.parameters() if p.is_floating_point())
+    assert floats < weights / 2  # steps, gains and the branches of low rank: no matrix is left in floats
+
+
+def test_integer_products_are_exact_and_counted() -> None:
+    """A projection equals the float product of its rounded factors, and counts as many FLOPs."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(24, 16, generator=generator), torch.randn(1, 5, 16, generator=generator)
+    part = Int4Linear(16, 24)
+    part.store(*to_integers(weight))
+    step = x.abs().amax(-1, keepdim=True) / LEVELS
+    wanted = (x / step).round() @ unpack(part.packed).float().t() * part.steps * step
+    ledger = Ledger()
+    watch(ledger, "part", part)
+    with count_flops(ledger, [part]) as flops:
+        found = part(x)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert flops.total == 2 * 5 * 16 * 24
+    fixed = Int4Linear(16, 24)
+    fixed.store(*to_integers(weight))
+    fixed.input_step.fill_(0.25)
+    wanted = (x / 0.25).round().clamp(-7, 7) @ unpack(part.packed).float().t() * part.steps * 0.25
+    torch.testing.assert_close(fixed(x), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_merged_steps_leave_the_function_as_it_was() -> None:
+    """Norm with gain / s and weights times s, split channels and all: without rounding the dense projection exactly."""
+    own = module_of("mergequant")
+    generator = torch.Generator().manual_seed(0)
+    weight, states = torch.randn(20, 16, generator=generator), torch.randn(50, 16, generator=generator)
+    weight[:, 3] *= 9
+    importance = states.square().mean(0) * weight.square().sum(0)
+    importance[5] = 0.0
+    steps = own.channel_steps(states)
+    channels, parts = own.reconstruct(weight * steps, importance, 1)
+    assert len(channels) == 16 and channels.tolist().count(3) == 2 and 5 not in channels.tolist()
+    folded = (weight * steps)[:, channels] / parts
+    weight[:, 5] = 0.0
+    torch.testing.assert_close((states / steps)[:, channels] @ folded.t(), states @ weight.t(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_compensation_is_the_best_of_its_rank() -> None:
+    """An error of rank 2 is taken back whole by a branch of rank 2, and not by one of rank 1."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 16, generator=generator)
+    low = torch.randn(24, 2, generator=generator) @ torch.randn(2, 16, generator=generator)
+    left = []
+    for rank in (1, 2):
+        part = Int4Linear(16, 24, rank)
+        part.store(*to_integers(torch.randn(24, 16, generator=generator)))
+        outputs = x @ (unpack(part.packed) * part.steps[:, None] + low).t()
+        part.correct(x, outputs)
+        branch = (x @ part.down.t()) @ part.up.t()
+        left.append(float((x @ low.t() - branch).norm() / (x @ low.t()).norm()))
+    assert left[1] < 0.03 < 0.3 < left[0]
+
+
+def test_outlier_channels_leave_no_trace_where_steps_are_those_of_channels() -> None:
+    """The same function with gains 32 times greater in some channels: the same outputs, unless steps are shared."""
+    calm, wild = tiny(), tiny()
+    factor = torch.ones(64)
+    factor[[3, 20]] = torch.tensor([32.0, 16.0])
+    for layer in wild.model.layers:
+        layer.input_layernorm.weight *= factor
+        layer.post_attention_layernorm.weight *= factor
+        for part in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+            part.weight /= factor
+        for part in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            part.weight /= factor
+    ids = torch.randint(3, 100, (1, 30), generator=torch.Generator().manual_seed(1))
+    changes = {}
+    with torch.no_grad():
+        torch.testing.assert_close(calm(ids).logits, wild(ids).logits, rtol=1e-3, atol=1e-3)
+        truth, errors = wild(ids).logits, {}
+        for method in ("mergequant", "w4a4_smooth", "w4a4_static", "w4a4_dynamic"):
+            before, after = (made_by(method, model)(ids).logits for model in (calm, wild))
+            changes[method] = float((after - before).norm() / before.norm())
+            errors[method] = float((after - truth).norm() / truth.norm())
+    assert max(changes["mergequant"], changes["w4a4_smooth"]) < 1e-5
+    assert min(changes["w4a4_static"], changes["w4a4_dynamic"]) > 0.1
+    assert errors["mergequant"] < min(errors["w4a4_static"], errors["w4a4_dynamic"])
+
+
+def test_greedy_writing_is_that_of_the_track() -> None:
+    """A model's own greedy tokens, cut by the budget."""
+    model, ids = tiny(), [5, 9, 20]
+    batch = {"prompt": [ids], "max_new_tokens": [6], "temperature": [0.0]}
+    for budget in (2, 9):
+        (written,) = write_greedily(model, batch, budget)
+        text = list(ids)
+        with torch.no_grad():
+            for _ in range(min(budget, 6)):
+                text.append(int(model(torch.tensor([text])).logits[0, -1].argmax()))
+                if text[-1] == lm.EOS:
+                    break
+        assert written == text[3:]
+
+
+def test_the_tasks_count_a_student_as_the_target() -> None:
+    for task in decoding_models.TASKS:
+        if "target" in task.backbones:
+            assert task.bounded == ("target", "student")
