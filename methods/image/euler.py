@@ -28,6 +28,7 @@ class Euler(Method):
         "class_to_image/digits_flow",
         "class_to_image/digits_flow_b",
         "attributes_to_image/shapes16",
+        "attributes_to_image/shapes32",
         "sampling/mixtures_flow",
         "search/digits",
     )

@@ -113,6 +113,24 @@ class Unnamed(nn.Module):
         return self.named(x, t, self.named.null_condition(condition))
 
 
+class AnySize(nn.Module):
+    """A denoiser of square images that takes other sizes too: its coordinate channels are stretched to what comes."""
+
+    def __init__(self, named: ConditionalUNet) -> None:
+        super().__init__()
+        self.named, self.prediction, self.kinds = named, named.prediction, named.kinds
+
+    def null_condition(self, condition: Tensor) -> Tensor:
+        """The condition of the unconditional branch, in the shape of `condition`."""
+        return self.named.null_condition(condition)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """Prediction [B, C, H, W] for x [B, C, H, W], H = W any multiple of what the network halves."""
+        axis = torch.linspace(-1, 1, x.shape[-1] // self.named.patch, device=x.device)
+        self.named.coordinates = torch.stack(torch.meshgrid(axis, axis, indexing="ij"))
+        return self.named(x, t, condition)
+
+
 class FlatDenoiser(nn.Module):
     """A residual perceptron on the pixels of small images, for data so simple that convolutions buy nothing.
 
@@ -239,6 +257,14 @@ def _unnamed(backbone: str) -> Unnamed:
     return Unnamed(named)
 
 
+def _any_size(backbone: str) -> AnySize:
+    from stepmark.backbones import load
+
+    named = load(backbone)
+    assert isinstance(named, ConditionalUNet)
+    return AnySize(named)
+
+
 def _mixture(prediction: str) -> MixtureDenoiser:
     from stepmark.datasets import mixtures
 
@@ -356,5 +382,8 @@ RECIPES: dict[str, Recipe] = {
         partial(_build, 500, 16, 3, (32, 64), 7, "flow", patch=2, attention=True),
         partial(_train_shapes, seed=501),
         "shapes16, rectified-flow UNet conditioned on shape and colour",
+    ),
+    "shapes16_flow_any": Recipe(
+        partial(_any_size, "shapes16_flow"), None, "shapes16, shapes16_flow at any size of image"
     ),
 }
