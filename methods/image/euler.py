@@ -27,6 +27,7 @@ class Euler(Method):
     tasks = (
         "class_to_image/digits_flow",
         "class_to_image/digits_flow_b",
+        "class_to_image/digits_dit",
         "attributes_to_image/shapes16",
         "attributes_to_image/shapes32",
         "sampling/mixtures_flow",

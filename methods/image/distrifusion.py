@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from stepmark import Claim, Method, Paper
+from stepmark.session import Session
+from stepmark.tracks.image import Bands, Denoiser, euler_step, uniform_times
+
+
+class DistriFusion(Method):
+    """DistriFusion: one image on several devices, each with a band of it, on activations that are one step old.
+
+    The image is cut into as many horizontal bands as there are devices. In every layer a device computes on its own band
+    and needs something of the others: rows beyond the border for a convolution, all keys and values for self-attention,
+    mean and variance for a group norm. To wait for them in every layer would cost what parallelism gains. Activations of
+    neighbouring steps are nearly the same, so in step i (displaced patch parallelism, section 4.2, figure 4)
+
+        attention     fresh queries; keys and values: fresh own ones, those of step i-1 of the other bands
+        convolution   fresh rows; beyond the border those of step i-1
+        group norm    stale global moments + (fresh own moments - stale own moments), own variance where that is negative
+
+    and what is fresh is sent while computation goes on, to be there in step i+1. The latents at the borders are exchanged
+    in each step, and the first steps (a tenth of them, at least one) are synchronous: they change too much.
+
+    The bands live in two processes, which Stepmark starts, and exchange tensors through `session.group`, which counts the
+    bytes. An evaluation of half an image counts half.
+
+    Differs from the paper: keys and values, and the bands next to each other, are sent to those that use them, while the
+    authors gather the borders of convolutions everywhere; the variance of a group norm is the biased one, so that a
+    synchronous step is exactly that of one device; no guidance, hence no splitting of its two branches; Euler steps.
+    """
+
+    paper = Paper(
+        id="distrifusion",
+        title="DistriFusion: Distributed Parallel Inference for High-Resolution Diffusion Models",
+        authors="Li, Cai, Cao, Zhang, Cai, Bai, Jia, Liu, Li, Han",
+        year=2024,
+        arxiv="2402.19481",
+        code="mit-han-lab/distrifuser",
+    )
+    tasks = ("attributes_to_image/shapes16", "class_to_image/digits_flow", "class_to_image/digits_dit")
+    baselines = ("euler", "synchronous_patches")
+    claims = (
+        Claim(
+            "fd[distrifusion,16] <= 1.05 * fd[euler,16] and fd[distrifusion,16] < fd[naive_patches,16]",
+            says="bands on two devices give the quality of one device, which bands without context do not",
+        ),
+        Claim(
+            "fd[distrifusion,50] <= 1.05 * fd[euler,50] and fd[distrifusion,50] < fd[naive_patches,50]",
+            says="the same with 50 steps, whose activations change less from one to the next",
+            task="class_to_image/digits_flow",
+        ),
+        Claim(
+            "rank_flops[distrifusion,16] <= 0.6 * flops[euler,16]",
+            says="each of two devices does little more than half of the work",
+        ),
+        Claim(
+            "latency_ms[distrifusion,16] < latency_ms[synchronous_patches,16]",
+            says="not to wait for the other bands is faster than to wait",
+        ),
+        Claim("latency_ms[distrifusion,16] < latency_ms[euler,16]", says="two devices are faster than one"),
+    )
+
+    ranks = 2
+    warm_up = 0.1
+
+    @torch.no_grad()
+    def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> Tensor:
+        network = session.networks["teacher"]
+        denoise, bands = Denoiser(network, batch["condition"]), Bands(session.group)
+        x = bands.own(batch["noise"])
+        with bands.on(network):
+            for step, (t, s) in enumerate(pairwise(uniform_times(rung))):
+                bands.synchronous = step < max(1, round(self.warm_up * rung))
+                x = euler_step(x, bands.output(denoise, x, t), t, s)
+        return bands.join(x)

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from stepmark import Claim, Method, Paper
+from stepmark.session import Session
+from stepmark.tracks.image import Bands, Denoiser, euler_step, uniform_times
+
+
+class PCPP(Method):
+    """Partially conditioned patch parallelism: as DistriFusion, but bands see only the nearest part of their neighbours.
+
+    Bands of the image live on different devices and work on activations of the step before, as in displaced patch
+    parallelism. Instead of gathering the keys and values of the whole image, a device exchanges with the bands next to it
+    alone, and of them only the rows beside the border (section 3): attention of band n runs over
+
+        K_n, V_n fresh;  the last f rows of K_{n-1}, V_{n-1} and the first f rows of K_{n+1}, V_{n+1} of the step before
+
+    with f = 1/4 of a band, at least one row. That shortens the messages and the attention; context from afar is lost.
+    Borders of convolutions and moments of group norms come from the neighbours too, and the first steps are synchronous,
+    with the same part of the neighbours.
+
+    Differs from the paper: it runs on two bands here, so that every other band is a neighbour; Euler steps instead of
+    DDIM; no guidance.
+    """
+
+    paper = Paper(
+        id="pcpp",
+        title="Partially Conditioned Patch Parallelism for Accelerated Diffusion Model Inference",
+        authors="Zhang, Luo, Lu",
+        year=2024,
+        arxiv="2412.02962",
+    )
+    tasks = ("attributes_to_image/shapes16", "class_to_image/digits_flow", "class_to_image/digits_dit")
+    baselines = ("distrifusion", "euler")
+    claims = (
+        Claim(
+            "sent_bytes[pcpp,16] <= 0.4 * sent_bytes[distrifusion,16] and fd[pcpp,16] < fd[naive_patches,16]",
+            says="it sends two fifths of what DistriFusion sends, and is better than bands without context",
+        ),
+        Claim(
+            "flops[pcpp,16] < flops[distrifusion,16] and sent_bytes[pcpp,16] < sent_bytes[distrifusion,16]",
+            says="attention over parts of the neighbours costs less arithmetic, and fewer bytes",
+        ),
+        Claim(
+            "latency_ms[pcpp,16] < latency_ms[distrifusion,16]",
+            says="and is faster than DistriFusion",
+        ),
+    )
+
+    ranks = 2
+    fraction, warm_up = 0.25, 0.1
+
+    @torch.no_grad()
+    def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> Tensor:
+        network = session.networks["teacher"]
+        denoise, bands = Denoiser(network, batch["condition"]), Bands(session.group, reach=self.fraction)
+        x = bands.own(batch["noise"])
+        with bands.on(network):
+            for step, (t, s) in enumerate(pairwise(uniform_times(rung))):
+                bands.synchronous = step < max(1, round(self.warm_up * rung))
+                x = euler_step(x, bands.output(denoise, x, t), t, s)
+        return bands.join(x)

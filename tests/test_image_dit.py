@@ -1,0 +1,187 @@
+"""Diffusion transformers: the teacher's wrapper, bands of tokens, and the decoupled transformer with its shared steps."""
+
+from __future__ import annotations
+
+import itertools
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stepmark import backbones, plugins
+from stepmark.backbones.dit import ConditionalDiT
+from stepmark.meter.counts import Ledger, count_flops, watch
+from stepmark.run import track_of
+from stepmark.session import Session
+from stepmark.tracks import image
+from stepmark.tracks.image import DecoupledDiT, euler_step, uniform_times
+
+torch.set_num_threads(1)
+
+
+def lively(network: nn.Module) -> nn.Module:
+    """The network with weights that start at zero drawn anew: untrained, but nothing in it is idle."""
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in network.parameters():
+            if not weight.any():
+                weight.copy_(0.2 * torch.randn(weight.shape, generator=draw))
+    return network.eval().requires_grad_(False)
+
+
+def dit() -> ConditionalDiT:
+    """A small transformer of the teacher's kind."""
+    torch.manual_seed(0)
+    return lively(ConditionalDiT(8, 1, 24, 2, 3, 10))
+
+
+def decoupled() -> DecoupledDiT:
+    """A small decoupled transformer."""
+    torch.manual_seed(0)
+    return lively(DecoupledDiT(8, 1, 10, width=24))
+
+
+def batch_of(n: int) -> dict[str, Tensor]:
+    """Noise and classes."""
+    return {"noise": torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(1)), "condition": torch.arange(n)}
+
+
+# --- the teacher -----------------------------------------------------------------------------------------------------
+
+
+def test_the_transformer_heeds_class_time_and_position() -> None:
+    network, batch = dit(), batch_of(4)
+    x, label, t = batch["noise"], batch["condition"], torch.full((4,), 0.5)
+    v = network(x, t, label)
+    assert v.shape == x.shape
+    assert not torch.allclose(v, network(x, t, network.null_condition(label)))
+    assert not torch.allclose(v, network(x, t + 0.1, label))
+    turned = network(x.flip(2), t, label).flip(2)
+    assert not torch.allclose(v, turned, atol=1e-3)
+    network.train()
+    assert torch.equal(network(x, t, label), v)  # no label is dropped behind the trainer's back
+
+
+def test_an_untrained_transformer_predicts_nothing() -> None:
+    network, batch = backbones.recipe("digits_dit").build(), batch_of(3)
+    assert not network(batch["noise"], torch.rand(3), batch["condition"]).any()
+
+
+# --- the decoupled transformer ---------------------------------------------------------------------------------------
+
+
+def ddt_session() -> Session:
+    """A smoke session of `ddt` before prepare, whose task needs no teacher for it."""
+    spec, ledger = track_of("class_to_image/digits_dit")[1], Ledger()
+    session = Session(spec, "smoke", torch.device("cpu"), torch.float32, {}, {}, ledger, False)
+    session.begin("prepare", 4)
+    torch.manual_seed(4)
+    own = plugins.load_class(plugins.methods()["ddt"])().networks(session)
+    session.networks["ddt"] = watch(ledger, "ddt", own["ddt"])
+    return session
+
+
+def test_a_kept_z_leaves_the_encoder_out_and_changes_nothing_at_the_same_point() -> None:
+    network, batch = decoupled(), batch_of(4)
+    x, label, t = batch["noise"], batch["condition"], torch.full((4,), 0.5)
+    with torch.no_grad():
+        v, z = network(x, t, label)
+        again, kept = network(x, t, label.flip(0), z)
+        assert torch.equal(again, v) and kept is z  # the decoder knows of the class by z alone
+        assert not torch.allclose(network(x, t, label.flip(0))[0], v)
+        assert not torch.allclose(network(-x, t, label, z)[0], v)
+    calls: list[int] = []
+    network.encoder[0].register_forward_hook(lambda *_: calls.append(0))
+    network.decoder[0].register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        samples, states = image.sample_decoupled(network, x, label, 6, [0, 3, 4])
+    assert (calls.count(0), calls.count(1)) == (3, 6)
+    assert [torch.equal(a, b) for a, b in pairwise(states)] == [True, True, False, False, True]
+    with torch.no_grad():
+        every = image.sample_decoupled(network, x, label, 6, range(6))[0]
+        slow = x
+        for u, s in pairwise(uniform_times(6)):
+            slow = euler_step(slow, network(slow, torch.full((4,), u), label)[0], u, s)
+    assert torch.equal(every, slow)
+    assert not torch.allclose(samples, every)
+
+
+def test_the_steps_are_the_best_there_are() -> None:
+    """Against every choice there is, on similarities without any order in them."""
+    from stepmark.methods.image.ddt import chosen_steps
+
+    similarity = torch.rand(8, 8, generator=torch.Generator().manual_seed(2))
+    similarity.fill_diagonal_(1.0)
+
+    def worth(steps: tuple[int, ...]) -> float:
+        return float(sum(similarity[i, max(j for j in steps if j <= i)] for i in range(8)))
+
+    for count in (1, 2, 3, 4, 8):
+        found = tuple(chosen_steps(similarity, count))
+        best = max(worth((0, *rest)) for rest in itertools.combinations(range(1, 8), count - 1))
+        assert len(set(found)) == count and found[0] == 0 and list(found) == sorted(found)
+        assert worth(found) == pytest.approx(best)
+    assert chosen_steps(similarity, 4) != [0, 2, 4, 6]
+
+
+def test_similarity_is_the_mean_cosine_of_tokens() -> None:
+    session, network = ddt_session(), decoupled()
+    similarity = image.state_similarity(session, network, 4)
+    torch.testing.assert_close(similarity.diagonal(), torch.ones(4))
+    torch.testing.assert_close(similarity, similarity.T)
+    session.begin("prepare", 4)
+    label = session.train["condition"]
+    condition = label[torch.randint(len(label), (8,), generator=session.rng)]
+    noise = torch.randn(8, 1, 8, 8, generator=session.rng)
+    with torch.no_grad():
+        z = image.sample_decoupled(network, noise, condition, 4, range(4))[1]
+    expected = torch.nn.functional.cosine_similarity(z[0], z[3], dim=-1).mean()
+    torch.testing.assert_close(similarity[0, 3], expected)
+
+
+def test_half_the_encoders_cost_less_than_three_quarters() -> None:
+    ledger = Ledger()
+    network = watch(ledger, "ddt", lively(DecoupledDiT(8, 1, 10)))
+    batch, spent = batch_of(2), []
+    for steps in (range(8), range(0, 8, 2)):
+        with torch.no_grad(), count_flops(ledger, [network]) as flops:
+            image.sample_decoupled(network, batch["noise"], batch["condition"], 8, steps)
+        spent.append(flops.total)
+    assert 0.6 < spent[1] / spent[0] < 0.75
+
+
+def test_training_lowers_the_loss_and_aligns_encoder_tokens_to_the_clean_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    cosines: list[float] = []
+    reached: list[bool] = []
+    networks: list[nn.Module] = []
+    cosine = torch.nn.functional.cosine_similarity
+
+    def noted(*given: Tensor, **options: int) -> Tensor:
+        found = cosine(*given, **options)
+        cosines.append(float(found.detach().mean()))
+        weight = networks[-1].encoder[1].mlp[0].weight
+        (slope,) = torch.autograd.grad(found.mean(), weight, retain_graph=True, allow_unused=True)
+        reached.append(slope is not None and bool(slope.any()))
+        return found
+
+    monkeypatch.setattr(torch.nn.functional, "cosine_similarity", noted)
+    errors, alike = [], []
+    for weight in (0.0, 5.0):
+        session = ddt_session()
+        session.scale = lambda embedded, smoke: min(embedded, 20)
+        network = session.networks["ddt"]
+        networks.append(network)
+        x0, label = (session.train[key][:64] for key in ("x0", "condition"))
+        eps, t = torch.randn(x0.shape, generator=session.rng), torch.full((64,), 0.5)
+        for trained in (False, True):
+            if trained:
+                image.fit_decoupled(session, network, weight=weight)
+            with torch.no_grad():
+                v = network(0.5 * (x0 + eps), t, label)[0]
+            errors.append(float((v - eps + x0).square().mean()))
+        alike.append(cosines[-1])
+        assert not network.encoder[1]._forward_hooks
+    assert errors[1] < 0.9 * errors[0]
+    assert alike[1] > alike[0] + 0.2
+    assert reached[-1]
