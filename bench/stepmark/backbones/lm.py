@@ -429,29 +429,27 @@ class WorkersView:
 
 
 def train_workers(model: nn.Module, progress: Progress) -> dict[str, float]:
-    """About 1 minute on one core, starting from the committed `lm_target`, which knows the facts.
+    """About 3 minutes on one core, starting from the committed `lm_recall`, which knows how to look a name up.
 
     Lists of questions answered by one worker or by two, the latter on a shared cache (`WorkersView`).
     """
     from stepmark.backbones import load
-    from stepmark.datasets import hop_lists
+    from stepmark.datasets.friend_lists import QUESTIONS, WORKERS, example, transcripts
 
-    model.load_state_dict(load("lm_target").state_dict())
+    model.load_state_dict(load("lm_recall").state_dict())
     view = WorkersView(model)
 
     def stream() -> Iterator[tuple[Tensor, Tensor]]:
         rng = random.Random("workers 7")
         while True:
             workers, rows = rng.choice((1, 2, 2)), []
-            count = rng.randint(3, hop_lists.QUESTIONS)
-            for _ in range(80 // count):
-                asked = [hop_lists.question(rng, held_out=False) for _ in range(count)]
-                texts = hop_lists.transcripts(asked, workers)
-                named = zip(hop_lists.WORKERS, texts, strict=False)
-                rows.append((encode(hop_lists.ask(asked)), [[*encode(" ".join([n, *t])), EOS] for n, t in named]))
+            for _ in range(10):
+                prompt, asked = example(rng, rng.randint(4, QUESTIONS))
+                named = zip(WORKERS, transcripts(asked, workers), strict=False)
+                rows.append((encode(prompt), [[*encode(" ".join([name, *text])), EOS] for name, text in named]))
             yield view.batch(rows)
 
-    report = fit(model, progress, steps=220, lr=3e-3, seed=7, stream=stream())
+    report = fit(model, progress, steps=600, lr=3e-3, seed=7, stream=stream())
     model.config._attn_implementation = "sdpa"
     return report
 
@@ -488,8 +486,8 @@ RECIPES: dict[str, Recipe] = {
         summary="Llama, width 128, 4 layers: lm_target trained on with stories that follow a wished colour weakly",
     ),
     "lm_workers": Recipe(
-        build=lambda: build(128, 4, seed=7),
+        build=lambda: build(64, 6, seed=7),
         train=train_workers,
-        summary="Llama, width 128, 4 layers: lm_target trained on to answer lists of questions, alone or as two workers",
+        summary="Llama, width 64, 6 layers: lm_recall trained on to answer lists of questions, alone or as two workers",
     ),
 }

@@ -1,0 +1,333 @@
+"""Workers on a shared cache, drafts from a masked-diffusion model, spans that are checked against the input."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from stepmark.datasets import friend_lists
+from torch import Tensor
+
+from stepmark import plugins
+from stepmark.backbones import lm
+from stepmark.meter.counts import Ledger, watch
+from stepmark.task import load_split
+from stepmark.tracks import decoding_parallel
+from stepmark.tracks.decoding import Decoder, draw, speculate, verify_sampling
+from stepmark.tracks.decoding_parallel import BlockDecoder, answers, write_together
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def model_of(seed: int, depth: int, spread: float = 0.3, width: int = 64) -> Any:
+    """A random Llama over the tasks' vocabulary; the greater the spread of its weights, the surer it is."""
+    model = lm.build(width, depth, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, spread, generator=generator)
+    return model.eval().requires_grad_(False)
+
+
+def words_of(seed: int, length: int) -> list[int]:
+    return torch.randint(6, 140, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def last_logits(model: Any, ids: list[int]) -> Tensor:
+    """Logits after a text, read whole and without a cache."""
+    with torch.no_grad():
+        return model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+
+
+def load(name: str, **constants: Any) -> Any:
+    """A method with some of its module's constants replaced."""
+    method = plugins.load_class(plugins.methods()[name])()
+    method.run.__globals__.update(constants)
+    return method
+
+
+def session_of(seed: int = 0, **networks: Any) -> Any:
+    """What `run` sees, everything counted as the harness counts it."""
+    ledger = Ledger(bounded=("target",))
+    for name, model in networks.items():
+        for part in model.modules():
+            part.__dict__.pop("forward", None)
+        watch(ledger, name, model, list(getattr(getattr(model, "model", None), "layers", [])))
+    rng = torch.Generator().manual_seed(seed)
+    return SimpleNamespace(networks=networks, state={}, rng=rng, device=torch.device("cpu"), ledger=ledger)
+
+
+def batch_of(prompts: list[list[int]], room: int, temperature: float = 0.0) -> dict[str, Any]:
+    n = len(prompts)
+    return {"prompt": prompts, "max_new_tokens": [room] * n, "temperature": [temperature] * n}
+
+
+# -- Hogwild! inference -----------------------------------------------------------------------------------------------
+
+
+def test_each_reader_sees_one_text_in_its_own_order() -> None:
+    """With one layer, states hang on words alone: every reader's logits are those of a plain text in its order.
+
+    Blocks grow by unequal pieces, so that the place of each moves under the others' keys, which stay as they are.
+    """
+    model, views = model_of(0, 1), [(0,), (0, 2, 3, 1), (0, 3, 1, 2), (2, 1, 0, 3)]
+    texts = {block: words_of(10 + block, 30) for block in range(4)}
+    decoder, ends = BlockDecoder(model, 40, views), dict.fromkeys(range(4), 0)
+    with torch.no_grad():
+        for pieces in ((7, 2, 1, 0), (0, 1, 4, 1), (0, 3, 1, 2), (2, 1, 1, 1), (0, 0, 1, 0)):
+            new = {block: texts[block][ends[block] : ends[block] + pieces[block]] for block in range(4)}
+            found = decoder.write(new)
+            ends = {block: ends[block] + pieces[block] for block in range(4)}
+            assert set(found) == {block for block in range(4) if pieces[block]}
+            for block, logits in found.items():
+                plain = [token for other in views[block] for token in texts[other][: ends[other]]]
+                torch.testing.assert_close(logits, last_logits(model, plain), rtol=1e-3, atol=1e-3)
+    assert decoder.spent == 5
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_training_and_inference_see_the_same(workers: int) -> None:
+    """Deep models: a row of transcripts in one pass, by queries moved in the row, and step by step on the blocks."""
+    model = model_of(1, 3)
+    rows = [
+        (words_of(1, 9), [words_of(5 + w, 12 - 3 * w) for w in range(workers)]),
+        (words_of(2, 6), [words_of(8 + w, 7 + 2 * w) for w in range(workers)]),
+    ]
+    view = lm.WorkersView(model)
+    ids, labels = view.batch(rows)
+    with torch.no_grad():
+        found = model.lm_head(lm.hidden_states(model, ids, [True] * 3))
+        model.config._attn_implementation = "sdpa"
+        views = [(0,), *[(0, *(o for o in range(1, workers + 1) if o != w), w) for w in range(1, workers + 1)]]
+        for row, (prompt, texts) in enumerate(rows):
+            decoder, new = BlockDecoder(model, 30, views), {0: prompt}
+            starts = [len(prompt) + sum(map(len, texts[:w])) for w in range(workers)]
+            for time in range(max(map(len, texts))):
+                new |= {w + 1: text[time : time + 1] for w, text in enumerate(texts)}
+                for block, logits in decoder.write(new).items():
+                    if block > 0:
+                        torch.testing.assert_close(logits, found[row, starts[block - 1] + time], rtol=1e-3, atol=1e-3)
+                new = {}
+            for w, text in enumerate(texts):
+                assert labels[row, starts[w] : starts[w] + len(text)].tolist() == [*text[1:], -100]
+    assert (labels >= 0).sum() == sum(len(text) - 1 for _, texts in rows for text in texts)
+
+
+def test_hogwild_writes_what_two_readers_of_one_text_would() -> None:
+    """The method on models of one layer, against plain passes over prompt, other and self; every budget is kept."""
+    ended = set()
+    for seed in range(4):
+        model, prompt = model_of(seed, 1, 0.5), words_of(seed, 8)
+        model.model.embed_tokens.weight[lm.EOS] *= 1.5
+        texts: list[list[int]] = [[], []]
+        names = [lm.encode("tom"), lm.encode("anna")]
+        history = []
+        for _ in range(10):
+            seen = [[*name, *text] for name, text in zip(names, texts, strict=True)]
+            for w in (0, 1):
+                if lm.EOS not in texts[w]:
+                    texts[w].append(int(last_logits(model, [*prompt, *seen[1 - w], *seen[w]]).argmax()))
+            history.append([*texts[0], *texts[1]])
+            if all(lm.EOS in text for text in texts):
+                break
+        ended.add(len(history))
+        session = session_of(target=model)
+        for budget in (1, 3, 10):
+            session.ledger.reset(limit=budget)
+            with torch.no_grad():
+                (found,) = load("hogwild_inference").run(session, batch_of([prompt], 40), budget)
+            assert found == history[min(budget, len(history)) - 1]
+    assert len(ended) > 1, "no worker ever stops before the other"
+
+
+def test_a_single_worker_is_plain_decoding() -> None:
+    model, prompt = model_of(3, 3), words_of(3, 9)
+    with torch.no_grad():
+        (found,) = load("single_worker").run(session_of(target=model), batch_of([prompt], 12), 20)
+        shared = write_together(BlockDecoder(model, 30, [(0,), (0, 1)]), {0: prompt, 1: lm.encode("tom")}, (1,), 12, 20)
+    text = [*prompt, *lm.encode("tom")]
+    for token in found:
+        assert token == int(last_logits(model, text).argmax())
+        text.append(token)
+    assert shared[1] == found
+
+
+def test_whoever_is_free_takes_the_next_question() -> None:
+    """Every question once, each by the worker who has written least when it is its turn."""
+    _, asked = friend_lists.example(random.Random(0), 8)
+    texts = friend_lists.transcripts(asked, 2)
+    begun = sorted((time, int(word)) for text in texts for time, word in enumerate(text) if word.isdigit())
+    assert [number for _, number in begun] == list(range(1, 9))
+    assert abs(len(texts[0]) - len(texts[1])) <= 7
+    assert friend_lists.transcripts(asked, 1)[0][:3] == ["1", asked[0][0], asked[0][1][0]]
+
+
+def test_answers_are_scored_by_the_number_of_their_question() -> None:
+    task = decoding_parallel.TASKS[0]
+    data = load_split("friend_lists", "test")
+    prompt, told, friends = data["prompt"][0], data["target"][0], data["answer"][0].split(" , ")
+    assert answers(told) == [(str(number), names) for number, names in enumerate(friends, start=1)]
+    solutions = [part.strip() + " ." for part in told.split(".")[:-1]]
+    texts = [
+        told,
+        " ".join([*solutions[1::2], "<eos>", *solutions[0::2], "<eos>"]),
+        " ".join([*solutions[:4], "5 alma arno tilda .", *solutions[4:]]),  # the first answer counts
+        " ".join([*solutions[:3], solutions[3][:-2], "<eos>", *solutions[4:6]]),  # cut before its full stop
+    ]
+    batch, resample = batch_of([lm.encode(prompt)] * 4, 100), np.array([[0, 1, 2, 3]])
+    outputs = [lm.encode(text) for text in texts]
+    decoding_parallel.check(task, batch, outputs)
+    found = decoding_parallel.score(task, batch, outputs, {}, resample)
+    assert found["accuracy"].value == pytest.approx((1 + 1 + 7 / 8 + 5 / 8) / 4)
+    assert found["complete"].value == 0.5
+    assert found["repeated"].value == pytest.approx((1 / 9) / 4)
+
+
+# -- speculative diffusion --------------------------------------------------------------------------------------------
+
+
+def test_diffusion_drafts_leave_greedy_decoding_as_it_is() -> None:
+    """Untrained drafters, bad on purpose, and one that copies the target; T calls per draft of any length."""
+    for seed in (0, 1):
+        model, prompt = model_of(seed, 2, 0.5), words_of(seed, 7)
+        truth = speculate(Decoder(model, 60), prompt, 30, 99, 0.0, lambda tokens, most: ([], None))
+
+        class Oracle(torch.nn.Module):
+            def forward(self, ids: Tensor) -> Tensor:
+                context = [i for i in ids[0, :-20].tolist() if i != lm.PAD]
+                done = len(context) - len(prompt)
+                logits = torch.zeros(1, 20, len(lm.VOCABULARY))
+                for place, token in enumerate(truth[done : done + 20]):
+                    logits[0, place, token] = 9.0
+                return logits
+
+        for drafter, most in ((load("specdiff").run.__globals__["Drafter"](), 30), (Oracle(), 3)):
+            session = session_of(target=model, draft_diffusion=drafter.eval().requires_grad_(False))
+            for budget in (2, 60):
+                session.ledger.reset(limit=budget)
+                with torch.no_grad():
+                    (found,) = load("specdiff").run(session, batch_of([prompt], 30), budget)
+                assert found == truth[: len(found)]
+                spent = session.ledger.evaluations()
+                assert len(found) >= min(budget, len(truth))
+                assert spent["draft_diffusion"] == 3 * (spent["target"] - 1)
+            assert found == truth
+            assert spent["target"] <= most
+
+
+def test_diffusion_drafts_leave_the_distribution_as_it_is() -> None:
+    """Two words from a drafter whose second hangs on the first: what is kept follows the target's own table."""
+    method = load("specdiff", BLOCK=2, STEPS=2, CONTEXT=3)
+    denoise = method.run.__globals__["denoise"]
+    mask = method.run.__globals__["mdlm"].MASK
+    first, second = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([[0.1, 0.1, 0.8], [0.6, 0.3, 0.1], [0.2, 0.7, 0.1]])
+
+    def drafter(ids: Tensor) -> Tensor:
+        """Second word: likely equal to the first one. Where that is masked, either is drawn as if from afar."""
+        left, right = ids[0, 3:].tolist()
+        close = torch.full((3,), 0.2)
+        if left != mask:
+            close[left] = 5.0
+        ahead = torch.tensor([0.1, 0.1, 0.8])
+        if right != mask:
+            ahead = torch.full((3,), 0.05)
+            ahead[right] = 5.0
+        return torch.stack([ahead, close]).log()[None]
+
+    rng, counts = torch.Generator().manual_seed(0), np.zeros((3, 3))
+    uniforms = torch.rand(3000, 4, generator=rng)
+    for row in uniforms.tolist():
+        draft, q = denoise(drafter, [4, 4, 4], 1.0, rng, torch.device("cpu"))
+        p = torch.stack([first, second[draft[0]], torch.ones(3) / 3]).double()
+        new = verify_sampling(draft, p, q, row[:3])
+        if len(new) == 1:  # rejected at once: the second word is the target's
+            new.append(draw(second[new[0]], row[3]))
+        counts[new[0], new[1]] += 1
+    expected = (first[:, None] * second).numpy() * 3000
+    assert stats.chisquare(counts.ravel(), expected.ravel() / expected.sum() * 3000).pvalue > 1e-3
+
+
+def test_the_drafter_reads_the_end_of_the_text_and_looks_both_ways() -> None:
+    own = load("specdiff", BLOCK=20, STEPS=3, CONTEXT=44).run.__globals__
+    assert own["window"](list(range(10, 70)), [3] * 20) == [*range(26, 70), *[3] * 20]
+    assert own["window"]([7, 8], [3]) == [lm.PAD] * 42 + [7, 8, 3]
+    drafter = own["Drafter"]().eval()
+    ids = torch.tensor([own["window"](words_of(0, 50), [own["mdlm"].MASK] * 20)])
+    changed = ids.clone()
+    changed[0, -1] = 9
+    with torch.no_grad():
+        assert (drafter(ids)[0, 0] - drafter(changed)[0, 0]).nan_to_num(0).abs().max() > 0
+        assert drafter(ids).shape == (1, 20, len(lm.VOCABULARY))
+
+
+# -- Diver ------------------------------------------------------------------------------------------------------------
+
+
+def diver_without_caches(
+    own: Any, model: Any, backward: Any, prompt: list[int], room: int, temperature: float, rng: torch.Generator
+) -> tuple[list[int], int]:
+    """The method by its definition: each span and each text that is asked about in a pass of its own."""
+    written: list[int] = []
+    divergences = 0
+    wish = prompt[prompt.index(lm.encode("let")[0]) + 1]
+
+    def near(p: Tensor) -> list[int]:
+        order = p.argsort(descending=True).tolist()[: own["CANDIDATES"]]
+        return [token for token in order if p[token] >= own["GAMMA"] * p.max()]
+
+    while len(written) < room and lm.EOS not in written:
+        p = last_logits(model, prompt + written).softmax(-1)
+        first = near(p)
+        if len(first) == 1:
+            written.append(first[0])
+            continue
+        divergences += 1
+        spans, scores = [], []
+        for token in first:
+            span, likely = [token], float(p[token].log())
+            while span[-1] != lm.EOS and len(span) < own["SPAN"]:
+                after = last_logits(model, prompt + written + span).softmax(-1)
+                if len(near(after)) == 1:
+                    break
+                span.append(int(after.argmax()))
+                likely += float(after.max().log())
+            asked = [*written, *(i for i in span if i != lm.EOS), *lm.encode(own["ASK"])]
+            scores.append(likely + float(last_logits(backward, asked).log_softmax(-1)[wish]))
+            spans.append(span)
+        u = float(torch.rand((), generator=rng))
+        weights = torch.tensor(scores)
+        written += spans[draw(weights.softmax(-1), u) if temperature else int(weights.argmax())]
+    return written[:room], divergences
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_diver_is_its_definition(temperature: float) -> None:
+    """Trees, kept branches and the backward model's running cache change nothing; the budget holds for both models."""
+    method = load("diver")
+    own, divergences, sure = method.run.__globals__, 0, 0
+    for seed in range(3):
+        model, backward = model_of(seed, 2, 0.25), model_of(90 + seed, 2, 0.4)
+        prompt = [*words_of(seed, 4), *lm.encode("let golden <story>")]
+        truth, found = diver_without_caches(
+            own, model, backward, prompt, 14, temperature, torch.Generator().manual_seed(seed)
+        )
+        divergences, sure = divergences + found, sure + len(truth)
+        session = session_of(seed, target=model, backward=backward)
+        with torch.no_grad():
+            (text,) = method.run(session, batch_of([prompt], 14, temperature), 500)
+            assert text == truth
+            for budget in (1, 6, 12):
+                session.ledger.reset()
+                (text,) = method.run(session, batch_of([prompt], 14, temperature), budget)
+                assert sum(session.ledger.evaluations().values()) <= budget
+                assert text
+    assert 3 < divergences < sure, "the model never hesitates, or always"
