@@ -106,3 +106,28 @@ def test_every_file_of_a_plugin_folder_counts(tmp_path: Path) -> None:
     before = plugins.code_digest(folder / "__init__.py")
     (folder / "part.py").write_text("A = 2\n")
     assert plugins.code_digest(folder / "__init__.py") != before
+
+
+def test_leaving_functions_out_changes_nothing_that_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Listing parses outlines of the files; what it finds must be what the whole files say."""
+
+    def found() -> tuple[object, ...]:
+        plugins._read_method.cache_clear()
+        plugins._placed_tasks.cache_clear()
+        return plugins.methods(), plugins._placed_tasks(), plugins.datasets()
+
+    quick = found()
+    monkeypatch.setattr(plugins, "_outline", plugins._parse)
+    assert quick == found()
+    monkeypatch.undo()
+
+    path = tmp_path / "odd.py"
+    path.write_text(
+        'A = (\n    "def f(",\n)\n\n\n@cache\ndef f(\n    x: int,\n) -> str:\n    """\n    Text.\n\n    A = 1\n    """\n'
+        '    return """\n    B = 2\n"""\n\n\nclass C(Method):\n    async def g(self): return 1\n    tasks = ("a",)\n'
+    )
+    body = plugins._outline(path).body
+    assert plugins._assigned(body, path, ("A", "B")) == {"A": ("def f(",)}
+    assert plugins._assigned(body[-1].body, path, ("tasks",)) == {"tasks": ("a",)}  # type: ignore[attr-defined]
+    path.write_text("def f():\n    x = '''\ndef g(\n'''\nA = 3\n")  # a text in a function that is no function
+    assert plugins._assigned(plugins._outline(path).body, path, ("A",)) == {"A": 3}
