@@ -23,6 +23,8 @@ class HARP(Method):
 
     The second pass runs over the whole text with a cache of its own, so that the clean keys and values stay clean. It
     counts as one forward, as the prefill does; its positions show in the FLOPs. A rung that is used up ends the text.
+
+    What limits it here: the target solves these tasks nearly always, so that there is little for a second thought to mend.
     """
 
     paper = Paper(

@@ -26,6 +26,9 @@ class LazyLLM(Method):
     deeper layers.
 
     Differs from the paper: shares are fixed by depth, where the paper takes percentiles found by hand for each model.
+
+    What limits the second claim here: all names that will be asked for stand in the prompt, so that what its end attends to is
+    what later tokens need as well, and a choice made once is good enough.
     """
 
     paper = Paper(

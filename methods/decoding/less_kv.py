@@ -36,6 +36,9 @@ class LESS(Method):
     Differs from the paper: the policy's mask in training is that of an eviction at some point of the text, with the next
     tokens as queries, as the prefill makes it, instead of one eviction per token; the error is that of each head's output,
     before the projection that joins the heads, relative to its size; seconds of training on a few texts.
+
+    What limits it here: a needle is one exact fact among many, and a state of low rank that sums up all evicted tokens blurs
+    them; the gain on language modelling, where an average of the past helps, is not what this task asks for.
     """
 
     paper = Paper(

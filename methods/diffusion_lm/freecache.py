@@ -21,6 +21,8 @@ class FreeCache(Method):
     only the positions from the last word of the clean beginning on run, attending to kept keys and values of the words
     before. Words written behind a gap run on. What a kept word would have answered to words written since is missed:
     the approximation. It saves positions and FLOPs, not steps.
+
+    What limits it here: texts are short, and words written behind a gap still run, until the gap is closed.
     """
 
     paper = Paper(

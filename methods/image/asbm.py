@@ -110,6 +110,10 @@ class ASBM(Method):
 
     Differs from the paper: small perceptrons that are told which mixture; five rounds of a few thousand updates; a
     coupling is sampled once a round.
+
+    What limits it here: between a Gaussian and a mixture of the plane bridges of small variance have transitions that are
+    nearly Gaussian, so that DSBM loses little with four of them; and every round of a critic and a generator passes the
+    errors of its coupling on to the next.
     """
 
     paper = Paper(

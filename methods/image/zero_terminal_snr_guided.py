@@ -23,6 +23,9 @@ class ZeroTerminalSNRGuided(Method):
 
     x stands for what the network predicts, v. Schedule, training and grid are those of `zero_terminal_snr`; w is 5. A
     guided step evaluates two rows, so the rung pays for half as many steps. `zero_terminal_snr_unscaled` has phi = 0.
+
+    What limits it here: scoring clamps images to the range of the data, and overexposure beyond that range, which rescaling
+    repairs, is then not seen.
     """
 
     paper = Paper(
