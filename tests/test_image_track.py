@@ -306,8 +306,8 @@ def _dpm(network: nn.Module, batch: dict[str, Tensor], times: list[float], order
 @pytest.mark.parametrize("method", [DDIM, Euler, Heun, DPMSolverPP])
 def test_methods_spend_exactly_the_rung(method: type, tiny: dict[str, unet.ConditionalUNet]) -> None:
     for task_id in method.tasks:
-        if task_id.startswith("attributes"):
-            continue  # the same network class as digits
+        if task_id not in TASKS or task_id.startswith("attributes"):
+            continue  # of another part of the track, or the same network class as digits
         kind = "epsilon" if "_eps" in task_id else "flow"
         plane = task_id.startswith("sampling")
         network = mixture(kind) if plane else tiny[kind]

@@ -338,6 +338,8 @@ def _schedule(folder: Path, part: Part) -> tuple[dict[str, Any], str]:
 
 
 def _text(choice: Choice, part: Part) -> Made:
+    from stepmark import plugins
+
     if choice.guidance != 1:
         raise ValueError(f"--guidance is for images; {part.kind} writes text")
     parts = {"target": part}
@@ -348,7 +350,8 @@ def _text(choice: Choice, part: Part) -> Made:
         if parts["draft"].kind in IMAGE_CLASSES:
             raise ValueError(f"--draft {choice.draft} makes images; give a language model")
     track = "decoding"
-    family = frozenset(t.id for t in _fixed_tasks(track) if t.id.startswith(("greedy/", "recall/")))
+    kinds = ("greedy/", "recall/")  # of these the batches are what a checkpoint's task gives
+    family = frozenset(t for t, (owner, _) in plugins.fixed_tasks().items() if owner == track and t.startswith(kinds))
     made = Made(choice, track, _UNKNOWN, parts, {}, "text", family)
     lines = made.lines()
     items = min(choice.items or len(lines), len(lines)) if lines else choice.items or TEXT_ITEMS
