@@ -18,9 +18,9 @@ class Mgpt(Method):
     The paper trains five equal small models that differ in their tokens alone and takes the strategy of the lowest
     perplexity for its large ones: the default, this one. Its perplexity is per character,
     exp(-1/|c| sum_i log p(x_i | x_<i)) with |c| characters, since the number of tokens hangs on the strategy; bits per
-    character are its binary logarithm. A question is answered as in the paper's evaluation: each label completes the text, the completion
-    with the lowest sum of token losses is the answer, and demonstrations stand before it, as many whole lines as the
-    budget of tokens holds. What the lines have in common runs once, which changes no likelihood.
+    character are its binary logarithm. A question is answered as in the paper's evaluation: each label completes the
+    text, the completion with the lowest sum of token losses is the answer, and demonstrations stand before it, as many
+    whole lines as the budget of tokens holds. What the lines have in common runs once, which changes no likelihood.
 
     Every strategy gets as many training steps of as many tokens, so that longer tokens see more text, as in the paper.
 
