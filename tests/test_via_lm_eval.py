@@ -83,6 +83,7 @@ def test_stop_strings_and_lengths_are_kept(tmp_path: object, monkeypatch: pytest
         ("single_worker", "parallel/friend_lists"),
         ("transformer_moe", "learning/stories"),
         ("random_expansion", "bilingual/stories"),
+        ("char_tokens", "tokenisation/dialects"),
         ("dlm_confidence", "completion/stories64"),
         ("mdlm_bound", "likelihood/stories64"),
     ],

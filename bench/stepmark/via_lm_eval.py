@@ -76,9 +76,11 @@ class StepmarkLM(LM):
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log p(continuation | context), is it the greedy one): of the target, which a lossless method does not change;
-        of the method itself where it tells next words."""
+        of the method itself where it tells next words or chooses between labels."""
         if self.bench.task.id.startswith("learning/"):
             return [self._next_words(index, *request.args) for index, request in enumerate(requests)]
+        if self.items:
+            return self._choices(requests)
         return [self._loglikelihood(encode(request.args[0]), encode(request.args[1])) for request in requests]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -92,6 +94,18 @@ class StepmarkLM(LM):
                 found.append(-float(self._run({"tokens": tokens}, index)[0]))
             else:
                 found.append(self._loglikelihood(ids[:1], ids[1:])[0])
+        return found
+
+    def _choices(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Log-likelihoods of whole lines, text and label, of which the method reads all those of an item at once."""
+        found, answers = [], {}
+        for request in requests:
+            item = request.doc["item"]
+            if item not in answers:
+                batch = {key: [values[item]] for key, values in self.items.items()}
+                answers[item] = self._run(batch, item)["log_likelihood"][0]
+            label = self.items["labels"][item].index(request.args[1].strip())
+            found.append((float(answers[item][label]), label == int(answers[item].argmax())))
         return found
 
     def _next_words(self, index: int, context: str, continuation: str) -> tuple[float, bool]:
@@ -180,6 +194,24 @@ def next_word_task(task: str, n: int) -> dict[str, Any]:
     }
 
 
+def choice_task(model: StepmarkLM, n: int) -> dict[str, Any]:
+    """lm-eval's description of the harness's first `n` questions with labels to choose from."""
+    from datasets import Dataset  # type: ignore[attr-defined]
+
+    data, items = load_split(model.bench.task.dataset, "test"), model.items
+    answers = dict(zip(data["text"], data["answer"], strict=True))
+    rows = [
+        {"item": i, "text": "".join([*lines, text]), "labels": labels, "answer": answers[text]}
+        for i, (lines, text, labels) in enumerate(
+            zip(items["demonstrations"], items["text"], items["labels"], strict=True)
+        )
+    ]
+    return _described(model.bench.task.id, Dataset.from_list(rows), "multiple_choice", "{{text}}", "answer") | {
+        "doc_to_choice": "labels",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+
+
 def whole_text_task(task: str, dataset: str, n: int) -> dict[str, Any]:
     """lm-eval's description of the first `n` texts of the test split: how likely is each?"""
     from datasets import Dataset  # type: ignore[attr-defined]
@@ -220,6 +252,9 @@ def evaluate(
     elif "prompt" in items:
         model.items = items
         described = track_task(model, n)
+    elif "labels" in items:
+        model.items = items
+        described = choice_task(model, n)
     elif task.startswith("learning/"):
         described = next_word_task(task, n)
     elif task.startswith("likelihood/"):
