@@ -186,6 +186,25 @@ def test_on_a_linear_flow_the_jump_is_exact() -> None:
     assert (nearest.run(session, batch, 4) - whole).abs().max() > 0.01
 
 
+def kept(keys: Tensor, queries: Tensor) -> float:
+    """Share of the squared norm of the queries that a jump along a linear trajectory keeps."""
+    landed = redi.combination(queries, keys, 0.5 * keys, redi.ReDi.neighbours)
+    return 1 - float((landed - 0.5 * queries).square().sum() / (0.5 * queries).square().sum())
+
+
+def test_in_64_dimensions_neighbours_span_what_shares_their_noise_and_half_of_what_does_not() -> None:
+    """Keys that begin with one noise and differ in a few directions span a query that does too. The nearest of 200 keys,
+    as many as there are of a digit, with noises of their own lose half of it.
+    """
+    draw = torch.Generator().manual_seed(0)
+    shared, content = torch.randn(64, generator=draw), torch.randn(8, 64, generator=draw)
+    keys, queries = (torch.randn(n, 8, generator=draw) @ content for n in (200, 50))
+    assert kept(shared + keys, shared + queries) > 0.999
+    own, asked = (torch.randn(n, 64, generator=draw) for n in (200, 50))
+    assert 10 / 64 < kept(own, asked) < 0.5
+    assert kept(own[:, :8], asked[:, :8]) > 0.999  # in the plane, or in few dimensions, they span everything
+
+
 # --- MMD fine-tuning -------------------------------------------------------------------------------------------------
 
 

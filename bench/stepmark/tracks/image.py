@@ -1057,7 +1057,7 @@ class Bands:
 class JumpMLP(nn.Module):
     """Mean velocity from time t to s < t at points of the plane: x_s = x_t - (t - s) u(x_t, t, s).
 
-    aware: whether it is told s. Without it, u is what a diffusion network gives a DDIM step: one direction for every s.
+    aware: whether it is told s. Without it, u is one direction for every s: the mean of the exact ones over s, as they are met.
     """
 
     def __init__(self, kinds: int, aware: bool, width: int = 128) -> None:
