@@ -243,6 +243,46 @@ def test_gradients_reach_every_step() -> None:
     assert torch.equal(plain.run(SimpleNamespace(networks={"teacher": network}), batch, 4), samples.detach())
 
 
+class Told(nn.Module):
+    """A noise prediction of two numbers, w x + b."""
+
+    prediction = "epsilon"
+
+    def __init__(self, w: float, b: float) -> None:
+        super().__init__()
+        self.w, self.b = (nn.Parameter(torch.tensor(value)) for value in (w, b))
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        return self.w * x + self.b
+
+
+def finetuned(student: nn.Module, rate: float, steps: int) -> None:
+    """Fine-tune on images N(0, 1/4), seen as they are."""
+    session = session_of("class_to_image/digits_eps")
+    session.networks["student"] = student
+    session.scale = lambda embedded, smoke: embedded
+    session.begin("prepare", 3)
+    method = mmd.MMDFinetuning()
+    method.rate, method.steps, method.tuned = rate, steps, 1
+    data = 0.5 * torch.randn(500, 4, generator=torch.Generator().manual_seed(2))
+    method.finetune(session, nn.Identity(), data, torch.zeros(500, dtype=torch.int64))
+
+
+def test_fine_tuning_learns_the_spread_and_leaves_alone_what_is_out_of_range() -> None:
+    """One step from noise: samples are (x - sigma (w x + b)) / alpha. Beyond the range they are clamped and pull nothing,
+    and no decay moves the weights either.
+    """
+    far = Told(0.5, -100.0)
+    finetuned(far, 0.1, 3)
+    assert (far.w.item(), far.b.item()) == (0.5, -100.0)
+    schedule, near = image.Schedule("epsilon"), Told(0.998, 0.0)
+    scale = [(1 - schedule.sigma(1.0) * near.w.item()) / schedule.alpha(1.0)]
+    finetuned(near, 1e-4, 60)
+    scale.append((1 - schedule.sigma(1.0) * near.w.item()) / schedule.alpha(1.0))
+    assert abs(scale[0] - 0.5) > 0.1
+    assert abs(scale[1] - 0.5) < 0.5 * abs(scale[0] - 0.5)
+
+
 # --- consistency distillation ----------------------------------------------------------------------------------------
 
 
