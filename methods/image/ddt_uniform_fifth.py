@@ -26,7 +26,6 @@ class DDTUniformFifth(Method):
         code="MCG-NJU/DDT",
     )
     tasks = ("class_to_image/digits_dit",)
-    baselines = ("ddt_every_step",)
 
     shared = 5  # steps for each run of the encoder
 

@@ -26,7 +26,6 @@ class TrailingFinetuned(Method):
         arxiv="2305.08891",
     )
     tasks = ("class_to_image/shades",)
-    baselines = ("ddim",)
 
     def networks(self, session: Session) -> dict[str, nn.Module]:
         return {"student": session.clone("teacher")}
