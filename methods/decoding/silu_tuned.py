@@ -16,7 +16,7 @@ from stepmark.tracks.decoding_models import write_greedily
 class SiluTuned(Method):
     """The dense target with its SiLU gates, trained on for the steps that relufication takes, on the same texts.
 
-    150 steps on completions of the train split with the optimiser and the rate of `relu_strikes_back`. Nothing is
+    450 steps on completions of the train split with the optimiser and the rate of `relu_strikes_back`. Nothing is
     skipped, so that a difference in quality is due to the activations and not to the texts.
     """
 
@@ -33,7 +33,7 @@ class SiluTuned(Method):
         chosen = list(zip(data["prompt"], data["target"], strict=True))[: session.scale(16_000, 8)]
         rows = [(encode(prompt), [*encode(target), EOS]) for prompt, target in chosen]
         stream = batches(rows, session.scale(1500, 150), session.seed)
-        for steps in (session.scale(50, 1), session.scale(100, 1)):
+        for steps in (session.scale(150, 1), session.scale(300, 1)):
             fit(
                 session.networks["student"],
                 session.progress,
