@@ -200,9 +200,7 @@ def test_pairs_from_elsewhere_cost_no_evaluation_and_are_what_they_say() -> None
 def test_augmentation_moves_colour_and_depth_alike() -> None:
     real = load_split("scenes16", "train")["x0"]
     whole = depth.augmented(real, generator(1), 16)
-    mirrored = torch.stack([torch.equal(a, b) for a, b in zip(whole.flip(3)[:, 3], real[:, 3], strict=True)] and [
-        (a - b).abs().max() < 1e-4 for a, b in zip(whole.flip(3), real, strict=True)
-    ])
+    mirrored = torch.stack([(a - b).abs().max() < 1e-4 for a, b in zip(whole.flip(3), real, strict=True)])
     same = torch.stack([(a - b).abs().max() < 1e-4 for a, b in zip(whole, real, strict=True)])
     assert (mirrored | same).all() and 30 < int(mirrored.sum()) < 70
     axis = torch.linspace(-0.9, 0.9, 16)
@@ -224,10 +222,10 @@ def rooms(n: int, seed: int) -> Tensor:
 
 
 def test_the_judge_learns_from_pairs_that_belong_together() -> None:
-    real, more = load_split("scenes16", "train")["x0"][:50], rooms(300, 9)
+    real, more = load_split("scenes16", "train")["x0"][:8], rooms(300, 9)
     torn = torch.cat([more[:, :3], more[:, 3:].roll(1, 0)], 1)
     held_out = load_split("scenes16", "test")["x0"][:300]
-    good, bad = (depth.errors(depth.trained_on(real, pairs, 1, 90), held_out) for pairs in (more, torn))
+    good, bad = (depth.errors(depth.trained_on(real, pairs, 1, 150), held_out) for pairs in (more, torn))
     assert good[0].mean() < 0.9 * bad[0].mean()
     assert good[1].mean() > bad[1].mean()
 
@@ -241,7 +239,7 @@ def test_the_judge_hangs_on_seed_and_pairs_alone() -> None:
     torch.manual_seed(2)
     again, other = (depth.trained_on(real, pairs, seed, 2).state_dict() for seed in (5, 6))
     assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["leave.weight" if "leave.weight" in first else next(iter(first))], next(iter(other.values())))
+    assert not any(torch.equal(first[name], other[name]) for name in first)
     moved = depth.trained_on(real, pairs.flip(3), 5, 2).state_dict()
     assert not all(torch.equal(first[name], moved[name]) for name in first)
 
@@ -303,7 +301,9 @@ def test_scores_resample_scenes_and_pair_methods(monkeypatch: pytest.MonkeyPatch
     for found in scores:
         assert set(found) == set(task.metrics)
         for one in found.values():
-            assert len(one.resamples) == 3 and one.resamples[0] == pytest.approx(one.value) == pytest.approx(one.resamples[2])
+            assert len(one.resamples) == 3 and one.resamples[0] == pytest.approx(one.value) == pytest.approx(
+                one.resamples[2]
+            )
     judge = real_training(load_split("scenes16", "train")["x0"], rooms(30, 1).clamp(-1, 1), asked[0][1], asked[0][2])
     squares, close = depth.errors(judge, load_split("scenes16", "test")["x0"][:1])
     assert scores[0]["rmse"].resamples[1] == pytest.approx(float(squares[0] ** 0.5), rel=1e-4)

@@ -45,13 +45,15 @@ def _train(network: nn.Module, progress: Progress) -> dict[str, float]:
     real = load_split("scenes16", "train")
     both = torch.cat([real["x0"], real["x0"].flip(3)])
     data = {"x0": both, "condition": real["condition"].repeat(2)}
-    report = train_denoiser(network, data, STEPS, 701, progress, ema=0.999, drop=0.0, clip=1.0)
+    report = train_denoiser(network, data, STEPS, 701, progress, batch=32, drop=0.0, clip=1.0)
     held_out = load_split("scenes16", "test")["x0"][:400]
     return report | {"loss_train": noise_loss(network, both), "loss_held_out": noise_loss(network, held_out)}
 
 
-STEPS = 3000
+STEPS = 1200
 
 RECIPES: dict[str, Recipe] = {
-    "scenes16_rgbd": Recipe(partial(network_of, 4), _train, "scenes16, DDPM UNet of colour and depth (noise prediction)"),
+    "scenes16_rgbd": Recipe(
+        partial(network_of, 4), _train, "scenes16, DDPM UNet of colour and depth (noise prediction)"
+    ),
 }

@@ -9,6 +9,7 @@ than. Pairs from a network cost its evaluations; pairs from elsewhere cost none.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from itertools import pairwise
 
@@ -200,7 +201,9 @@ def trained_on(real: Tensor, pairs: Tensor, seed: int, steps: int = STEPS) -> De
         torch.manual_seed(seed)
         network = DepthNetwork()
     optimiser = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.01)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps, pct_start=0.1)
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda k: min((k + 1) / 20, 0.5 + 0.5 * math.cos(math.pi * k / steps))
+    )
     with torch.enable_grad():
         for _ in range(steps):
             rows = [torch.randint(len(part), (BATCH // 2,), generator=draw) for part in (real, pairs)]
