@@ -102,10 +102,16 @@ def edge_agreement(pairs: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sample_pairs(network: nn.Module, noise: Tensor, condition: Tensor, steps: int) -> Tensor:
-    """Pairs [B, 4, H, W] from noise in equal DDIM steps, colour and depth together; one evaluation each."""
+    """Pairs [B, 4, H, W] from noise in equal DDIM steps, colour and depth together; one evaluation each.
+
+    Predictions are kept to the range of the data at every step (Ho et al. 2020): close to pure noise a small error of the
+    predicted noise is a large one of the pair.
+    """
     denoise, x = Denoiser(network, condition), noise
+    schedule = denoise.schedule
     for t, s in pairwise(uniform_times(steps)):
-        x = ddim_step(denoise.schedule, *denoise(x, t), s)
+        x0 = denoise(x, t)[0].clamp(-1, 1)
+        x = ddim_step(schedule, x0, (x - schedule.alpha(t) * x0) / schedule.sigma(t), s)
     return x
 
 
@@ -148,6 +154,7 @@ class DepthNetwork(nn.Module):
         self.fine = nn.Sequential(_conv(13, width), nn.ReLU(), _conv(width, width), nn.ReLU())
         self.coarse = nn.Sequential(_conv(width, 2 * width, 2), nn.ReLU(), _conv(2 * width, 2 * width), nn.ReLU())
         self.room = nn.Linear(2 * width * 16, 2 * width)
+        nn.init.normal_(self.room.weight, std=0.3 / (width * 16) ** 0.5)
         self.back = nn.Sequential(_conv(3 * width, width), nn.ReLU(), _conv(width, 4))
 
     def forward(self, colour: Tensor) -> Tensor:
@@ -160,7 +167,9 @@ class DepthNetwork(nn.Module):
 
 
 def _conv(enter: int, leave: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(enter, leave, 3, stride, 1)
+    made = nn.Conv2d(enter, leave, 3, stride, 1)
+    nn.init.kaiming_normal_(made.weight)  # it learns for moments only, and has to start well
+    return made
 
 
 def log_metres(depth: Tensor) -> Tensor:
