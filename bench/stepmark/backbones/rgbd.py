@@ -20,7 +20,7 @@ def network_of(channels: int, seed: int = 700) -> ConditionalUNet:
     """An untrained network of pictures [B, channels, 16, 16], predicting noise; nothing is named by a condition."""
     with torch.random.fork_rng(devices=[]):  # diffusers draws initial weights from the global stream
         torch.manual_seed(seed)
-        return ConditionalUNet(16, channels, (16, 32), 1, "epsilon", patch=2)
+        return ConditionalUNet(16, channels, (32, 64), 1, "epsilon", patch=2, attention=True)
 
 
 @torch.no_grad()
@@ -45,12 +45,12 @@ def _train(network: nn.Module, progress: Progress) -> dict[str, float]:
     real = load_split("scenes16", "train")
     both = torch.cat([real["x0"], real["x0"].flip(3)])
     data = {"x0": both, "condition": real["condition"].repeat(2)}
-    report = train_denoiser(network, data, STEPS, 701, progress, batch=32, drop=0.0, clip=1.0)
+    report = train_denoiser(network, data, STEPS, 701, progress, ema=0.999, drop=0.0, clip=1.0)
     held_out = load_split("scenes16", "test")["x0"][:400]
     return report | {"loss_train": noise_loss(network, both), "loss_held_out": noise_loss(network, held_out)}
 
 
-STEPS = 1200
+STEPS = 6000
 
 RECIPES: dict[str, Recipe] = {
     "scenes16_rgbd": Recipe(
