@@ -1,7 +1,7 @@
 """Track image, task of training data: how good a depth network do generated pairs of colour and depth make?
 
 A method returns pairs [B, 4, 16, 16]: red, green, blue and depth. It is judged by what can be learned from them: a small
-depth network is trained on 200 real pairs and the method's, half of every batch each, and its error on held-out real
+depth network is trained on 100 real pairs and the method's, half of every batch each, and its error on held-out real
 scenes is the score. How long it learns, from which first weights and in which order hangs on the seed alone, so that
 methods differ in their pairs and in nothing else. Real pairs themselves, given once more, are what no method must do worse
 than. Pairs from a network cost its evaluations; pairs from elsewhere cost none.
@@ -30,7 +30,7 @@ TASKS = (
     Task(
         id="training_pairs/scenes16",
         version=1,
-        summary="Pairs of colour and depth to train a depth network on, from a model of 200 real pairs",
+        summary="Pairs of colour and depth to train a depth network on, from a model of 100 real pairs",
         dataset="scenes16",
         backbones={"teacher": "scenes16_rgbd"},
         reference="teacher",
