@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from functools import lru_cache
 from types import SimpleNamespace
@@ -532,16 +533,16 @@ def test_harp_mixes_clean_logits_with_those_of_the_dropped_embeddings() -> None:
     for seed in range(4):
         model, prompt, _ = truth_of(seed)
         session = session_of(model, seed)
-        got = run(harp(theta=1.5), session, [prompt], 20, 1000)[0]
+        got = run(harp(theta=1.5 / math.log(2)), session, [prompt], 20, 1000)[0]
         rng, tokens = torch.Generator().manual_seed(seed), list(prompt)
         with torch.no_grad():
             for token in got:
                 logits = model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
                 p = logits.softmax(-1)
-                if float(stats.entropy(p.double().numpy())) > 1.5:
+                if float(stats.entropy(p.double().numpy(), base=2)) > 1.5 / math.log(2):
                     embedded = model.model.embed_tokens(torch.tensor([tokens]))
                     kept = torch.rand(embedded.shape, generator=rng) >= 0.2
-                    other = model(inputs_embeds=embedded * kept / 0.8, use_cache=False).logits[0, -1]
+                    other = model(inputs_embeds=embedded * kept, use_cache=False).logits[0, -1]
                     logits, hesitated = (logits + other) / 2, hesitated + 1
                 assert token == int(logits.argmax())
                 tokens.append(token)

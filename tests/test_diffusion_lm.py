@@ -515,7 +515,6 @@ def test_the_thought_decoder_sees_a_window_and_its_own_vectors() -> None:
         assert float(difference[8:].max()) < 1e-5  # 2 layers x (window 4 - 1) words further, and no more
         moved = z.clone()
         moved[:, 1] += 1
-        assert float((losses(tokens, z) - losses(tokens, moved)).abs().amin()) >= 0
         assert float((losses(tokens, z) - losses(tokens, moved)).abs().amax((0, 2)).min()) > 0
     mean, log_std, noise = (0.3 * torch.randn(z.shape, generator=rng(s)) for s in (1, 2, 3))
     _, by_mean, by_std = decoder(tokens, mean, log_std, noise)

@@ -15,7 +15,7 @@ from stepmark.meter.counts import Ledger, count_flops, watch
 from stepmark.run import track_of
 from stepmark.session import Session
 from stepmark.tracks import image
-from stepmark.tracks.image import DecoupledDiT, euler_step, uniform_times
+from stepmark.tracks.image import DecoupledDiT, chosen_steps, euler_step, uniform_times
 
 torch.set_num_threads(1)
 
@@ -109,8 +109,6 @@ def test_a_kept_z_leaves_the_encoder_out_and_changes_nothing_at_the_same_point()
 
 def test_the_steps_are_the_best_there_are() -> None:
     """Against every choice there is, on similarities without any order in them."""
-    from stepmark.methods.image.ddt import chosen_steps
-
     similarity = torch.rand(8, 8, generator=torch.Generator().manual_seed(2))
     similarity.fill_diagonal_(1.0)
 
@@ -140,15 +138,45 @@ def test_similarity_is_the_mean_cosine_of_tokens() -> None:
     torch.testing.assert_close(similarity[0, 3], expected)
 
 
+@pytest.mark.parametrize(("rung", "equal"), [(16, [0, 5, 10]), (50, list(range(0, 50, 5))), (4, [0])])
+def test_a_fifth_of_the_encoders_run_wherever_the_steps_are_from(
+    rung: int, equal: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many at equal distances as by dynamic programming, so that the two are compared at one cost."""
+    session, batch = ddt_session(), batch_of(2)
+    network = session.networks["ddt"]
+    calls: list[int] = []
+    network.encoder[0].register_forward_hook(lambda *_: calls.append(len(taken)))
+    taken: list[Tensor] = []
+    step = image.euler_step
+    monkeypatch.setattr(image, "euler_step", lambda *given: taken.append(given[0]) or step(*given))
+    found = []
+    for name in ("ddt_uniform_fifth", "ddt_fifth"):
+        method = plugins.load_class(plugins.methods()[name])()
+        if name == "ddt_fifth":
+            monkeypatch.setattr(session, "scale", lambda embedded, smoke: (rung,) if smoke == (4,) else smoke)
+            session.begin("prepare", 4)
+            session.state = method.prepare(session)
+        session.begin("run", 1, 2 * rung)
+        calls.clear(), taken.clear()
+        method.run(session, batch, rung)
+        assert len(taken) == rung
+        found.append(list(calls))
+    assert found[0] == equal
+    assert len(found[1]) == len(equal) and found[1][0] == 0
+    assert found[1] == session.state[f"steps_{rung}"].tolist()
+
+
 def test_half_the_encoders_cost_less_than_three_quarters() -> None:
     ledger = Ledger()
     network = watch(ledger, "ddt", lively(DecoupledDiT(8, 1, 10)))
     batch, spent = batch_of(2), []
-    for steps in (range(8), range(0, 8, 2)):
+    for steps in (range(10), range(0, 10, 2), range(0, 10, 5)):
         with torch.no_grad(), count_flops(ledger, [network]) as flops:
-            image.sample_decoupled(network, batch["noise"], batch["condition"], 8, steps)
+            image.sample_decoupled(network, batch["noise"], batch["condition"], 10, steps)
         spent.append(flops.total)
     assert 0.6 < spent[1] / spent[0] < 0.75
+    assert 0.4 < spent[2] / spent[0] < 0.55
 
 
 def test_training_lowers_the_loss_and_aligns_encoder_tokens_to_the_clean_image(monkeypatch: pytest.MonkeyPatch) -> None:

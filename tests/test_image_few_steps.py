@@ -186,6 +186,25 @@ def test_on_a_linear_flow_the_jump_is_exact() -> None:
     assert (nearest.run(session, batch, 4) - whole).abs().max() > 0.01
 
 
+def kept(keys: Tensor, queries: Tensor) -> float:
+    """Share of the squared norm of the queries that a jump along a linear trajectory keeps."""
+    landed = redi.combination(queries, keys, 0.5 * keys, redi.ReDi.neighbours)
+    return 1 - float((landed - 0.5 * queries).square().sum() / (0.5 * queries).square().sum())
+
+
+def test_in_64_dimensions_neighbours_span_what_shares_their_noise_and_half_of_what_does_not() -> None:
+    """Keys that begin with one noise and differ in a few directions span a query that does too. The nearest of 200 keys,
+    as many as there are of a digit, with noises of their own lose half of it.
+    """
+    draw = torch.Generator().manual_seed(0)
+    shared, content = torch.randn(64, generator=draw), torch.randn(8, 64, generator=draw)
+    keys, queries = (torch.randn(n, 8, generator=draw) @ content for n in (200, 50))
+    assert kept(shared + keys, shared + queries) > 0.999
+    own, asked = (torch.randn(n, 64, generator=draw) for n in (200, 50))
+    assert 10 / 64 < kept(own, asked) < 0.5
+    assert kept(own[:, :8], asked[:, :8]) > 0.999  # in the plane, or in few dimensions, they span everything
+
+
 # --- MMD fine-tuning -------------------------------------------------------------------------------------------------
 
 
@@ -222,6 +241,46 @@ def test_gradients_reach_every_step() -> None:
     plain = module_of("ddim").DDIM()
     network.calls = 0
     assert torch.equal(plain.run(SimpleNamespace(networks={"teacher": network}), batch, 4), samples.detach())
+
+
+class Told(nn.Module):
+    """A noise prediction of two numbers, w x + b."""
+
+    prediction = "epsilon"
+
+    def __init__(self, w: float, b: float) -> None:
+        super().__init__()
+        self.w, self.b = (nn.Parameter(torch.tensor(value)) for value in (w, b))
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        return self.w * x + self.b
+
+
+def finetuned(student: nn.Module, rate: float, steps: int) -> None:
+    """Fine-tune on images N(0, 1/4), seen as they are."""
+    session = session_of("class_to_image/digits_eps")
+    session.networks["student"] = student
+    session.scale = lambda embedded, smoke: embedded
+    session.begin("prepare", 3)
+    method = mmd.MMDFinetuning()
+    method.rate, method.steps, method.tuned = rate, steps, 1
+    data = 0.5 * torch.randn(500, 4, generator=torch.Generator().manual_seed(2))
+    method.finetune(session, nn.Identity(), data, torch.zeros(500, dtype=torch.int64))
+
+
+def test_fine_tuning_learns_the_spread_and_leaves_alone_what_is_out_of_range() -> None:
+    """One step from noise: samples are (x - sigma (w x + b)) / alpha. Beyond the range they are clamped and pull nothing,
+    and no decay moves the weights either.
+    """
+    far = Told(0.5, -100.0)
+    finetuned(far, 0.1, 3)
+    assert (far.w.item(), far.b.item()) == (0.5, -100.0)
+    schedule, near = image.Schedule("epsilon"), Told(0.998, 0.0)
+    scale = [(1 - schedule.sigma(1.0) * near.w.item()) / schedule.alpha(1.0)]
+    finetuned(near, 1e-4, 60)
+    scale.append((1 - schedule.sigma(1.0) * near.w.item()) / schedule.alpha(1.0))
+    assert abs(scale[0] - 0.5) > 0.1
+    assert abs(scale[1] - 0.5) < 0.5 * abs(scale[0] - 0.5)
 
 
 # --- consistency distillation ----------------------------------------------------------------------------------------

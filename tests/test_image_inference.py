@@ -377,6 +377,30 @@ def test_only_a_schedule_that_ends_in_noise_gives_the_brightness_of_the_data() -
     assert spread[0] < 0.85 * spread[1]
 
 
+def test_the_control_is_trained_alike_but_for_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw for draw the same training and sampling: given the fixed schedule, the control is `zero_terminal_snr` itself."""
+    teacher, losses, samples = backbones.load("shades_eps"), [], []
+    assert torch.allclose(shades.flawed_signal(teacher), teacher.alphas_cumprod.sqrt())
+    monkeypatch.setattr(shades, "fit", lambda session, network, loss, *_, **options: losses.append((loss(), options)))
+    control, method = (module_of(name) for name in ("trailing_finetuned", "zero_terminal_snr"))
+
+    def both(plugin: Any) -> None:
+        session = session_of("class_to_image/shades", student=teacher)
+        session.begin("prepare", 7)
+        plugin.prepare(session)
+        session.begin("run", 7, 50)
+        samples.append(plugin.run(session, batch_of(10, (1, 8, 8), 3), 5))
+
+    both(control.TrailingFinetuned())
+    both(method.ZeroTerminalSNR())
+    monkeypatch.setattr(shades, "flawed_signal", shades.signal_of)
+    monkeypatch.setattr(control, "flawed_signal", shades.signal_of)
+    both(control.TrailingFinetuned())
+    assert torch.equal(samples[2], samples[1]) and losses[2] == losses[1]
+    assert not torch.allclose(samples[0], samples[1]) and losses[0][0] != losses[1][0]
+    assert losses[0][1] == losses[1][1]
+
+
 def test_pictures_of_shades_are_what_they_say() -> None:
     from stepmark.datasets import shades as data
 

@@ -6,16 +6,17 @@ import importlib
 from itertools import pairwise, permutations
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from stepmark import backbones
+from stepmark import backbones, plugins
 from stepmark.meter.counts import Ledger, watch
 from stepmark.method import Skip
 from stepmark.run import track_of
 from stepmark.session import Session
-from stepmark.tracks import image
+from stepmark.tracks import image, image_guided
 
 torch.set_num_threads(1)
 
@@ -32,7 +33,7 @@ guided, agd, noised, one_step, slim, naive, c2ot, ot_cfm, points, asbm, dsbm, cf
         "c2ot", "ot_cfm", "flow_matching_points", "asbm", "dsbm", "ddim_cfg",
     )
 )  # fmt: skip
-DIGITS, POINTS = "class_to_image/digits_flow", "sampling/mixtures_flow"
+DIGITS, GUIDED, POINTS = "class_to_image/digits_flow", "guided/digits_flow", "sampling/mixtures_flow"
 
 
 def session_of(task: str, method: Any = None, seed: int = 1) -> Session:
@@ -82,6 +83,82 @@ def test_a_guided_step_costs_two_and_is_that_of_the_formula() -> None:
     torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4)
     with pytest.raises(Skip):
         cfg.DDIMWithGuidance().run(session, batch, 1)
+
+
+class Pushed(nn.Module):
+    """The exact velocity of data N(0, 1/4), and one third of the condition on top: guidance of scale 3 adds all of it."""
+
+    prediction = "flow"
+
+    def null_condition(self, condition: Tensor) -> Tensor:
+        return torch.zeros_like(condition)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        return Gaussian()(x, t, condition) + condition.to(x.dtype).view(-1, *[1] * (x.dim() - 1)) / 3
+
+
+def test_the_guided_end_is_that_of_the_guided_ode() -> None:
+    """With s(t)^2 = (1 - t)^2 / 4 + t^2 the ode of `Pushed` is dx/dt = (s' / s) x + c: x(0) = x / 2 - c / 2 int 1 / s."""
+    x, condition = torch.randn(4, 1, 8, 8, dtype=torch.float64), torch.arange(4)
+    t = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
+    push = 0.5 * (1 / ((1 - t) ** 2 / 4 + t**2).sqrt()).mean()
+    exact = 0.5 * x - push * condition.view(-1, 1, 1, 1)
+    torch.testing.assert_close(image_guided.guided_endpoints(Pushed(), x, condition, 3.0), exact, rtol=2e-3, atol=2e-3)
+    plain = image_guided.guided_endpoints(Pushed(), x, condition, 1.0)
+    assert (plain - exact)[3].norm() > 1
+
+
+def test_who_ignores_guidance_ends_elsewhere_and_finer_steps_end_nearer() -> None:
+    """On the task itself: unguided Euler is no nearer with more steps, the guided sampler twice as near with twice as many."""
+    spec = track_of(GUIDED)[1]
+    batch = image_guided.inputs(spec, 10, torch.Generator().manual_seed(2), torch.device("cpu"))
+    assert batch["guidance"].tolist() == [3.0] * 10
+    networks, rows = {"classifier": backbones.load("digits_classifier")}, np.arange(10)[None]
+    euler, error = module_of("euler").Euler(), {}
+    for method in (cfg.DDIMWithGuidance(), euler):
+        for rung in (8, 16, 32):
+            session = session_of(GUIDED)
+            session.begin("run", 1, 10 * rung)
+            found = image_guided.score(spec, batch, method.run(session, batch, rung), networks, rows)["endpoint_error"]
+            assert found.resamples == pytest.approx([found.value])
+            error[type(method).__name__, rung] = found.value
+    own = {rung: error["DDIMWithGuidance", rung] for rung in (8, 16, 32)}
+    assert own[16] < 0.65 * own[8] and own[32] < 0.65 * own[16]
+    assert error["Euler", 32] > 0.9 * error["Euler", 8]
+    assert error["Euler", 32] > 4 * own[32]
+    exact = {"noise": batch["noise"], "condition": batch["condition"]}
+    ends = image_guided.guided_endpoints(backbones.load("digits_flow_a"), **exact, scale=3.0, steps=32)
+    coarse = image_guided.score(spec, batch, ends, networks, rows)["endpoint_error"].value
+    assert 0 < coarse < 0.2 * own[32]  # a reference with half of the steps stands where this one does
+
+
+@torch.no_grad()
+def test_each_item_is_guided_by_the_scale_that_it_asks_for() -> None:
+    session, batch = session_of(GUIDED), batch_of(6, (1, 8, 8), 10)
+    scale = torch.tensor([1.0, 3.0, 3.0, 5.0, 2.0, 0.0])
+    session.begin("run", 1, 48)
+    found = cfg.DDIMWithGuidance().run(session, batch | {"guidance": scale}, 8)
+    session.begin("run", 1)
+    for row in range(6):
+        x, condition = batch["noise"][row : row + 1], batch["condition"][row : row + 1]
+        denoise = image.Denoiser(session.networks["teacher"], condition, float(scale[row]))
+        for t, s in pairwise(image.uniform_times(4)):
+            x = image.ddim_step(denoise.schedule, *denoise(x, t), s)
+        torch.testing.assert_close(found[row : row + 1], x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "offset"), [("agd", 0), ("agd_noised_data", 0), ("guided_distillation", -1)])
+def test_students_are_told_the_scale_in_their_own_convention(name: str, offset: int) -> None:
+    """Adapters learn null + w (cond - null); distillation in two stages (1 + w) cond - w null."""
+    method = plugins.load_class(plugins.methods()[name])()
+    session, batch = session_of(GUIDED, method), batch_of(6, (1, 8, 8), 10)
+    told: list[Tensor] = []
+    for network in session.networks.values():
+        network.register_forward_pre_hook(lambda module, args: told.append(args[-1]))
+    session.begin("run", 1, 24)
+    method.run(session, batch | {"guidance": torch.arange(6.0)}, 4)
+    assert len(told) == 4
+    assert all(torch.equal(scale, torch.arange(6.0) + offset) for scale in told)
 
 
 @pytest.mark.parametrize("backbone", ["digits_flow_a", "digits_eps_a"])
@@ -156,10 +233,10 @@ def test_a_halved_student_is_trained_on_two_steps_of_its_predecessor(monkeypatch
 
 def test_untrained_adapters_change_nothing_and_only_they_can_learn() -> None:
     method, batch = agd.AGD(), batch_of(10, (1, 8, 8), 10)
-    session = session_of(DIGITS, method)
+    session = session_of(GUIDED, method)
     adapted = session.networks["adapted"]
     session.begin("run", 1, 40)
-    found = method.run(session, batch, 4)
+    found = method.run(session, batch | {"guidance": torch.full((10,), 3.0)}, 4)
     assert session.spent == 40
     session.begin("run", 1)
     assert torch.equal(found, module_of("ddim").DDIM().run(session, batch, 4))
@@ -175,7 +252,7 @@ def test_untrained_adapters_change_nothing_and_only_they_can_learn() -> None:
 def test_adapters_learn_guidance_on_the_states_of_guided_sampling() -> None:
     """The stored states are those of the guided sampler, and a few updates bring the network nearer to its output."""
     method = agd.AGD()
-    session, batch = session_of(DIGITS, method), batch_of(10, (1, 8, 8), 10)
+    session, batch = session_of(GUIDED, method), batch_of(10, (1, 8, 8), 10)
     scale = torch.full((10,), 3.0)
     teacher, adapted = session.networks["teacher"], session.networks["adapted"]
     x, t, condition, scales, target = agd.guided_trajectories(teacher, batch["noise"], batch["condition"], scale, 3)

@@ -114,7 +114,7 @@ def test_what_a_page_shows_is_described_and_escaped() -> None:
     assert 'cx="96.0"' in html  # what lies far out is drawn at the edge
 
 
-@pytest.mark.parametrize("method", ["speculative", "lookahead_decoding", "jacobi"])
+@pytest.mark.parametrize("method", ["speculative", "lookahead_decoding", "jacobi", "llmcad", "medusa"])
 def test_drafts_are_marked_as_the_decoder_judged_them(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

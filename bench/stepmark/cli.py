@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     found.add_argument("--no-timing", action="store_true", help="skip latency, memory and energy")
     found.add_argument("--again", action="store_true", help="run also what has a record already")
     found.add_argument(
-        "--via", choices=["lm-eval"], help="run decoding methods under lm-eval on the same tasks instead"
+        "--via", choices=["lm-eval"], help="run language methods under lm-eval on the same tasks instead"
     )
     found.add_argument("--limit", type=int, default=None, help="with --via: items per task")
     found.add_argument("--quiet", action="store_true", help="no table at the end")
@@ -396,28 +396,35 @@ def _run_cells(arguments: argparse.Namespace) -> int:
 
 
 def _run_lm_eval(arguments: argparse.Namespace) -> int:
+    from stepmark.method import Skip
     from stepmark.via_lm_eval import evaluate
 
-    known = plugins.tasks()
-    suited = [t for t, (track, task) in known.items() if track == "decoding" and t.startswith("greedy/")]
-    suited = [t for t in suited if known[t][1].dataset != "stories"]  # stories have no answer to match
-    tasks = arguments.task or suited
-    methods = arguments.method or [m.id for m in plugins.methods().values() if m.track == "decoding"]
-    rows: list[tuple[str, ...]] = [("task", "method", "rung", "exact_match", "target forwards", "items")]
-    for name in methods:
-        if name not in plugins.methods():
+    known, methods = plugins.tasks(), plugins.methods()
+    for name in arguments.method or []:
+        if name not in methods:
             raise KeyError(f"no method {name!r}; see: stepmark list methods")
-        for task in tasks:
-            if task not in suited:
-                raise ValueError(f"lm-eval scores answers: choose from {', '.join(suited)}")
-            if task not in plugins.methods()[name].tasks:
-                continue
+    for task in arguments.task or []:
+        if task not in known or known[task][0] not in {"decoding", "diffusion_lm"}:
+            raise ValueError(
+                f"lm-eval is for texts, and {task} has none: choose a task of track decoding or diffusion_lm"
+            )
+    tasks = arguments.task or [t for t, (track, _) in known.items() if track in {"decoding", "diffusion_lm"}]
+    rows: list[tuple[str, ...]] = [("task", "method", "rung", "metric", "value", "evaluations", "items")]
+    for name in arguments.method or methods:
+        for task in [t for t in tasks if t in methods[name].tasks]:
             for rung in arguments.rung or known[task][1].rungs[-1:]:
                 n = arguments.limit or known[task][1].items(arguments.tier)
-                found = evaluate(name, task, rung, n, arguments.device, arguments.tier)
-                match = found["results"][known[task][1].dataset]["exact_match,answer"]
-                forwards = found["counts"].get("target", 0.0) / n
-                rows.append((task, name, str(rung), f"{match:.3f}", f"{forwards:.1f} per item", str(n)))
+                try:
+                    found = evaluate(name, task, rung, n, arguments.device, arguments.tier)
+                except Skip as reason:
+                    rows.append((task, name, str(rung), "skipped", str(reason), "", str(n)))
+                    continue
+                (results,) = found["results"].values()
+                metric, value = next(
+                    (key.partition(",")[0], figure) for key, figure in results.items() if isinstance(figure, float)
+                )
+                forwards = "; ".join(f"{key} {count / n:.1f}" for key, count in found["counts"].items() if count)
+                rows.append((task, name, str(rung), metric, f"{value:.3f}", f"{forwards} an item", str(n)))
     print(_columns(rows, ""))
     return 0
 

@@ -1,16 +1,22 @@
-"""Decoding methods seen through EleutherAI's lm-eval: any method of the track as an `lm_eval.api.model.LM`.
+"""Language methods seen through EleutherAI's lm-eval: any method that writes or scores texts as an `lm_eval` LM.
 
     evaluate("speculative", "greedy/words", rung=32)["results"]["words"]["exact_match,answer"]
+    evaluate("remdm", "generation/stories64", rung=32)["results"]["generation/stories64"]["gen_ppl,none"]
 
-The tasks are built from Stepmark's own datasets in memory: no task files, no downloads. Greedy answers are the same
-as through the harness, which also counts here: `StepmarkLM.counts` holds the evaluations of every network.
+The tasks are built from Stepmark's own datasets in memory: no task files, no downloads. Questions with an answer become
+an ordinary lm-eval task, with exact match. Of other tasks the method gets the harness's own items, and lm-eval shows the
+metrics of the track; models that only tell the next word, or the likelihood of a text, are asked for those. Outputs are
+the same as through the harness, which also counts here: `StepmarkLM.counts` holds the evaluations of every network.
 Needs the extra `stepmark[lm-eval]`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from lm_eval.api.model import LM
 from torch import nn
@@ -21,30 +27,40 @@ from stepmark.run import Bench
 from stepmark.task import load_split
 from stepmark.tracks.decoding import MAX_NEW_TOKENS
 
+ANSWERED = ("sums", "words", "hops")  # datasets whose texts end in an answer
+
 
 class StepmarkLM(LM):
-    """A prepared method at one rung. Text in and out is space-separated words of Stepmark's vocabulary."""
+    """A prepared method at one rung. Text in and out is space-separated words of Stepmark's vocabulary.
 
-    def __init__(self, bench: Bench, rung: int, seed: int = 0) -> None:
+    items: the inputs of the harness; a request whose document has an "item" is answered for that one of them.
+    """
+
+    def __init__(self, bench: Bench, rung: int, seed: int = 0, items: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        self.bench, self.rung, self.seed = bench, rung, seed
+        self.bench, self.rung, self.seed, self.items = bench, rung, seed, items or {}
         self.counts: dict[str, float] = {}
+        self.outputs: dict[int, list[int]] = {}
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Continuations of the contexts, up to the first stop string of each request."""
         texts: list[str] = []
         size = self.bench.task.batch
         for index, start in enumerate(range(0, len(requests), size)):
-            arguments = [request.args for request in requests[start : start + size]]
-            most = MAX_NEW_TOKENS[self.bench.task.dataset]
-            batch = {
-                "prompt": [encode(context) for context, _ in arguments],
-                "max_new_tokens": [min(most, options.get("max_gen_toks") or most) for _, options in arguments],
-                "temperature": [float(options.get("temperature") or 0.0) for _, options in arguments],
-            }
-            outputs = self.bench.run(batch, self.rung, self.seed, index)
-            for name, figures in self.bench.ledger.snapshot().items():
-                self.counts[name] = self.counts.get(name, 0.0) + figures["evaluations"]
+            asked = requests[start : start + size]
+            arguments = [request.args for request in asked]
+            chosen = [request.doc["item"] for request in asked] if self.items else []
+            if self.items:
+                batch = {key: [values[i] for i in chosen] for key, values in self.items.items()}
+            else:
+                most = MAX_NEW_TOKENS[self.bench.task.dataset]
+                batch = {
+                    "prompt": [encode(context) for context, _ in arguments],
+                    "max_new_tokens": [min(most, options.get("max_gen_toks") or most) for _, options in arguments],
+                    "temperature": [float(options.get("temperature") or 0.0) for _, options in arguments],
+                }
+            outputs = self._run(batch, index)
+            self.outputs |= dict(zip(chosen, outputs, strict=bool(chosen)))
             for ids, (_, options) in zip(outputs, arguments, strict=True):
                 text = decode(ids)
                 for stop in options.get("until") or []:
@@ -52,17 +68,52 @@ class StepmarkLM(LM):
                 texts.append(text)
         return texts
 
+    def _run(self, batch: dict[str, Any], index: int) -> Any:
+        outputs = self.bench.run(batch, self.rung, self.seed, index)
+        for name, figures in self.bench.ledger.snapshot().items():
+            self.counts[name] = self.counts.get(name, 0.0) + figures["evaluations"]
+        return outputs
+
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log p(continuation | context), is it the greedy one) under the target: a lossless method changes neither."""
+        """(log p(continuation | context), is it the greedy one): of the target, which a lossless method does not change;
+        of the method itself where it tells next words or chooses between labels."""
+        if self.bench.task.id.startswith("learning/"):
+            return [self._next_words(index, *request.args) for index, request in enumerate(requests)]
+        if self.items:
+            return self._choices(requests)
         return [self._loglikelihood(encode(request.args[0]), encode(request.args[1])) for request in requests]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """log p(text) under the target, from its second word on: the vocabulary has no start token."""
+        """log p(text): where the method bounds likelihoods, the bound; else the target's, from its second word on, as the
+        vocabulary has no start token."""
         found = []
-        for request in requests:
+        for index, request in enumerate(requests):
             ids = encode(request.args[0])
-            found.append(self._loglikelihood(ids[:1], ids[1:])[0])
+            if self.bench.task.id.startswith("likelihood/"):
+                tokens = torch.tensor([ids], device=self.bench.device)
+                found.append(-float(self._run({"tokens": tokens}, index)[0]))
+            else:
+                found.append(self._loglikelihood(ids[:1], ids[1:])[0])
         return found
+
+    def _choices(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Log-likelihoods of whole lines, text and label, of which the method reads all those of an item at once."""
+        found, answers = [], {}
+        for request in requests:
+            item = request.doc["item"]
+            if item not in answers:
+                batch = {key: [values[item]] for key, values in self.items.items()}
+                answers[item] = self._run(batch, item)["log_likelihood"][0]
+            label = self.items["labels"][item].index(request.args[1].strip())
+            found.append((float(answers[item][label]), label == int(answers[item].argmax())))
+        return found
+
+    def _next_words(self, index: int, context: str, continuation: str) -> tuple[float, bool]:
+        before, words = encode(context), encode(continuation)
+        batch = {"context": [[*before, *words[:i]] for i in range(len(words))]}
+        logp = self._run(batch, index)
+        taken = logp.gather(1, torch.tensor(words, device=logp.device)[:, None])[:, 0]
+        return float(taken.sum()), bool((taken == logp.amax(1)).all())
 
     def _loglikelihood(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
         if not continuation:
@@ -99,23 +150,120 @@ def local_task(dataset: str, n: int) -> dict[str, Any]:
     }
 
 
+def track_task(model: StepmarkLM, n: int) -> dict[str, Any]:
+    """lm-eval's description of the harness's first `n` items, scored by the metrics of the track over all of them."""
+    from datasets import Dataset  # type: ignore[attr-defined]
+
+    task = model.bench.task
+    rows = [{"item": i, "text": decode(list(ids))} for i, ids in enumerate(model.items["prompt"])]
+    found: dict[str, float] = {}
+
+    def value(name: str, chosen: Sequence[int]) -> float:
+        if not found:
+            batch = {key: [values[i] for i in chosen] for key, values in model.items.items()}
+            outputs, whole = [model.outputs[i] for i in chosen], np.arange(len(chosen))[None]
+            scores = model.bench.track.score(task, batch, outputs, model.bench.judges(), whole)
+            found.update({name: score.value for name, score in scores.items()})
+        return found[name]
+
+    process: Callable[..., Any] = lambda doc, results: dict.fromkeys(task.metrics, doc["item"])  # noqa: E731
+    return _described(task.id, Dataset.from_list(rows), "generate_until", "{{text}}", "") | {
+        "generation_kwargs": {"until": [], "do_sample": False},
+        "process_results": process,
+        "metric_list": [
+            {"metric": name, "aggregation": partial(value, name), "higher_is_better": direction == "higher"}
+            for name, direction in task.metrics.items()
+        ],
+    }
+
+
+def next_word_task(task: str, n: int) -> dict[str, Any]:
+    """lm-eval's description of `n` stories of the test split, each cut at another word: how likely is that word?"""
+    from datasets import Dataset  # type: ignore[attr-defined]
+
+    data, rows = load_split("stories", "test"), []
+    for i, (prompt, target) in enumerate(zip(data["prompt"][:n], data["target"][:n], strict=True)):
+        words = target.split()
+        cut = 7 * i % len(words)
+        rows.append({"context": " ".join([prompt, *words[:cut]]), "word": words[cut]})
+    return _described(task, Dataset.from_list(rows), "loglikelihood", "{{context}}", "{{word}}") | {
+        "metric_list": [
+            {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+        ]
+    }
+
+
+def choice_task(model: StepmarkLM, n: int) -> dict[str, Any]:
+    """lm-eval's description of the harness's first `n` questions with labels to choose from."""
+    from datasets import Dataset  # type: ignore[attr-defined]
+
+    data, items = load_split(model.bench.task.dataset, "test"), model.items
+    answers = dict(zip(data["text"], data["answer"], strict=True))
+    rows = [
+        {"item": i, "text": "".join([*lines, text]), "labels": labels, "answer": answers[text]}
+        for i, (lines, text, labels) in enumerate(
+            zip(items["demonstrations"], items["text"], items["labels"], strict=True)
+        )
+    ]
+    return _described(model.bench.task.id, Dataset.from_list(rows), "multiple_choice", "{{text}}", "answer") | {
+        "doc_to_choice": "labels",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+
+
+def whole_text_task(task: str, dataset: str, n: int) -> dict[str, Any]:
+    """lm-eval's description of the first `n` texts of the test split: how likely is each?"""
+    from datasets import Dataset  # type: ignore[attr-defined]
+
+    rows = [{"text": text} for text in load_split(dataset, "test")["text"][:n]]
+    return _described(task, Dataset.from_list(rows), "loglikelihood_rolling", "", "{{text}}") | {
+        "metric_list": [{"metric": "word_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False}]
+    }
+
+
+def _described(task: str, rows: Any, output_type: str, text: str, target: str) -> dict[str, Any]:
+    return {
+        "task": task,
+        "custom_dataset": lambda **_: {"test": rows},
+        "test_split": "test",
+        "output_type": output_type,
+        "doc_to_text": text,
+        "doc_to_target": target,
+    }
+
+
 def evaluate(
     method: str, task: str, rung: int, n: int = 96, device: str = "cpu", tier: str = "embedded"
 ) -> dict[str, Any]:
-    """`lm_eval.simple_evaluate` of a method on the workload of a greedy task; adds "counts" (evaluations by network).
+    """`lm_eval.simple_evaluate` of a method on a task that it runs on; adds "counts" (evaluations by network).
 
-    Raises KeyError for an unknown method or task, ValueError for stories, which have no answer to match.
+    Raises:
+        KeyError: unknown method or task. ValueError: a task in which no text is written or scored.
     """
     import lm_eval
     from lm_eval.tasks import TaskManager
 
     bench = Bench(plugins.methods()[method], task, tier, device, show_progress=False)
-    if bench.task.dataset == "stories":
-        raise ValueError("stories have no answer; use sums, words or hops")
+    items = bench.inputs(n, 0)
     model = StepmarkLM(bench, rung)
+    if task.startswith("greedy/") and bench.task.dataset in ANSWERED:
+        described = local_task(bench.task.dataset, n)
+    elif "prompt" in items:
+        model.items = items
+        described = track_task(model, n)
+    elif "labels" in items:
+        model.items = items
+        described = choice_task(model, n)
+    elif task.startswith("learning/"):
+        described = next_word_task(task, n)
+    elif task.startswith("likelihood/"):
+        described = whole_text_task(task, bench.task.dataset, n)
+    else:
+        raise ValueError(f"{task} neither writes nor scores texts: lm-eval has nothing to ask")
     found = lm_eval.simple_evaluate(
         model=model,
-        tasks=[local_task(bench.task.dataset, n)],
+        tasks=[described],
         task_manager=TaskManager(include_defaults=False),
         bootstrap_iters=0,
         log_samples=True,

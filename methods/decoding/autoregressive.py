@@ -21,6 +21,8 @@ class Autoregressive(Method):
         "greedy/sums",
         "greedy/words",
         "greedy/hops",
+        "greedy/words_weak",
+        "greedy/hops_weak",
         "greedy/stories",
         "greedy/sums_deep",
         "greedy/words_deep",

@@ -59,7 +59,8 @@ class Diver(Method):
     candidates and falls out of the softmax, so it is not computed.
 
     Differs from the paper: a model of this size cannot be prompted into telling the input, so a copy of the target was
-    trained for seconds to do it, on beginnings of texts of the train split. Its passes count against the rung.
+    trained for seconds to do it, on beginnings of texts of the train split. Its passes count against the rung. The paper
+    cuts spans where candidates diverge again; that a span ends where the model is sure is the reading followed here.
     """
 
     paper = Paper(

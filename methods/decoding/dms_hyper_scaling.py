@@ -26,13 +26,13 @@ class DMS(Method):
     what it needs of it. In training the decision is relaxed to a_t = sigmoid((logit + noise) / tau) with logistic noise,
     log(1 - a_t) is added to the attention logits of queries w or more tokens later, and the loss is the divergence of the
     student's distribution from the target's own plus max(0, alpha - mean a), where alpha = 1 - 1 / ratio and the
-    ratio grows linearly from 1 to 8 over training (equations 3 and 4). When it runs, slots are really freed: heads hold
-    different numbers of tokens.
+    ratio grows linearly from 1 to 8 in the first 70 % of training and stays (equations 3 and 4). When it runs, slots are
+    really freed: heads hold different numbers of tokens.
 
     Differs from the paper: as in the authors' public recipe the model is frozen and only the small networks that decide
     are trained, reading a normalised h_t, not one neuron of the keys; divergence on the answers, all that the model was
-    trained to write; tau is larger and the steps fewer. Hyper-scaling, spending the saving on longer or more chains, is
-    not part of this task: what is judged is recall at a share of the bytes.
+    trained to write; tau is larger, the steps fewer and the window shorter, as texts are. Hyper-scaling, spending the
+    saving on longer or more chains, is not part of this task: what is judged is recall at a share of the bytes.
     """
 
     paper = Paper(

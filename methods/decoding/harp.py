@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,14 +18,16 @@ class HARP(Method):
 
     After every forward pass the Shannon entropy H of softmax(l1) is taken (equation 1). With H <= theta the token comes
     from l1 as ever. Else the model hesitates: entries of the input embeddings of the whole text are dropped with
-    probability delta and the others scaled by 1 / (1 - delta) (equation 2), a second pass over them gives l2, and the
-    token comes from beta l1 + (1 - beta) l2 (equation 3, algorithm 1). theta = 1 nat, delta = 0.2, beta = 0.5. At most
-    one more pass a token; the rest of the network is left as it is.
+    probability delta (equation 2), a second pass over them gives l2, and the token comes from beta l1 + (1 - beta) l2
+    (equation 3, algorithm 1). theta = 1 bit, delta = 0.2, beta = 0.5, and the entries that stay are not scaled up, as in
+    the official code. At most one more pass a token; the rest of the network is left as it is.
 
     The second pass runs over the whole text with a cache of its own, so that the clean keys and values stay clean. It
     counts as one forward, as the prefill does; its positions show in the FLOPs. A rung that is used up ends the text.
 
-    What limits it here: the target solves these tasks nearly always, so that there is little for a second thought to mend.
+    What limits it here: these models were trained without dropout and have 64 or 128 entries to a word, so that words
+    with a fifth of them gone are words they never met; numbers and names cannot be told apart by context, as the words
+    of ordinary text can. And where the target is sure, as that of four layers nearly always is, nothing happens.
     """
 
     paper = Paper(
@@ -33,18 +36,35 @@ class HARP(Method):
         authors="Romain Storaï, Seung-won Hwang",
         year=2024,
         arxiv="2412.07282",
+        code="romsto/HARP",
     )
-    tasks = ("greedy/words", "greedy/hops", "greedy/sums", "greedy/stories")
+    tasks = (
+        "greedy/words_weak",
+        "greedy/hops_weak",
+        "greedy/words",
+        "greedy/hops",
+        "greedy/sums",
+        "greedy/stories",
+    )
     baselines = ("autoregressive",)
     claims = (
         Claim(
-            "accuracy[harp,32] >= accuracy[autoregressive,32] and nfe[harp,32] <= 2 * nfe[autoregressive,32]",
-            says="no fewer right answers than greedy decoding, in at most twice the forwards",
+            "accuracy[harp,64] > accuracy[autoregressive,64] and nfe[harp,64] > nfe[autoregressive,64]",
+            says="more right answers than greedy decoding where the target is often wrong",
         ),
         Claim(
-            "accuracy[harp,24] > accuracy[autoregressive,24]",
-            says="more right answers where the target is often wrong",
-            task="greedy/hops",
+            "accuracy[harp,48] > accuracy[autoregressive,48] and nfe[harp,48] > nfe[autoregressive,48]",
+            says="the same on questions of several hops",
+            task="greedy/hops_weak",
+        ),
+        Claim(
+            "nfe[harp,64] <= 2 * nfe[autoregressive,64] and latency_ms[harp,64] <= 2 * latency_ms[autoregressive,64]",
+            says="in at most twice the forwards and the time: there is at most one second pass a token",
+        ),
+        Claim(
+            "accuracy[harp,32] >= accuracy[autoregressive,32] and nfe[harp,32] <= 1.05 * nfe[autoregressive,32]",
+            says="where the target is sure and right, nothing is lost and hardly a forward is added",
+            task="greedy/words",
         ),
     )
 
@@ -69,10 +89,11 @@ class HARP(Method):
         while True:
             log_p = logits.log_softmax(-1)
             spent = target.spent + reframed.spent
-            if -(log_p.exp() * log_p).sum() > self.theta and spent + 1 <= budget:
+            bits = -(log_p.exp() * log_p).sum() / math.log(2)
+            if bits > self.theta and spent + 1 <= budget:
                 embedded = reframed.embed(tokens)
                 kept = torch.rand(embedded.shape, generator=session.rng, device=target.device) >= self.delta
-                again = reframed.run(embedded * kept / (1 - self.delta), 0)
+                again = reframed.run(embedded * kept, 0)
                 logits = self.beta * logits + (1 - self.beta) * reframed.logits(again[:, -1:])[0]
             if temperature == 0:
                 tokens.append(int(logits.argmax()))

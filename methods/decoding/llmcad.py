@@ -13,7 +13,7 @@ from stepmark.session import Session
 from stepmark.tracks.decoding import Decoder
 
 # Nodes of a tree at most, tokens that one node may branch into, how likely a second one must be, the first threshold.
-NODES, WIDTH, BRANCH, ALPHA = 24, 3, 0.1, 0.1
+NODES, WIDTH, BRANCH, ALPHA = 24, 3, 0.3, 0.01
 
 
 class Tree:
@@ -41,17 +41,31 @@ class Tree:
         """The nodes from the root, left out, to this one."""
         return [*self.path(self.parents[node]), node] if node >= 0 else []
 
+    def leaves(self) -> list[int]:
+        """The last nodes of the branches."""
+        return sorted({*range(len(self.tokens))} - {*self.parents})
+
+    def behind(self, leaf: int) -> float:
+        """How many tokens the branch of a leaf lacks to its share by confidence (equation 1)."""
+        leaves = self.leaves()
+        tokens, confidence = sum(self.depths[each] for each in leaves), sum(self.sure[each] for each in leaves)
+        return tokens * self.sure[leaf] / confidence - self.depths[leaf]
+
 
 class LLMCad(Method):
     """LLMCad: the target is asked as seldom as can be, a small model in memory writes trees of drafts meanwhile.
 
-    Tree (section 3.2): the branch of the greatest cumulative confidence, the product of the small model's p along it,
-    is written on by one token at a time; where further tokens are likely as well it branches. So confident stretches
-    grow deep and doubtful ones wide. One pass of the target checks all branches under a tree mask, and the longest
-    correct path is kept with the target's own next token: the output is greedy decoding's.
-    Fallback (section 3.3): drafting ends when the confidence of the best branch falls below a threshold,
+    Tree (section 3.2): a token of p >= 0.3 starts a branch of its own, the likeliest one always goes on. C_i, the product
+    of the small model's p along branch i, says how far it deserves to be written on, and the next token goes to the
+    branch that is furthest behind its share (equations 1 and 2), T_i being the tokens it has and M those of all:
 
-        T_c = max over branches of prod p < alpha
+        next = argmax over i of M C_i / sum C - T_i
+
+    So confident stretches grow deep and doubtful ones wide. One pass of the target checks all branches under a tree
+    mask, and the longest correct path is kept with the target's own next token: the output is greedy decoding's.
+    Fallback (section 3.3): drafting ends when the confidence of the best branch falls below a threshold, 0.01 at first,
+
+        T_c = max over branches of C_i < alpha
 
     the whole branch's and not one token's. After each check, with N_correct of the N_all tokens of the branch that
     matched best,
@@ -59,10 +73,11 @@ class LLMCad(Method):
         alpha <- alpha / 2                                    where all are correct
         alpha <- alpha 2^((N_all - N_correct) / N_all)        else
 
-    Differs from the paper: the pipeline of section 3.4 goes on drafting while the target's weights are read from
-    storage. It hides time and saves no target forward; here all weights lie in memory, so it is left out, and a target
-    forward stands for a reading of the weights. Trees have at most 24 nodes, for small texts; a node branches into at
-    most 3 tokens of p >= 0.1.
+    Differs from the paper: equation 3 prints the exponent alone for the second case, and the text divides alpha by a
+    mean confidence: 0.5, what the first case takes it to be, to the power of the wrong share is read here. The pipeline
+    of section 3.4 goes on drafting while the target's weights are read from storage. It hides time and saves no target
+    forward; here all weights lie in memory, so it is left out, and a target forward stands for a reading of the weights.
+    Trees have at most 24 nodes, for small texts.
     """
 
     paper = Paper(
@@ -139,30 +154,27 @@ class LLMCad(Method):
         """A tree of drafts after a text, at most `most` tokens deep."""
         tree = Tree()
         p = small.forward(tokens[small.length :], last=1)[0].softmax(-1)
-        leaves = {-1}
-        while True:
-            best = max(leaves, key=lambda leaf: tree.sure[leaf] if leaf >= 0 else 1.0)
-            depth, room = (tree.depths[best] if best >= 0 else 0), NODES - len(tree.tokens)
-            confidence = tree.sure[best] if best >= 0 else 1.0
-            if confidence < alpha or depth >= most or room == 0 or (best >= 0 and tree.tokens[best] == small.eos):
-                return tree
-            if best >= 0:
-                slot = tree.slots[best] = small.length + len(tree.slots)
-                mask = torch.zeros(1, slot + 1, dtype=torch.bool, device=small.device)
-                mask[0, : small.length] = True
-                mask[0, [tree.slots[node] for node in tree.path(best)]] = True
-                at = torch.tensor([small.length + depth - 1], device=small.device)
-                p = small.logits(small.run(small.embed([tree.tokens[best]]), slot, None, at, mask))[0].softmax(-1)
-            leaves.remove(best)
-            before = len(tree.tokens)
-            tree.add(best, p, room)
-            leaves |= set(range(before, len(tree.tokens)))
+        if most > 0 and alpha <= 1:
+            tree.add(-1, p, NODES)
+        while leaves := tree.leaves():
+            going = [leaf for leaf in leaves if tree.depths[leaf] < most and tree.tokens[leaf] != small.eos]
+            best, room = max(leaves, key=tree.sure.__getitem__), NODES - len(tree.tokens)
+            if tree.sure[best] < alpha or best not in going or room == 0:
+                break
+            node = max(going, key=tree.behind)
+            slot = tree.slots[node] = small.length + len(tree.slots)
+            mask = torch.zeros(1, slot + 1, dtype=torch.bool, device=small.device)
+            mask[0, : small.length] = True
+            mask[0, [tree.slots[each] for each in tree.path(node)]] = True
+            at = torch.tensor([small.length + tree.depths[node] - 1], device=small.device)
+            p = small.logits(small.run(small.embed([tree.tokens[node]]), slot, None, at, mask))[0].softmax(-1)
+            tree.add(node, p, room)
+        return tree
 
     @staticmethod
     def length_of_best(tree: Tree, last: int) -> int:
         """Tokens of the branch that matched best: the surest of those that go through the last node kept."""
-        ends = set(range(len(tree.tokens))) - set(tree.parents)
-        through = [node for node in ends if last < 0 or last in tree.path(node)]
+        through = [node for node in tree.leaves() if last < 0 or last in tree.path(node)]
         return tree.depths[max(through, key=lambda node: tree.sure[node])] if through else 0
 
     @staticmethod

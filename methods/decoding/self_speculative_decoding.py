@@ -40,8 +40,9 @@ class SelfSpeculativeDecoding(Method):
 
     Differs from the paper: f is not wall time but a count, so that the search can be repeated bit for bit: evaluations
     of the target per token, as the budget counts them. There a layer counts whole once one of its two sub-layers runs,
-    so that masks pay that skip both; candidates therefore include flips of whole layers. gamma starts anew with
-    every prompt.
+    so that masks pay that skip both; candidates therefore include flips of whole layers. The search tries fewer masks
+    on fewer prompts. gamma starts anew with every prompt; it moves after every step, while the official code leaves it
+    where AR is high and the draft was as long as it may be.
     """
 
     paper = Paper(

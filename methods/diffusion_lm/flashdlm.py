@@ -21,9 +21,11 @@ class FlashDLM(Method):
     reads the draft once, and the words up to the first that it would not have written are unmasked, at least one; the
     guide supplies no word. The guide's passes are counted beside the budget, in FLOPs and in time.
 
-    The rule is the default of the official code: greedy agreement, whole draft, cache up to the last clean word. Differs from
-    the paper: the guide is as large as the diffusion model, where theirs is a fifth of it; where the budget of a rung
-    ends, the last evaluation keeps the whole draft.
+    Greedy agreement and the draft of all masks are the official code's default. Of its caches the one up to the last
+    clean word is used, which there is an option; its default keeps the prompt's alone.
+
+    Differs from the paper: the guide is as large as the diffusion model, where theirs is a fifth of it; where the budget
+    of a rung ends, the last evaluation keeps the whole draft.
     """
 
     paper = Paper(

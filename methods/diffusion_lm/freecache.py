@@ -22,6 +22,9 @@ class FreeCache(Method):
     before. Words written behind a gap run on. What a kept word would have answered to words written since is missed:
     the approximation. It saves positions and FLOPs, not steps.
 
+    Differs from the paper: keys and values are kept from the step in which a word joins the clean beginning, word by
+    word, where the authors fix them block by block.
+
     What limits it here: texts are short, and words written behind a gap still run, until the gap is closed.
     """
 

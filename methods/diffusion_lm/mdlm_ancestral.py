@@ -14,8 +14,8 @@ class MDLMAncestral(Method):
     """MDLM: masks are replaced at random times by draws from the model, and a word once written stays.
 
     From t to s < t, alpha = 1 - t, each mask is replaced with probability (t - s) / t by a word drawn from the model's
-    distribution at its position; the mask itself has probability 0 there and visible words are carried over (equations
-    7 and 9, the SUBS parameterisation). The model does not see t, so that a step in which no mask of a text moves needs
+    distribution at its position (equation 7); the mask itself has probability 0 there and visible words are carried over
+    (section 3.2.3, the SUBS parameterisation). The model does not see t, so that a step in which no mask of a text moves needs
     no evaluation: the paper's cache. Which masks move is drawn first here, so that the evaluation is not only kept for
     later but never made; a text costs at most as many evaluations as it has words.
 

@@ -49,12 +49,14 @@ class ReMDM(Method):
             says="the texts stay varied",
         ),
         Claim(
-            "gen_ppl[remdm,16] < gen_ppl[mdlm_nucleus,16] and gen_ppl[remdm,32] < gen_ppl[mdlm_nucleus,32]",
-            says="with fewer steps than words its texts are better too",
+            "gen_ppl[remdm,16] < gen_ppl[mdlm_nucleus,16] and gen_ppl[remdm,32] < gen_ppl[mdlm_nucleus,32] "
+            "and entropy[remdm,16] >= 0.9 * entropy[mdlm_nucleus,16]",
+            says="with fewer steps than words its texts are better too, and as varied",
         ),
         Claim(
-            "gen_ppl[remdm,256] < gen_ppl[forward_backward,256]",
-            says="better than the forward-backward corrector",
+            "gen_ppl[remdm,256] < gen_ppl[forward_backward,256] "
+            "and entropy[remdm,256] >= 0.9 * entropy[forward_backward,256]",
+            says="better than the forward-backward corrector, and as varied",
         ),
         Claim(
             "valid[remdm,256] > valid[remdm_cap,256] and valid[remdm,256] > valid[remdm_rescale,256]",

@@ -27,7 +27,7 @@ class AGDNoisedData(Method):
     images noised to the same times, x_t = (1 - t) x0 + t eps, as earlier distillation of guidance takes them, with the
     guided prediction at x_t as target,
 
-        loss = |eps_adapted(x_t, t, c, w) - eps_w(x_t, t, c)|^2,      w uniform in [1, 5].
+        loss = |eps_adapted(x_t, t, c, w) - eps_w(x_t, t, c)|^2,      w uniform in [1, 6].
 
     Guided sampling leaves the paths of noised data, and does so the further the larger w is.
     """
@@ -40,9 +40,9 @@ class AGDNoisedData(Method):
         arxiv="2503.07274",
         code="cristianpjensen/agd",
     )
-    tasks = ("class_to_image/digits_flow",)
+    tasks = ("guided/digits_flow",)
 
-    trajectories, length, scales, scale = 1000, 20, (1.0, 5.0), 1.3
+    trajectories, length, scales = 1000, 20, (1.0, 6.0)
     batch, steps, rate = 64, 1500, 2e-3
 
     def networks(self, session: Session) -> dict[str, nn.Module]:
@@ -72,9 +72,8 @@ class AGDNoisedData(Method):
 
     @torch.no_grad()
     def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> Tensor:
-        adapted, x = session.networks["adapted"], batch["noise"]
+        adapted, x, scale = session.networks["adapted"], batch["noise"], batch["guidance"]
         schedule = schedule_of(adapted)
-        scale = torch.full((len(x),), self.scale, dtype=x.dtype, device=x.device)
         for t, s in pairwise(uniform_times(rung)):
             output = adapted(x, torch.full_like(scale, schedule.network_time(t)), batch["condition"], scale)
             x = ddim_step(schedule, *to_x0_eps(schedule.prediction, output, x, schedule.alpha(t), schedule.sigma(t)), s)

@@ -123,7 +123,10 @@ class AutoDiffusion(Method):
     Features are those of a small perceptron that learns to classify the training images in prepare (the metric's own
     classifier is out of reach). Other differences: populations and sample sizes are far smaller; the first generation
     holds the uniform and the quadratic schedule, mutants of the uniform one and random ones; rungs that are not
-    searched use uniform steps.
+    searched use uniform steps. Mutation has rate 0.25, as in the authors' runs, at first too, where theirs has 0.1, and
+    0.1 in the second stage; half of the children are mutants and three tenths crosses as in their search of schedules,
+    where that of layers has two tenths. There the share of layers that may go rises from generation to generation; here
+    it is none in the first stage and two layers in the second, drawn anew as a whole.
 
     What limits it here: a UNet of two levels with one block each has few layers to spare, and the fitness of 300 samples
     is a noisy guide, so that a searched schedule can be worse than equal steps.

@@ -33,6 +33,9 @@ class Boot(Method):
     level to reach; with a flow teacher y(eps, t) = eps - student(eps, t), which meets the boundary at t = 1 from the
     start. Levels t are uniform, delta is 1/16, and 1 / delta^2 is dropped with it, being constant.
 
+    Differs from the paper: a flow instead of a diffusion, so that the boundary is met at once; the teacher is
+    conditional and not guided; the loss has no weight over levels; a few hundred updates.
+
     One evaluation is made at every rung: more cannot help a map that starts from the noise.
     """
 

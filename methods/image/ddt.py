@@ -7,41 +7,14 @@ from torch import Tensor, nn
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import DecoupledDiT, fit_decoupled, sample_decoupled, state_similarity
-
-
-def chosen_steps(similarity: Tensor, count: int) -> list[int]:
-    """The `count` steps to recompute at, step 0 among them, that maximise the sum over steps i of S[i, last one <= i].
-
-    Dynamic programming (section 3.5): best[k][i] is the least loss of the first i steps with k recomputations, the last
-    of them at some j < i, so that best[k][i] = min over j of best[k-1][j] + sum of 1 - S[l, j] for l = j .. i - 1.
-    """
-    loss = (1 - similarity.double()).tolist()
-    steps, infinite = len(loss), float("inf")
-    spans = [[0.0] * (steps + 1) for _ in range(steps)]  # spans[j][i]: steps j .. i - 1 use the z of step j
-    for j in range(steps):
-        for i in range(j, steps):
-            spans[j][i + 1] = spans[j][i] + loss[i][j]
-    best = [[0.0] + [infinite] * steps]
-    origin: list[list[int]] = []
-    for _ in range(count):
-        reached = [
-            min((best[-1][j] + spans[j][i], j) for j in range(i)) if i else (infinite, 0) for i in range(steps + 1)
-        ]
-        best.append([value for value, _ in reached])
-        origin.append([j for _, j in reached])
-    chosen, end = [], steps
-    for places in reversed(origin):
-        end = places[end]
-        chosen.append(end)
-    return chosen[::-1]
+from stepmark.tracks.image import DecoupledDiT, chosen_steps, fit_decoupled, sample_decoupled, state_similarity
 
 
 class DDT(Method):
     """DDT: a diffusion transformer split into an encoder, which may be left out in some steps, and a decoder.
 
     The encoder (4 of 6 blocks) turns x_t, time and class into z, the decoder draws the velocity from x_t and z, by which
-    each of its tokens is modulated (equations 9 to 12):
+    each of its tokens is modulated (equations 2 to 5):
 
         z_t = Encoder(x_t, t, y),   v_t = Decoder(x_t, t, z_t)
         loss = |v_t - (eps - x0)|^2 + 0.5 (1 - cos(h(encoder block 2), r(x0)))
@@ -49,7 +22,7 @@ class DDT(Method):
     where r are features of a self-supervised encoder of clean images. z changes slowly from step to step, so that half
     of the steps keep the z of an earlier one and run the decoder alone. Which ones is found by dynamic programming: the
     recomputed steps maximise the sum over all steps of the mean cosine between a step's own z and the one it is given,
-    S_ij, measured on 64 trajectories in prepare (section 3.5).
+    S_ij, measured on 64 trajectories in prepare (section 4.3, equations 6 to 8). `ddt_fifth` leaves out more.
 
     Differs from the paper: learned positions instead of rotary ones and layer norms instead of root mean squares; the
     features r come from a small convolutional network trained to fill in blanked patches, in place of DINOv2; no
@@ -75,10 +48,9 @@ class DDT(Method):
             "fd[ddt,50] <= 1.1 * fd[ddt_every_step,50] and flops[ddt,50] < 0.75 * flops[ddt_every_step,50]",
             says="the same with 50 steps",
         ),
-        Claim(
-            "fd[ddt,16] <= fd[ddt_uniform,16]", says="steps found by dynamic programming are no worse than equal ones"
-        ),
     )
+
+    shared = 2  # steps for each run of the encoder
 
     def networks(self, session: Session) -> dict[str, nn.Module]:
         data, kinds = session.train["x0"], 1 + int(session.train["condition"].max())
@@ -89,7 +61,7 @@ class DDT(Method):
         fit_decoupled(session, network)
         rungs = session.scale(session.task.rungs, session.task.smoke_rungs)
         similar = {rung: state_similarity(session, network, rung) for rung in rungs}
-        return {f"steps_{n}": torch.tensor(chosen_steps(s, max(1, n // 2))) for n, s in similar.items()}
+        return {f"steps_{n}": torch.tensor(chosen_steps(s, max(1, n // self.shared))) for n, s in similar.items()}
 
     @torch.no_grad()
     def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> Tensor:

@@ -14,7 +14,7 @@ class DDTUniform(Method):
     """DDT with uniform sharing: the encoder of the decoupled transformer runs in every other step.
 
     The network of `ddt`, trained in the same way; steps 0, 2, 4, ... recompute z, the others keep that of the step before.
-    What choosing the steps by dynamic programming is measured against.
+    `ddt` chooses its steps by dynamic programming; `ddt_uniform_fifth` leaves out more.
     """
 
     paper = Paper(

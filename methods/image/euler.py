@@ -32,6 +32,7 @@ class Euler(Method):
         "attributes_to_image/shapes32",
         "sampling/mixtures_flow",
         "search/digits",
+        "guided/digits_flow",
     )
 
     @torch.no_grad()

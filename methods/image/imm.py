@@ -52,13 +52,13 @@ def spread(time: Tensor, x: Tensor) -> Tensor:
 
 
 def push(network: nn.Module, x: Tensor, t: Tensor, s: Tensor, condition: Tensor) -> Tensor:
-    """f(x_t, t -> s) = x_t - (t - s) G(c_in x_t, t, s), the Euler-FM form: the identity where s = t (equation 11)."""
+    """f(x_t, t -> s) = x_t - (t - s) G(c_in x_t, t, s), the Euler-FM form: the identity where s = t (section 4.2)."""
     c_in = ((1 - t) ** 2 + t**2).rsqrt()
     return x - spread(t - s, x) * network(spread(c_in, x) * x, t, s, condition)
 
 
 def interpolate(x: Tensor, x0: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """DDIM(x_t, x0, t -> s) = (alpha_s - alpha_t sigma_s / sigma_t) x0 + (sigma_s / sigma_t) x_t (equation 5)."""
+    """DDIM(x_t, x0, t -> s) = (alpha_s - alpha_t sigma_s / sigma_t) x0 + (sigma_s / sigma_t) x_t (equation 11)."""
     ratio = spread(s / t, x)
     return (spread(1 - s, x) - spread(1 - t, x) * ratio) * x0 + ratio * x
 

@@ -37,6 +37,7 @@ class ParaStep(Method):
         authors="Wang, Li, Yu, Guo, Zhao",
         year=2025,
         arxiv="2505.14741",
+        code="sjtu-zhao-lab/ParaStep",
     )
     tasks = ("sampling/mixtures_eps", "class_to_image/digits_eps", "class_to_image/digits_eps_b")
     baselines = ("ddim",)

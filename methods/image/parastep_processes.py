@@ -23,8 +23,10 @@ class ParaStepProcesses(Method):
 
     so that all hold the same x again. In the first steps, taken one by one, worker 0 evaluates and sends.
 
-    Differs from the paper: DDIM steps only; the processes are on one machine. Stepmark starts them and counts their bytes
-    and evaluations.
+    Differs from the paper: DDIM steps only; the processes are on one machine. In the released code predictions go to worker
+    0 alone, which replays the round and broadcasts x, and every other worker guesses with the prediction that it made
+    itself in the round before; here all get all predictions and guess with the latest. There all evaluate the first steps,
+    which leaves nothing to send; here worker 0. Stepmark starts the processes and counts their bytes and evaluations.
     """
 
     paper = Paper(
@@ -33,6 +35,7 @@ class ParaStepProcesses(Method):
         authors="Wang, Li, Yu, Guo, Zhao",
         year=2025,
         arxiv="2505.14741",
+        code="sjtu-zhao-lab/ParaStep",
     )
     tasks = ("class_to_image/digits_eps",)
     baselines = ("ddim",)

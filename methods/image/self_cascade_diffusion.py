@@ -15,18 +15,19 @@ class SelfCascadeDiffusion(Method):
     """Self-cascade diffusion: a network adapts to twice its size by tiny feature upsamplers, everything else frozen.
 
     As in `self_cascade_free`, the small sample z_0, doubled and noised to t = 0.5, is where the large one starts. Here the
-    network also sees z_0 itself while it denoises: at every time t the clean z_0 passes through the frozen encoder, and
-    its features at each level correct those of the large image (section 3.4, equation 6)
+    network also sees z_0 itself while it denoises: at every time t the clean z_0 passes through the frozen network, and
+    its features at each level of the encoder correct those of the large image (section 3.4, equation 6)
 
         f_n <- f_n + phi_n(up(h_n), t)
 
     with h_n and f_n what leaves level n (and the middle block) for the small and the large image. Only the phi_n learn,
     some thousand parameters in all, by the network's own loss on a thousand large images, whose halves are their pivots.
     `FeatureUpsampler` and `Cascade` are in `bench/stepmark/tracks/image_cascade.py`. A large step is one row of a larger
-    network; what it costs is in the FLOPs.
+    network; what it costs is in the FLOPs, with the decoder's pass over z_0, whose outcome is thrown away.
 
     Differs from the paper: one doubling, pixels instead of latents, a flow instead of a diffusion. phi_n is one narrow
-    block instead of two, starts at zero and learns only the times that are sampled.
+    block instead of two, starts at zero and learns only the times that are sampled. It is used at all of them; the
+    released code goes without it in the last tenth of the timesteps.
     """
 
     paper = Paper(

@@ -29,7 +29,8 @@ class TimestepAligner(Method):
     mode). The last step, to the data, keeps its timestep. Sampling costs what DDIM costs.
 
     Differs: L is a function of one number, so it is minimised by Brent's bounded search on fixed states instead of 500
-    steps of Adam; step counts from 2 to 16 are tuned, others use their own timesteps.
+    steps of Adam from 1 on fresh ones, which know no bounds: tau / t stays within 0.7 and 1.2, and tau below 1; a tau that
+    lowers L by nothing is not taken; step counts from 2 to 16 are tuned, others use their own timesteps.
     """
 
     paper = Paper(

@@ -47,8 +47,9 @@ class ZeroTerminalSNR(Method):
             says="brightness is at most half as far from that of the data as with the flawed schedule and grid",
         ),
         Claim(
-            "w1_brightness[zero_terminal_snr,25] < w1_brightness[ddim,25] and fd[zero_terminal_snr,25] < fd[ddim,25]",
-            says="the grid alone does not mend it: the schedule must be fixed too",
+            "w1_brightness[zero_terminal_snr,25] < w1_brightness[trailing_finetuned,25] "
+            "and fd[zero_terminal_snr,25] < fd[trailing_finetuned,25]",
+            says="grid and further training alone do not mend it: the schedule must be fixed too",
         ),
     )
 

@@ -81,6 +81,42 @@ TASKS = (
         probe=1,
     ),
     Task(
+        id="greedy/words_weak",
+        version=1,
+        summary="Greedy decoding of word problems, 1-layer target that is often wrong",
+        dataset="words",
+        backbones={"target": "lm_draft"},
+        reference="target",
+        bounded=("target",),
+        unit="target forwards",
+        rungs=(16, 32, 64),
+        metrics={"accuracy": "higher", "exact_match": "higher", "first_divergence": "higher", "tokens": "higher"},
+        n=192,
+        batch=4,
+        seeds=1,
+        smoke_n=2,
+        smoke_rungs=(8,),
+        probe=1,
+    ),
+    Task(
+        id="greedy/hops_weak",
+        version=1,
+        summary="Greedy decoding of multi-hop answers, 1-layer target that is often wrong",
+        dataset="hops",
+        backbones={"target": "lm_draft"},
+        reference="target",
+        bounded=("target",),
+        unit="target forwards",
+        rungs=(12, 24, 48),
+        metrics={"accuracy": "higher", "exact_match": "higher", "first_divergence": "higher", "tokens": "higher"},
+        n=192,
+        batch=4,
+        seeds=1,
+        smoke_n=2,
+        smoke_rungs=(8,),
+        probe=1,
+    ),
+    Task(
         id="greedy/stories",
         version=1,
         summary="Greedy decoding of stories with a refrain, 4-layer target",
@@ -632,15 +668,20 @@ def steps_of(decode: Callable[[], Any], method: Any, spent: Callable[[], float])
 
     Returns: the new tokens, and what each step drafted and wrote; a step writes the kept part of its draft and one token
     more. Drafts are seen where `verify_greedy` or `verify_sampling` check them. Of several that are checked between two
-    evaluations, the one that is kept furthest counts; an evaluation after which none is checked wrote one token. [] where
-    the steps do not add up to the text, as of methods that check by other means.
+    evaluations, the one that is kept furthest counts; an evaluation after which none is checked wrote one token. A tree
+    is seen where one branch of it stays in the cache; its draft is that branch and then the tokens of other nodes. []
+    where the steps do not add up to the text, as of methods that check by other means.
 
     Args:
         decode: runs the method on a batch of one. spent: evaluations so far.
     """
     steps: list[Step] = []
+    trees: list[Step] = []  # without the token more
     times: list[float] = []
+    grown: list[float] = []
+    asked: dict[int, list[int]] = {}
     here, there = globals(), method.run.__globals__
+    embed, compact = Decoder.embed, KeyValueCache.compact
 
     def listening(verify: Callable[..., list[int]]) -> Callable[..., list[int]]:
         def heard(draft: Sequence[int], *rest: Any) -> list[int]:
@@ -654,6 +695,19 @@ def steps_of(decode: Callable[[], Any], method: Any, spent: Callable[[], float])
 
         return heard
 
+    def embedding(decoder: Decoder, ids: Sequence[int]) -> Tensor:
+        asked[id(decoder.cache)] = list(ids)
+        return embed(decoder, ids)
+
+    def compacting(cache: KeyValueCache, start: int, kept: Sequence[int]) -> None:
+        nodes, stay = asked.get(id(cache), []), [slot - start for slot in kept]
+        if not steps and stay[:1] == [0] and stay[-1] < len(nodes) and (not grown or spent() > grown[-1]):
+            grown.append(spent())  # a draft model's own cache, which follows, is no step
+            branch = [nodes[node] for node in stay[1:]]
+            others = dict.fromkeys(nodes[node] for node in range(1, len(nodes)) if node not in stay)
+            trees.append(([*branch, *others], branch))
+        compact(cache, start, kept)
+
     before = [
         (names, key, value)
         for names in (here, there)
@@ -663,14 +717,26 @@ def steps_of(decode: Callable[[], Any], method: Any, spent: Callable[[], float])
     try:
         for names, key, value in before:
             names[key] = listening(value)
+        Decoder.embed, KeyValueCache.compact = embedding, compacting  # type: ignore[method-assign]
         written: list[int] = list(decode()[0])
     finally:
         for names, key, value in before:
             names[key] = value
-    for found in (steps, list(_filled(written, steps, times))):
-        if [token for _, new in found for token in new][: len(written)] == written:
+        Decoder.embed, KeyValueCache.compact = embed, compact  # type: ignore[method-assign]
+    for found in (list(_branches(written, trees)), steps, list(_filled(written, steps, times))):
+        if found and [token for _, new in found for token in new][: len(written)] == written:
             return written, found
     return written, []
+
+
+def _branches(written: list[int], trees: Sequence[Step]) -> Iterable[Step]:
+    """The steps of trees: after the token of the prompt's own forward, each branch and the target's token after it."""
+    if trees:
+        yield [], written[:1]
+    at = 1
+    for draft, branch in trees:
+        yield draft, (branch + written[at + len(branch) : at + len(branch) + 1])[: len(written) - at]
+        at += len(branch) + 1
 
 
 def _filled(written: list[int], steps: Sequence[Step], times: Sequence[float]) -> Iterable[Step]:

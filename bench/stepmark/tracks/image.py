@@ -920,6 +920,34 @@ def state_similarity(session: Session, network: nn.Module, steps: int) -> Tensor
     return torch.einsum("ind,jnd->ij", unit, unit) / unit.shape[1]
 
 
+def chosen_steps(similarity: Tensor, count: int) -> list[int]:
+    """The `count` steps to recompute at, step 0 among them, that maximise the sum over steps i of S[i, last one <= i].
+
+    Dynamic programming (Wang et al. 2025, section 4.3): best[k][i] is the least loss of the first i steps with k
+    recomputations, the last of them at some j < i, so that best[k][i] = min over j of best[k-1][j] + the sum of 1 - S[l, j]
+    for l = j .. i - 1.
+    """
+    loss = (1 - similarity.double()).tolist()
+    steps, infinite = len(loss), float("inf")
+    spans = [[0.0] * (steps + 1) for _ in range(steps)]  # spans[j][i]: steps j .. i - 1 use the z of step j
+    for j in range(steps):
+        for i in range(j, steps):
+            spans[j][i + 1] = spans[j][i] + loss[i][j]
+    best = [[0.0] + [infinite] * steps]
+    origin: list[list[int]] = []
+    for _ in range(count):
+        reached = [
+            min((best[-1][j] + spans[j][i], j) for j in range(i)) if i else (infinite, 0) for i in range(steps + 1)
+        ]
+        best.append([value for value, _ in reached])
+        origin.append([j for _, j in reached])
+    chosen, end = [], steps
+    for places in reversed(origin):
+        end = places[end]
+        chosen.append(end)
+    return chosen[::-1]
+
+
 # --- patch parallelism -------------------------------------------------------------------------------------------------
 
 
@@ -1057,7 +1085,7 @@ class Bands:
 class JumpMLP(nn.Module):
     """Mean velocity from time t to s < t at points of the plane: x_s = x_t - (t - s) u(x_t, t, s).
 
-    aware: whether it is told s. Without it, u is what a diffusion network gives a DDIM step: one direction for every s.
+    aware: whether it is told s. Without it, u is one direction for every s: the mean of the exact ones over s, as they are met.
     """
 
     def __init__(self, kinds: int, aware: bool, width: int = 128) -> None:

@@ -144,6 +144,31 @@ def finetune_v(session: Session, student: nn.Module) -> None:
     fit(session, student, loss, session.scale(5000, 4), rate=1e-3, ema=0.997, clip=1.0)
 
 
+def flawed_signal(network: nn.Module) -> Tensor:
+    """sqrt(abar) float64 [N]: the network's schedule as it is."""
+    schedule = schedule_of(network)
+    return schedule.alpha((torch.arange(schedule.steps, dtype=torch.float64) + 1) / schedule.steps)
+
+
+def finetune_flawed(session: Session, student: nn.Module) -> None:
+    """The training of `finetune_v`, draw for draw, on the schedule as it is: what further updates alone do."""
+    data, label = (session.train[key].to(session.device) for key in ("x0", "condition"))
+    signal = flawed_signal(session.networks["teacher"]).to(session.device)
+
+    def loss() -> Tensor:
+        rows = torch.randint(len(data), (128,), generator=session.rng, device=session.device)
+        index = torch.randint(len(signal), (128,), generator=session.rng, device=session.device)
+        eps = torch.randn(data[rows].shape, generator=session.rng, device=session.device)
+        dropped = torch.rand(128, generator=session.rng, device=session.device) < 0.15
+        condition = torch.where(dropped, student.null_condition(label[rows]), label[rows])
+        alpha = signal[index].float().view(-1, 1, 1, 1)
+        sigma = (1 - alpha.square()).sqrt()
+        target = from_x0_eps("v", data[rows], eps, alpha, sigma)
+        return (student(alpha * data[rows] + sigma * eps, index.float(), condition) - target).square().mean()
+
+    fit(session, student, loss, session.scale(5000, 4), rate=1e-3, ema=0.997, clip=1.0)
+
+
 def sample_v(
     network: nn.Module, signal: Tensor, x: Tensor, condition: Tensor, steps: int, guidance: float, share: float
 ) -> Tensor:
