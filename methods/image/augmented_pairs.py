@@ -17,7 +17,6 @@ class AugmentedPairs(Method):
     """
 
     tasks = ("training_pairs/scenes16",)
-    baselines = ("real_pairs_only",)
 
     def prepare(self, session: Session) -> dict[str, Tensor]:
         return {"pairs": session.train["x0"]}

@@ -16,7 +16,6 @@ class EnginePairs(Method):
     """
 
     tasks = ("training_pairs/scenes16",)
-    baselines = ("real_pairs_only",)
 
     def prepare(self, session: Session) -> dict[str, Tensor]:
         return {"pairs": session.train["engine"]}

@@ -16,7 +16,6 @@ class RealPairsOnly(Method):
     """
 
     tasks = ("training_pairs/scenes16",)
-    baselines = ()
 
     def prepare(self, session: Session) -> dict[str, Tensor]:
         return {"pairs": session.train["x0"]}
