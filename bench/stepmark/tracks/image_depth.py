@@ -151,11 +151,11 @@ class DepthNetwork(nn.Module):
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
-        self.fine = nn.Sequential(_conv(13, width), nn.ReLU(), _conv(width, width), nn.ReLU())
-        self.coarse = nn.Sequential(_conv(width, 2 * width, 2), nn.ReLU(), _conv(2 * width, 2 * width), nn.ReLU())
+        self.fine = nn.Sequential(_block(13, width), _block(width, width))
+        self.coarse = nn.Sequential(_block(width, 2 * width, 2), _block(2 * width, 2 * width))
         self.room = nn.Linear(2 * width * 16, 2 * width)
-        nn.init.normal_(self.room.weight, std=0.3 / (width * 16) ** 0.5)
-        self.back = nn.Sequential(_conv(3 * width, width), nn.ReLU(), _conv(width, 4))
+        self.back = nn.Sequential(_block(3 * width, width), nn.Conv2d(width, 4, 3, padding=1))
+        nn.init.zeros_(self.back[-1].weight)
 
     def forward(self, colour: Tensor) -> Tensor:
         patches = pixel_unshuffle(colour, 2)
@@ -166,10 +166,9 @@ class DepthNetwork(nn.Module):
         return pixel_shuffle(self.back(torch.cat([fine, interpolate(coarse, scale_factor=2.0)], 1)), 2) + 1
 
 
-def _conv(enter: int, leave: int, stride: int = 1) -> nn.Conv2d:
-    made = nn.Conv2d(enter, leave, 3, stride, 1)
-    nn.init.kaiming_normal_(made.weight)  # it learns for moments only, and has to start well
-    return made
+def _block(enter: int, leave: int, stride: int = 1) -> nn.Sequential:
+    """Normalised, as it learns for moments only: without, some first weights never get anywhere."""
+    return nn.Sequential(nn.Conv2d(enter, leave, 3, stride, 1), nn.GroupNorm(4, leave), nn.SiLU())
 
 
 def log_metres(depth: Tensor) -> Tensor:
