@@ -135,6 +135,9 @@ def of_outputs(inputs: Mapping[str, Any], outputs: Any) -> Shown | None:
         return None
     if outputs.ndim == 4 and outputs.shape[1] in {1, 3}:
         return _pictures(outputs[:IMAGES].detach().float().cpu().numpy())
+    if outputs.ndim == 4 and outputs.shape[1] == 4:  # colour, and depth below it
+        pairs = outputs[:IMAGES].detach().float().cpu().numpy()
+        return _pictures(np.concatenate([pairs[:, :3], pairs[:, 3:].repeat(3, 1)], 2))
     if outputs.ndim == 2 and outputs.shape[1] == 2:
         points = outputs[:POINTS].detach().double().cpu().tolist()
         classes = inputs["condition"][:POINTS].cpu().tolist() if "condition" in inputs else [0] * len(points)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 WEIGHTS = Path(__file__).parent / "weights"
-FAMILIES = ("unet", "dit", "classifier", "lm", "mdlm")
+FAMILIES = ("unet", "dit", "rgbd", "classifier", "lm", "mdlm")
 
 Progress = Callable[[Iterable[int], str], Iterable[int]]
 
