@@ -24,6 +24,9 @@ class MoeMamba(Method):
 
     Differs from the paper: width 64, 4 blocks and 8 experts for 512, 16 and 32; state size 8; 480 training steps. While
     it reads contexts no token is dropped, so that what a token gets does not hang on others.
+
+    What limits it here: with 480 steps each of eight experts sees an eighth of the words, and the stories of one grammar
+    hold little that needs more parameters than a Mamba block has; what is learned by steps counts for more.
     """
 
     paper = Paper(
