@@ -25,9 +25,9 @@ class D4DRGBD(Method):
     Differs from the paper: pictures of 16x16 of rendered rooms, a model of less than a million weights that has seen a
     hundred pairs and their mirror images, and DDIM, so that a pair is drawn in a few steps.
 
-    What limits it here: a hundred rooms are little to draw others from, and the network knows them nearly by heart (its loss
-    on them and on others is in the report of the backbone). The engine has exact depth and rooms that the real pairs lack,
-    and its style, at 16x16, is less far from the real one than a game's is from a photograph.
+    A hundred rooms are little to draw others from, and the network knows them nearly by heart (its loss on them and on
+    others is in the report of the backbone): what drawn pairs add lies between the real ones. Of engine pairs a thousand
+    different ones are mixed in, of drawn ones as many.
     """
 
     paper = Paper(
