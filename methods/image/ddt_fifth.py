@@ -18,6 +18,9 @@ class DDTFifth(Method):
     step's own z and the one it is given (section 4.3, equations 6 to 8). Network and training are those of `ddt`.
 
     With fewer than ten steps K is 1: the z of the first step serves all of them.
+
+    What limits it here: images of sixteen tokens have a z that changes so little between steps that it is nearly all the
+    same which of them renew it; the cosine of z is then a weak guide to what a stale one costs the image.
     """
 
     paper = Paper(
