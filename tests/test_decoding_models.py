@@ -138,7 +138,7 @@ def test_the_stages_of_relufication_come_in_turn(monkeypatch: pytest.MonkeyPatch
     )
     session.scale = lambda embedded, smoke: embedded
     cls().prepare(session)
-    assert seen == [(True, 50), (False, 100)]
+    assert seen == [(True, 150), (False, 300)]
 
 
 def test_topk_keeps_the_greatest() -> None:
