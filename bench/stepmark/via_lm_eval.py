@@ -12,7 +12,7 @@ Needs the extra `stepmark[lm-eval]`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -132,13 +132,7 @@ def local_task(dataset: str, n: int) -> dict[str, Any]:
 
     data = load_split(dataset, "test")
     rows = [{"prompt": p, "answer": a} for p, a in zip(data["prompt"][:n], data["answer"][:n], strict=True)]
-    return {
-        "task": dataset,
-        "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
-        "test_split": "test",
-        "output_type": "generate_until",
-        "doc_to_text": "{{prompt}}",
-        "doc_to_target": "{{answer}}",
+    return _described(dataset, Dataset.from_list(rows), "generate_until", "{{prompt}}", "{{answer}}") | {
         "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": MAX_NEW_TOKENS[dataset]},
         "filter_list": [
             {
@@ -150,8 +144,8 @@ def local_task(dataset: str, n: int) -> dict[str, Any]:
     }
 
 
-def track_task(model: StepmarkLM, n: int) -> dict[str, Any]:
-    """lm-eval's description of the harness's first `n` items, scored by the metrics of the track over all of them."""
+def track_task(model: StepmarkLM) -> dict[str, Any]:
+    """lm-eval's description of the items of a model, scored by the metrics of the track over all of them."""
     from datasets import Dataset  # type: ignore[attr-defined]
 
     task = model.bench.task
@@ -166,7 +160,9 @@ def track_task(model: StepmarkLM, n: int) -> dict[str, Any]:
             found.update({name: score.value for name, score in scores.items()})
         return found[name]
 
-    process: Callable[..., Any] = lambda doc, results: dict.fromkeys(task.metrics, doc["item"])  # noqa: E731
+    def process(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, int]:
+        return dict.fromkeys(task.metrics, doc["item"])
+
     return _described(task.id, Dataset.from_list(rows), "generate_until", "{{text}}", "") | {
         "generation_kwargs": {"until": [], "do_sample": False},
         "process_results": process,
@@ -177,11 +173,11 @@ def track_task(model: StepmarkLM, n: int) -> dict[str, Any]:
     }
 
 
-def next_word_task(task: str, n: int) -> dict[str, Any]:
-    """lm-eval's description of `n` stories of the test split, each cut at another word: how likely is that word?"""
+def next_word_task(task: str, dataset: str, n: int) -> dict[str, Any]:
+    """lm-eval's description of `n` texts of the test split, each cut at another word: how likely is that word?"""
     from datasets import Dataset  # type: ignore[attr-defined]
 
-    data, rows = load_split("stories", "test"), []
+    data, rows = load_split(dataset, "test"), []
     for i, (prompt, target) in enumerate(zip(data["prompt"][:n], data["target"][:n], strict=True)):
         words = target.split()
         cut = 7 * i % len(words)
@@ -194,8 +190,8 @@ def next_word_task(task: str, n: int) -> dict[str, Any]:
     }
 
 
-def choice_task(model: StepmarkLM, n: int) -> dict[str, Any]:
-    """lm-eval's description of the harness's first `n` questions with labels to choose from."""
+def choice_task(model: StepmarkLM) -> dict[str, Any]:
+    """lm-eval's description of the items of a model that are questions with labels to choose from."""
     from datasets import Dataset  # type: ignore[attr-defined]
 
     data, items = load_split(model.bench.task.dataset, "test"), model.items
@@ -251,12 +247,12 @@ def evaluate(
         described = local_task(bench.task.dataset, n)
     elif "prompt" in items:
         model.items = items
-        described = track_task(model, n)
+        described = track_task(model)
     elif "labels" in items:
         model.items = items
-        described = choice_task(model, n)
+        described = choice_task(model)
     elif task.startswith("learning/"):
-        described = next_word_task(task, n)
+        described = next_word_task(task, bench.task.dataset, n)
     elif task.startswith("likelihood/"):
         described = whole_text_task(task, bench.task.dataset, n)
     else:
