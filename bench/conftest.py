@@ -29,7 +29,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Co
 @pytest.fixture(scope="session")
 def results(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the suite writes its records."""
-    from stepmark.cli import results_folder
+    from stepmark.places import results_folder
 
     tier = pytestconfig.getoption("--tier")
     if given := pytestconfig.getoption("--results"):

@@ -1,10 +1,10 @@
 """Stepmark: how much quality does each inference step, millisecond, megabyte and joule buy?"""
 
-from stepmark.method import Claim, Method, Paper, skip
+from stepmark.method import Claim, Method, Paper, Variant, skip
 from stepmark.task import Task
 
 __version__ = "0.1.0"
-__all__ = ["Claim", "Method", "Paper", "Session", "Task", "skip"]
+__all__ = ["Claim", "Method", "Paper", "Session", "Task", "Variant", "skip"]
 
 
 def __getattr__(name: str) -> object:

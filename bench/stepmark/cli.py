@@ -11,21 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stepmark import __version__, plugins
+from stepmark.places import results_folder
 
 if TYPE_CHECKING:
     from stepmark.backbones.checkpoint import Choice
     from stepmark.record import Record
-
-
-def results_folder(tier: str) -> Path:
-    """Where records go by default: the published folder for tier embedded, a private one for smoke and hub.
-
-    Nobody else can run a record of a checkpoint folder again that lies here only: whoever publishes it says so.
-    """
-    root = plugins.checkout()
-    if root is None:
-        return Path("stepmark-results")
-    return root / "leaderboard" / "results" if tier == "embedded" else root / ".stepmark" / "results"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,8 +20,9 @@ from itertools import groupby
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+from stepmark.places import cache_folder
 from stepmark.record import Record, parse
-from stepmark.run import Cell, cache_folder, measured
+from stepmark.run import Cell, measured
 from stepmark.samples import SHOWN, Shown
 
 

@@ -1,6 +1,6 @@
-"""What the author of a plugin sees: `Method`, the `Paper` it comes from, the `Claim`s that paper makes.
+"""What the author of a plugin sees: `Method`, its `Variant`s, the `Paper` it comes from, the `Claim`s that paper makes.
 
-A method is one file, `methods/<track>/<id>.py`, holding one subclass of `Method`. Its class attributes are plain
+A method is one file, anywhere below `methods/<track>/`, holding one subclass of `Method`. Its class attributes are plain
 literals: listing, the site and the coverage table read them with `ast` and never import the plugin.
 """
 
@@ -42,6 +42,20 @@ class Claim:
     task: str | None = None
 
 
+class Variant:
+    """Another setting of a method, in the same file: a control or an ablation of its paper.
+
+    A variant is a method everywhere (id, records, claims, tables); on boards it stands under its paper. `overrides` are
+    plain literals for class attributes that the file defines; of `tasks`, `baselines` and `claims` those it names replace
+    the method's. Not named, `tasks` are the method's, `baselines` the method's without the variant itself, `claims` none.
+
+        variants = (Variant("ddt_every_step", says="the encoder runs in every step", shared=1),)
+    """
+
+    def __init__(self, id: str, says: str, **overrides: Any) -> None:
+        self.id, self.says, self.overrides = id, says, overrides
+
+
 class Skip(Exception):
     """Raised by `skip`: the method does not apply here. The reason is shown in the record and on the site."""
 
@@ -62,6 +76,7 @@ class Method:
     tasks: tuple[str, ...] = ()
     baselines: tuple[str, ...] = ()
     claims: tuple[Claim, ...] = ()
+    variants: tuple[Variant, ...] = ()
     ranks: int = 1  # processes in which `run` is called at once; they meet in `session.group`
 
     def networks(self, session: Session) -> dict[str, nn.Module]:

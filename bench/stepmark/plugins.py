@@ -17,19 +17,19 @@ import re
 import sys
 import types
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepmark.method import Claim, Method, Paper
+from stepmark.places import PACKAGE, checkout
 from stepmark.task import CHECKPOINT, Dataset, Task
 
 if TYPE_CHECKING:
     from stepmark.backbones.checkpoint import Made
 
-PACKAGE = Path(__file__).parent
 MOUNTS = ("methods", "datasets", "kernels", "leaderboard")
 METADATA = ("paper", "claims", "tasks")  # of a method: what is said about it, not what runs
 TRACK_CALLS = ("handles", "layers", "inputs", "check", "reference_call", "score")  # what the harness asks of a track
@@ -52,17 +52,16 @@ class MethodInfo:
     tasks: tuple[str, ...]
     baselines: tuple[str, ...]
     claims: tuple[Claim, ...]
+    base: str | None = None  # of a variant: the id of the method in whose file it stands
+    says: str = ""  # of a variant: what is different
+    overrides: dict[str, Any] = field(default_factory=dict)  # of a variant: attributes that replace the method's
 
     @property
     def title(self) -> str:
-        """First line of the docstring."""
+        """First line of the docstring; of a variant what it says."""
+        if self.says:
+            return self.says
         return self.doc.strip().splitlines()[0] if self.doc else self.id
-
-
-def checkout() -> Path | None:
-    """Root of the checkout this package runs from, or None when it runs from a wheel."""
-    root = PACKAGE.parent.parent
-    return root if (root / "pyproject.toml").exists() and (root / "methods").is_dir() else None
 
 
 def method_folders() -> list[Path]:
@@ -411,7 +410,8 @@ def source_digests(info: MethodInfo, task: Task) -> dict[str, str]:
     if path != whole:  # a part of a track uses what the track defines
         used = (identifiers(info.path) | identifiers(path)) - {"TASKS"}
         track = hashlib.sha256(f"{track} {code_digest(whole, used)}".encode()).hexdigest()
-    more = {"summary", "rungs", "smoke_rungs", "seeds"}
+    more = {"summary", "rungs", "smoke_rungs", "seeds", "module", "words", "checkpoint", "origin", "shown"}
+    more |= {"price", "absent", "untrained", "follows"}  # which the digests of the networks and inputs hold
     asked = {name: value for name, value in asdict(task).items() if name not in more}
     return {
         "method": code_digest(info.path),

@@ -35,6 +35,7 @@ from stepmark.distributed import SENT, Pool, device_of
 from stepmark.meter import energy, latency, machine, memory
 from stepmark.meter.counts import BudgetExceeded, Flops, Ledger, Traffic, count_flops, watch, watch_function
 from stepmark.method import Method, Skip
+from stepmark.places import cache_folder
 from stepmark.plugins import MethodInfo
 from stepmark.session import Session, derive_seed
 from stepmark.stats import bootstrap_indices
@@ -120,11 +121,6 @@ def digests(info: MethodInfo, task: Task) -> dict[str, str]:
     for role, backbone in sorted((task.backbones | task.judges).items()):
         found[f"backbone_{role}"] = backbones.digest(backbone)
     return found
-
-
-def cache_folder() -> Path:
-    """Where prepared states are kept: `$STEPMARK_CACHE`, else `~/.cache/stepmark`."""
-    return Path(os.environ.get("STEPMARK_CACHE") or Path.home() / ".cache" / "stepmark")
 
 
 def prepared_path(info: MethodInfo, task: Task, tier: str, device: torch.device) -> Path:

@@ -59,6 +59,17 @@ class Task:
         smoke_n, smoke_rungs: the same at tier smoke.
         probe: items of the call that is counted in FLOPs and audited.
         rounds, seconds: least rounds and seconds of the latency pass.
+
+    Tasks that are not literals of a track, but made from what somebody brings (`stepmark.hub`), say how they differ:
+        module: the module of inputs, check and score; "": the one whose TASKS holds the task.
+        words: options of the command line that choose it; "": --task ID.
+        checkpoint: sha256 of the networks that were brought: figures of two checkpoints are never compared. "": none.
+        origin: what was brought, in a line.
+        price: rows of a network that one evaluation takes.
+        absent: role -> why a method that asks for it is skipped, "*" for any other; {}: asking is a fault.
+        untrained: why nothing can be trained; "": there is a train split.
+        follows: the dataset whose settings methods keep to; "": its own.
+        shown: whether outputs are kept to look at.
     """
 
     id: str
@@ -80,6 +91,15 @@ class Task:
     probe: int = 16
     rounds: int = 5
     seconds: float = 0.3
+    module: str = ""
+    words: str = ""
+    checkpoint: str = ""
+    origin: str = ""
+    price: int = 1
+    absent: dict[str, str] = field(default_factory=dict)
+    untrained: str = ""
+    follows: str = ""
+    shown: bool = True
 
     def ladder(self, tier: str) -> tuple[int, ...]:
         """The rungs walked at this tier."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from stepmark.backbones import checkpoint
 from stepmark.backbones.checkpoint_image import conditions
+from stepmark.places import cache_folder
 from stepmark.task import Score, Task, harness_only
 from stepmark.tracks.image import Denoiser, Schedule, ddim_step, heun_step
 from stepmark.tracks.image import check as check
@@ -75,8 +76,6 @@ def solution(network: nn.Module, noise: Tensor, condition: Tensor, steps: int) -
 def solutions(task: Task, network: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Solutions of the batch with `STEPS` steps and with half of them, kept on disk: they cost hundreds of evaluations."""
     from safetensors.torch import load_file, save_file
-
-    from stepmark.run import cache_folder
 
     noise, condition = batch["noise"], batch["condition"]
     backbone = task.backbones["teacher"]
