@@ -22,9 +22,10 @@ from stepmark.backbones import checkpoint
 from stepmark.backbones.checkpoint import Choice
 from stepmark.cli import main
 from stepmark.method import Method, Skip
-from stepmark.tracks import decoding_checkpoint, image_checkpoint
 from stepmark.tracks.decoding import Decoder, agreement
+from stepmark.tracks.decoding import checkpoint as decoding_checkpoint
 from stepmark.tracks.image import Denoiser, ddim_step, euler_step, schedule_of, uniform_times
+from stepmark.tracks.image import checkpoint as image_checkpoint
 
 
 def folders(root: Path) -> None:
@@ -486,7 +487,7 @@ def test_processes_that_are_started_know_the_checkpoint(made: Path, alone: None)
         digests = sorted(run.digests(plugins.methods()["jacobi"], target.task).items())
         command = run.Cell("jacobi", target.task.id, 2, 0, "smoke").command
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines() == [str(digests), command, "stepmark.tracks.decoding_checkpoint (2,)"]
+    assert done.stdout.splitlines() == [str(digests), command, "stepmark.tracks.decoding.checkpoint (2,)"]
 
 
 def change(**values: Any) -> Callable[[Path], None]:

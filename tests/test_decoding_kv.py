@@ -16,9 +16,10 @@ from stepmark.backbones import lm
 from stepmark.meter.counts import Ledger, count_flops, held_bytes, watch
 from stepmark.meter.memory import StorageTracker
 from stepmark.task import load_split
-from stepmark.tracks import decoding, decoding_recall
+from stepmark.tracks import decoding
 from stepmark.tracks.decoding import Decoder
-from stepmark.tracks.decoding_recall import (
+from stepmark.tracks.decoding import recall as decoding_recall
+from stepmark.tracks.decoding.recall import (
     BandCache,
     HeavyHitterCache,
     HeldCache,

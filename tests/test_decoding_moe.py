@@ -17,8 +17,8 @@ from stepmark import plugins
 from stepmark.backbones import lm
 from stepmark.meter.counts import held_bytes
 from stepmark.task import BadOutput, load_split
-from stepmark.tracks import decoding_moe
-from stepmark.tracks.decoding_moe import (
+from stepmark.tracks.decoding import moe as decoding_moe
+from stepmark.tracks.decoding.moe import (
     STATE,
     STEP_RANK,
     WIDTH,
@@ -31,7 +31,7 @@ from stepmark.tracks.decoding_moe import (
     learn,
     next_words,
 )
-from stepmark.tracks.decoding_texts import story_walk
+from stepmark.tracks.decoding.texts import story_walk
 
 METHODS = ("moe_mamba", "mamba_lm", "transformer_moe")
 

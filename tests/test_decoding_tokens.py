@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from stepmark import plugins
 from stepmark.meter.counts import Ledger, watch
 from stepmark.task import BadOutput, load_split
-from stepmark.tracks import decoding_tokens
-from stepmark.tracks.decoding_moe import States
-from stepmark.tracks.decoding_tokens import (
+from stepmark.tracks.decoding import tokens as decoding_tokens
+from stepmark.tracks.decoding.moe import States
+from stepmark.tracks.decoding.tokens import (
     BEGIN,
     MARKER,
     VOCABULARY,

@@ -12,8 +12,8 @@ import torch
 from stepmark import plugins
 from stepmark.backbones import lm
 from stepmark.task import load_split
-from stepmark.tracks import decoding_vocab
-from stepmark.tracks.decoding_vocab import NEW_TOKENS, Tokens, expanded, learn_merges, words_of, write_spelled
+from stepmark.tracks.decoding import vocab as decoding_vocab
+from stepmark.tracks.decoding.vocab import NEW_TOKENS, Tokens, expanded, learn_merges, words_of, write_spelled
 
 SIZE = len(lm.VOCABULARY)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stepmark import plugins
+from stepmark import digests, index, literals, plugins
 
 METHOD = '''"""A method."""
 from stepmark.method import Claim, Method
@@ -47,7 +47,7 @@ def unrelated(x):
 def digest(tmp_path: Path, text: str, roots: set[str] | None = None) -> str:
     path = tmp_path / "toy.py"
     path.write_text(text)
-    return plugins.code_digest(path, roots)
+    return digests.code_digest(path) if roots is None else digests.reach_digest([(path, roots)])
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_words_that_the_code_reads_count(tmp_path: Path, reading: str) -> None:
 def test_of_a_track_only_what_is_used_counts(tmp_path: Path) -> None:
     path = tmp_path / "method.py"
     path.write_text(METHOD)
-    used = set(plugins.identifiers(path))
+    used = set(digests.identifiers(path))
     before = digest(tmp_path, TRACK, used)
     assert digest(tmp_path, TRACK.replace("return x\n", "return -x\n"), used) == before
     assert digest(tmp_path, TRACK + "\n\ndef more():\n    return 1\n", used) == before
@@ -103,21 +103,22 @@ def test_every_file_of_a_plugin_folder_counts(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "__init__.py").write_text(METHOD)
     (folder / "part.py").write_text("A = 1\n")
-    before = plugins.code_digest(folder / "__init__.py")
+    before = digests.code_digest(folder / "__init__.py")
     (folder / "part.py").write_text("A = 2\n")
-    assert plugins.code_digest(folder / "__init__.py") != before
+    assert digests.code_digest(folder / "__init__.py") != before
 
 
 def test_leaving_functions_out_changes_nothing_that_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Listing parses outlines of the files; what it finds must be what the whole files say."""
 
     def found() -> tuple[object, ...]:
-        plugins._read_method.cache_clear()
+        plugins._known.clear()
         plugins._placed_tasks.cache_clear()
         return plugins.methods(), plugins._placed_tasks(), plugins.datasets()
 
+    monkeypatch.setattr(index, "load", dict)
     quick = found()
-    monkeypatch.setattr(plugins, "_outline", plugins._parse)
+    monkeypatch.setattr(literals, "outline", literals.parse)
     assert quick == found()
     monkeypatch.undo()
 
@@ -126,8 +127,39 @@ def test_leaving_functions_out_changes_nothing_that_is_read(monkeypatch: pytest.
         'A = (\n    "def f(",\n)\n\n\n@cache\ndef f(\n    x: int,\n) -> str:\n    """\n    Text.\n\n    A = 1\n    """\n'
         '    return """\n    B = 2\n"""\n\n\nclass C(Method):\n    async def g(self): return 1\n    tasks = ("a",)\n'
     )
-    body = plugins._outline(path).body
-    assert plugins._assigned(body, path, ("A", "B")) == {"A": ("def f(",)}
-    assert plugins._assigned(body[-1].body, path, ("tasks",)) == {"tasks": ("a",)}  # type: ignore[attr-defined]
+    body = literals.outline(path).body
+    assert literals.assigned(body, path, ("A", "B")) == {"A": ("def f(",)}
+    assert literals.assigned(body[-1].body, path, ("tasks",)) == {"tasks": ("a",)}  # type: ignore[attr-defined]
     path.write_text("def f():\n    x = '''\ndef g(\n'''\nA = 3\n")  # a text in a function that is no function
-    assert plugins._assigned(plugins._outline(path).body, path, ("A",)) == {"A": 3}
+    assert literals.assigned(literals.outline(path).body, path, ("A",)) == {"A": 3}
+
+
+def test_a_function_may_move_between_modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is reached counts, wherever it stands: through imports at the top, of whole modules, and inside functions."""
+    package = tmp_path / "stepmark"
+    track = package / "tracks" / "toy"
+    track.mkdir(parents=True)
+    monkeypatch.setattr(digests, "PACKAGE", package)
+    method = tmp_path / "method.py"
+    method.write_text("from stepmark.tracks.toy import step\n\n\ndef run(x):\n    return step(x)\n")
+    step, inner = "def step(x):\n    return inner(x)\n", "def inner(x):\n    return x + 1\n"
+
+    def found(main: str, other: str = "", text: str | None = None) -> str:
+        (track / "__init__.py").write_text(main)
+        (track / "steps.py").write_text(other)
+        if text is not None:
+            method.write_text(text)
+        digests._file.cache_clear()
+        return digests.reach_digest([(method, None)], leave_out=[method])
+
+    whole = found(f"{step}\n\n{inner}")
+    assert found(f"from stepmark.tracks.toy.steps import inner\n\n\n{step}", inner) == whole
+    assert found("from stepmark.tracks.toy.steps import step as step\n", f"{step}\n\n{inner}") == whole
+    assert found("from stepmark.tracks.toy.steps import step as step\n", f"{step}\n\n{inner}\n\nB = 2\n") == whole
+    assert (
+        found("from stepmark.tracks.toy.steps import step as step\n", f"{step}\n\n{inner}".replace("1", "2")) != whole
+    )
+    through = "from stepmark.tracks.toy import steps\n\n\ndef run(x):\n    return steps.step(x)\n"
+    assert found("", f"{step}\n\n{inner}", through) == whole
+    late = "def run(x):\n    from stepmark.tracks.toy.steps import step\n\n    return step(x)\n"
+    assert found("", f"{step}\n\n{inner}", late) == whole

@@ -20,7 +20,7 @@ from stepmark.task import digest_of
 torch.set_num_threads(1)
 
 TASK = "attributes_to_image/shapes32"
-cascade = importlib.import_module("stepmark.tracks.image_cascade")
+cascade = importlib.import_module("stepmark.tracks.image.cascade")
 
 
 def module_of(method: str) -> Any:

@@ -22,7 +22,7 @@ from stepmark.task import BadOutput, digest_of, load_split
 torch.set_num_threads(1)
 
 TASK = "training_pairs/scenes16"
-depth = importlib.import_module("stepmark.tracks.image_depth")
+depth = importlib.import_module("stepmark.tracks.image.depth")
 FREE = ("real_pairs_only", "engine_pairs", "augmented_pairs")
 
 

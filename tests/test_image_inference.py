@@ -130,7 +130,7 @@ def test_a_round_reuses_then_predicts_then_replays() -> None:
 
 # --- search ----------------------------------------------------------------------------------------------------------
 
-search = importlib.import_module("stepmark.tracks.image_search")
+search = importlib.import_module("stepmark.tracks.image.search")
 SEARCHES = {
     "random": module_of("diffusion_its_search").RandomSearch,
     "zero-order": module_of("diffusion_its_search_zero_order").ZeroOrderSearch,
@@ -317,7 +317,7 @@ def test_rare_points_are_as_rare_as_said_and_lie_apart() -> None:
 
 # --- brightness ------------------------------------------------------------------------------------------------------
 
-shades = importlib.import_module("stepmark.tracks.image_shades")
+shades = importlib.import_module("stepmark.tracks.image.shades")
 
 
 def test_the_rescaled_schedule_is_diffusers_own() -> None:

@@ -16,7 +16,8 @@ from stepmark.meter.counts import Ledger, watch
 from stepmark.method import Skip
 from stepmark.run import track_of
 from stepmark.session import Session
-from stepmark.tracks import image, image_guided
+from stepmark.tracks import image
+from stepmark.tracks.image import guided as image_guided
 
 torch.set_num_threads(1)
 

@@ -138,6 +138,6 @@ def test_a_bad_plugin_is_named_in_one_line(tmp_path: Path, body: str, words: str
     path = tmp_path / "bad.py"
     path.write_text(body)
     with pytest.raises(plugins.PluginError) as caught:
-        plugins.read_method(path)
+        plugins.read_methods(path)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)

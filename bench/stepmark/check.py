@@ -53,7 +53,7 @@ def static(info: MethodInfo) -> Iterator[str]:
             yield f"baselines: there is no method {baseline!r} (stepmark list methods)"
         elif not set(info.tasks) & set(methods[baseline].tasks):
             yield f"baselines: {baseline} runs on none of this method's tasks"
-    if info.paper is not None and info.baselines and not info.claims:
+    if info.base is None and info.paper is not None and info.baselines and not info.claims:
         yield "claims is empty; state what the paper claims, so that it can be checked"
     for claim in info.claims:
         task_id = claim.task or (info.tasks[0] if info.tasks else "")
@@ -121,18 +121,23 @@ def check(path: Path, device: str = "cpu", run: bool = True) -> list[str]:
     path = path.resolve()
     if not path.exists():
         return [f"{path} is not there; give the file of a method, methods/<track>/<id>.py"]
-    if path.parent.parent not in plugins.method_folders():
-        folders = [str(path.parent.parent), *filter(None, os.environ.get("STEPMARK_METHODS", "").split(os.pathsep))]
+    track = plugins.track_above(path)
+    root = next((parent.parent for parent in path.parents if parent.name == track), path.parent.parent)
+    if root not in plugins.method_folders():
+        folders = [str(root), *filter(None, os.environ.get("STEPMARK_METHODS", "").split(os.pathsep))]
         os.environ["STEPMARK_METHODS"] = os.pathsep.join(folders)
     try:
-        info = plugins.read_method(path)
+        infos = plugins.read_methods(path)
         plugins.methods()
     except plugins.PluginError as error:
         return [str(error)]
-    findings = list(static(info))
-    if run and not any(finding.startswith(("tasks:", "baselines:")) for finding in findings):
-        findings += running(info, device)
-    return findings
+    findings: list[str] = []
+    for info in infos:
+        own = list(static(info))
+        if run and not any(finding.startswith(("tasks:", "baselines:")) for finding in own):
+            own += running(info, device)
+        findings += [finding if info.base is None else f"variant {info.id}: {finding}" for finding in own]
+    return list(dict.fromkeys(findings))
 
 
 TEMPLATE = '''"""{title}."""

@@ -79,7 +79,7 @@ def track_of(task: str) -> tuple[ModuleType, Task]:
         raise KeyError(f"task {task!r} is made from a checkpoint folder: name it by --backbone FOLDER")
     if task not in known:
         raise KeyError(f"no task {task!r}; known: {', '.join(sorted(known))}")
-    return importlib.import_module(f"stepmark.tracks.{plugins.track_file(task).stem}"), known[task][1]
+    return importlib.import_module(plugins.track_module(task)), known[task][1]
 
 
 def cut(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stepmark.method import Method
 from stepmark.session import Session
-from stepmark.tracks.decoding_tokens import LanguageModel, Scheme, learn, read
+from stepmark.tracks.decoding.tokens import LanguageModel, Scheme, learn, read
 
 
 class CaseTokens(Method):

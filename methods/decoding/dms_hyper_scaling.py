@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stepmark.backbones.lm import EOS, encode
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding_recall import HeldCache, HeldDecoder, attend, write_with
+from stepmark.tracks.decoding.recall import HeldCache, HeldDecoder, attend, write_with
 
 WINDOW = 32  # tokens between the decision to evict and the eviction
 RATIO = 8.0  # how many times fewer entries training aims at

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from stepmark.method import Method
 from stepmark.session import Session
-from stepmark.tracks.decoding_vocab import NEW_TOKENS, Tokens, expand_and_adapt, expanded, write_spelled
+from stepmark.tracks.decoding.vocab import NEW_TOKENS, Tokens, expand_and_adapt, expanded, write_spelled
 
 WINDOW, WIDTH = 5, 24  # reach of a co-occurrence in tokens, and channels of the auxiliary embeddings
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from stepmark.method import Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding_recall import HeavyHitterCache, HeldDecoder, write_with
+from stepmark.tracks.decoding.recall import HeavyHitterCache, HeldDecoder, write_with
 
 HEAVY, RECENT = 0.1, 0.1  # of the prompt's tokens
 

@@ -8,7 +8,7 @@ from typing import Any
 from stepmark.backbones.lm import encode
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding_parallel import BlockDecoder, write_together
+from stepmark.tracks.decoding.parallel import BlockDecoder, write_together
 
 NAMES = ("tom", "anna")
 # The prompt's own view, then for each worker: the prompt, what the other has written, its own text (section 3.2).

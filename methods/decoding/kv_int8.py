@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stepmark.method import Method
 from stepmark.session import Session
-from stepmark.tracks.decoding_recall import HeldCache, HeldDecoder, write_with
+from stepmark.tracks.decoding.recall import HeldCache, HeldDecoder, write_with
 
 
 class KvInt8(Method):

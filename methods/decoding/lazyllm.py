@@ -7,7 +7,7 @@ from typing import Any
 
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding_recall import PrunedDecoder, cuts_of, write_with
+from stepmark.tracks.decoding.recall import PrunedDecoder, cuts_of, write_with
 
 # Share of the tokens of a layer that the layers after it run over, by depth (share of the layers).
 CUTS = ((1 / 2, 0.3), (2 / 3, 0.5), (5 / 6, 0.5))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from stepmark.backbones.lm import encode
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding_recall import HeavyHitterCache, HeldCache, HeldDecoder, write_with
+from stepmark.tracks.decoding.recall import HeavyHitterCache, HeldCache, HeldDecoder, write_with
 
 HEAVY, RECENT = 0.1, 0.1  # of the prompt's tokens, as in h2o
 RANK, HIDDEN = 8, 64  # of the feature maps

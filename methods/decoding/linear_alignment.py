@@ -11,7 +11,7 @@ from torch import Tensor
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
 from stepmark.tracks.decoding import Decoder, draw
-from stepmark.tracks.decoding_texts import nucleus
+from stepmark.tracks.decoding.texts import nucleus
 
 RATIO, TOP_P = 2.0, 0.8
 

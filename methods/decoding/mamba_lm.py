@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stepmark.method import Method
 from stepmark.session import Session
-from stepmark.tracks.decoding_moe import BLOCKS, WIDTH, MambaBlock, learn, next_words, snapshots
+from stepmark.tracks.decoding.moe import BLOCKS, WIDTH, MambaBlock, learn, next_words, snapshots
 
 
 class MambaLm(Method):

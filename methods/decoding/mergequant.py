@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stepmark.backbones.lm import EOS, encode
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding_models import LEVELS, Int4Linear, activations_of, to_integers, write_greedily
+from stepmark.tracks.decoding.models import LEVELS, Int4Linear, activations_of, to_integers, write_greedily
 
 RANK, COPIES = 8, 4  # rank of the compensation; channels that are split off others, and pruned in their stead
 # What follows each norm, and what follows none.

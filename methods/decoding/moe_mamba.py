@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding_moe import BLOCKS, WIDTH, MambaBlock, SwitchLayer, learn, next_words, snapshots
+from stepmark.tracks.decoding.moe import BLOCKS, WIDTH, MambaBlock, SwitchLayer, learn, next_words, snapshots
 
 EXPERTS = 8
 

@@ -10,7 +10,7 @@ from torch import nn
 from stepmark.backbones.lm import EOS, batches, encode, fit
 from stepmark.method import Method
 from stepmark.session import Session
-from stepmark.tracks.decoding_models import write_greedily
+from stepmark.tracks.decoding.models import write_greedily
 
 
 class SiluTuned(Method):

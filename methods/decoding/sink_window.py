@@ -7,7 +7,7 @@ from typing import Any
 
 from stepmark.method import Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding_recall import BandCache, HeldDecoder, write_with
+from stepmark.tracks.decoding.recall import BandCache, HeldDecoder, write_with
 
 SINKS, WINDOW = 4, 0.2  # first tokens that stay; the window, of the prompt's tokens
 

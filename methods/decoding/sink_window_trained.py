@@ -10,7 +10,7 @@ from torch import nn
 from stepmark.backbones.lm import EOS, encode
 from stepmark.method import Method
 from stepmark.session import Session
-from stepmark.tracks.decoding_recall import BandCache, HeldDecoder, train_band, write_with
+from stepmark.tracks.decoding.recall import BandCache, HeldDecoder, train_band, write_with
 
 SINKS, WINDOW = 4, 64  # as in longgen
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from stepmark.method import Method
 from stepmark.session import Session
-from stepmark.tracks.decoding_vocab import Tokens, adapt, texts_of, write_spelled
+from stepmark.tracks.decoding.vocab import Tokens, adapt, texts_of, write_spelled
 
 
 class SourceVocabulary(Method):

@@ -7,7 +7,7 @@ from typing import Any
 
 from stepmark.method import Method
 from stepmark.session import Session
-from stepmark.tracks.decoding_recall import PrunedDecoder, cuts_of, write_with
+from stepmark.tracks.decoding.recall import PrunedDecoder, cuts_of, write_with
 
 # As in LazyLLM: share of the tokens of a layer that the layers after it run over, by depth.
 CUTS = ((1 / 2, 0.3), (2 / 3, 0.5), (5 / 6, 0.5))

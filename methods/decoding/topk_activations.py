@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stepmark.method import Method
 from stepmark.session import Session
-from stepmark.tracks.decoding_models import SparseLinear, write_greedily
+from stepmark.tracks.decoding.models import SparseLinear, write_greedily
 
 KEPT = 0.4  # share of the neurons, as many as relufication leaves open
 

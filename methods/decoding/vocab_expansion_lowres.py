@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding_vocab import NEW_TOKENS, Tokens, expand_and_adapt, expanded, write_spelled
+from stepmark.tracks.decoding.vocab import NEW_TOKENS, Tokens, expand_and_adapt, expanded, write_spelled
 
 
 class VocabExpansionLowres(Method):

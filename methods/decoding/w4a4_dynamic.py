@@ -9,7 +9,7 @@ from torch import nn
 
 from stepmark.method import Method
 from stepmark.session import Session
-from stepmark.tracks.decoding_models import Int4Linear, to_integers, write_greedily
+from stepmark.tracks.decoding.models import Int4Linear, to_integers, write_greedily
 
 
 class W4A4Dynamic(Method):

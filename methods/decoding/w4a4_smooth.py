@@ -11,7 +11,7 @@ from torch import nn
 from stepmark.backbones.lm import EOS, encode
 from stepmark.method import Method
 from stepmark.session import Session
-from stepmark.tracks.decoding_models import Int4Linear, activations_of, to_integers, write_greedily
+from stepmark.tracks.decoding.models import Int4Linear, activations_of, to_integers, write_greedily
 
 GROUPS = {
     "input_layernorm": ("self_attn", ("q_proj", "k_proj", "v_proj")),

@@ -10,7 +10,7 @@ from torch import nn
 from stepmark.backbones.lm import EOS, encode
 from stepmark.method import Method
 from stepmark.session import Session
-from stepmark.tracks.decoding_models import LEVELS, Int4Linear, activations_of, to_integers, write_greedily
+from stepmark.tracks.decoding.models import LEVELS, Int4Linear, activations_of, to_integers, write_greedily
 
 
 class W4A4Static(Method):

@@ -10,7 +10,7 @@ import torch
 from stepmark.method import Method
 from stepmark.session import Session
 from stepmark.tracks.decoding import Decoder, draw
-from stepmark.tracks.decoding_texts import nucleus
+from stepmark.tracks.decoding.texts import nucleus
 
 TOP_P = 0.8
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image_depth import sample_pairs
+from stepmark.tracks.image.depth import sample_pairs
 
 
 class D4DRGBD(Method):

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from stepmark import Method
 from stepmark.session import Session
-from stepmark.tracks.image_depth import picked
+from stepmark.tracks.image.depth import picked
 
 
 class EnginePairs(Method):

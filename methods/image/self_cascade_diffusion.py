@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
 from stepmark.tracks.image import Denoiser
-from stepmark.tracks.image_cascade import Cascade, base_samples, from_pivot, train_cascade
+from stepmark.tracks.image.cascade import Cascade, base_samples, from_pivot, train_cascade
 
 
 class SelfCascadeDiffusion(Method):
@@ -22,7 +22,7 @@ class SelfCascadeDiffusion(Method):
 
     with h_n and f_n what leaves level n (and the middle block) for the small and the large image. Only the phi_n learn,
     some thousand parameters in all, by the network's own loss on a thousand large images, whose halves are their pivots.
-    `FeatureUpsampler` and `Cascade` are in `bench/stepmark/tracks/image_cascade.py`. A large step is one row of a larger
+    `FeatureUpsampler` and `Cascade` are in `bench/stepmark/tracks/image/cascade.py`. A large step is one row of a larger
     network; what it costs is in the FLOPs, with the decoder's pass over z_0, whose outcome is thrown away.
 
     Differs from the paper: one doubling, pixels instead of latents, a flow instead of a diffusion. phi_n is one narrow

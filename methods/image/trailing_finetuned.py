@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from stepmark import Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image_shades import finetune_flawed, flawed_signal, sample_v
+from stepmark.tracks.image.shades import finetune_flawed, flawed_signal, sample_v
 
 
 class TrailingFinetuned(Method):

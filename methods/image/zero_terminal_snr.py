@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image_shades import finetune_v, sample_v, signal_of
+from stepmark.tracks.image.shades import finetune_v, sample_v, signal_of
 
 
 class ZeroTerminalSNR(Method):
@@ -15,7 +15,7 @@ class ZeroTerminalSNR(Method):
 
     On common schedules sqrt(abar_T) > 0: the last training timestep still shows a little of the picture, its brightness
     most of all. Sampling starts from noise that shows nothing, which the model takes for a picture of medium brightness.
-    Three fixes, in `bench/stepmark/tracks/image_shades.py`:
+    Three fixes, in `bench/stepmark/tracks/image/shades.py`:
 
         s'_t = (s_t - s_T) s_1 / (s_1 - s_T),   s_t = sqrt(abar_t)           (algorithm 1: s'_T = 0, s'_1 = s_1)
         loss = |v_theta(x_t, t) - v|^2,   v = s'_t eps - (1 - s'_t^2)^{1/2} x0    (equation 9)

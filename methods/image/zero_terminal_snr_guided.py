@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image_shades import finetune_v, sample_v, signal_of
+from stepmark.tracks.image.shades import finetune_v, sample_v, signal_of
 
 
 class ZeroTerminalSNRGuided(Method):

@@ -418,7 +418,7 @@ class WorkersView:
         self, module: nn.Module, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, **_: Any
     ) -> tuple[Tensor, None]:
         """Attention outputs [B, L, H, d] of queries and keys that are rotated at their places in the row."""
-        from stepmark.tracks.decoding_recall import rotate_by
+        from stepmark.tracks.decoding.recall import rotate_by
 
         logits = queries.new_zeros(*queries.shape[:3], queries.shape[2])
         for block in range(self.shifts.shape[1]):

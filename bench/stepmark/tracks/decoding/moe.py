@@ -95,7 +95,7 @@ def score(
     entropy, the least possible. copies: probability given to the word where the grammar allows only one.
     """
     from stepmark.backbones.lm import VOCABULARY, decode
-    from stepmark.tracks.decoding_texts import story_walk
+    from stepmark.tracks.decoding.texts import story_walk
 
     harness_only("scoring")
     number = {word: i for i, word in enumerate(VOCABULARY)}

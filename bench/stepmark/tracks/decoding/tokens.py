@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from stepmark.session import Session
 from stepmark.task import BadOutput, Score, Task, harness_only, load_split
-from stepmark.tracks.decoding_moe import CausalAttention, States
+from stepmark.tracks.decoding.moe import CausalAttention, States
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
