@@ -28,7 +28,7 @@ from stepmark.methods.image.heun import Heun
 from torch import Tensor, nn
 
 from stepmark import Method, backbones
-from stepmark.tracks.image import uniform_times
+from stepmark.tracks.image.schedules import uniform_times
 
 Loop = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 

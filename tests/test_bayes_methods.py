@@ -20,6 +20,7 @@ from stepmark import run as runs
 from stepmark.method import Method
 from stepmark.task import load_split
 from stepmark.tracks import bayes
+from stepmark.tracks.bayes import abc, linear, noising, problems, scores, trials
 
 TASKS = {task.id: task for task in bayes.TASKS}
 CPU = torch.device("cpu")
@@ -67,7 +68,7 @@ def quality(task: str, batch: dict[str, Tensor], draws: Tensor) -> dict[str, flo
 class Numbering(nn.Module):
     """Stands in for the encoder: keeps the exact posterior of every set, and returns the number of the set."""
 
-    def __init__(self, model: bayes.Problem) -> None:
+    def __init__(self, model: problems.Problem) -> None:
         super().__init__()
         self.model = model
 
@@ -84,7 +85,7 @@ class ExactScore(nn.Module):
         super().__init__()
         self.encoder = encoder
         data = load_split(TASKS[task].dataset, "train")
-        self.covariance = bayes._residual_covariance(data[f"theta_{subset}"], data[f"x_{subset}"].mean(1))
+        self.covariance = scores._residual_covariance(data[f"theta_{subset}"], data[f"x_{subset}"].mean(1))
         self.variances = torch.linalg.eigvalsh(self.covariance)
 
     def forward(self, theta: Tensor, t: Tensor, context: Tensor) -> Tensor:
@@ -98,7 +99,7 @@ class ExactScore(nn.Module):
 
 
 def exact_networks(task: str, subset: int = 1) -> tuple[ExactScore, Numbering]:
-    encoder = Numbering(bayes.problem(TASKS[task]))
+    encoder = Numbering(problems.problem(TASKS[task]))
     return ExactScore(task, encoder, subset), encoder
 
 
@@ -115,7 +116,7 @@ def exact_run(name: str, task: str, rung: int, sets: int = 6, seed: int = 0) -> 
 def test_bridging_score_is_the_posteriors_at_zero(task: str, subset: int) -> None:
     """(1 - K) grad log p + sum of the subsets' scores equals the exact score of all observations; at T it is -K theta."""
     batch = bayes.inputs(TASKS[task], 4, generator(), CPU)
-    model = bayes.problem(TASKS[task])
+    model = problems.problem(TASKS[task])
     x = batch["x"]
     n, d = x.shape[1:]
     k = n // subset
@@ -127,15 +128,15 @@ def test_bridging_score_is_the_posteriors_at_zero(task: str, subset: int) -> Non
 
     def scores(t: float) -> Tensor:
         law = factors.diffused(t)
-        wide = bayes.GaussianMixture(law.log_weights[:, None], law.means[:, None], law.covariances[:, None])
+        wide = problems.GaussianMixture(law.log_weights[:, None], law.means[:, None], law.covariances[:, None])
         return wide.score(theta[:, :, None])
 
-    assert torch.allclose(bayes.compose_scores(scores(0.0), prior, 0.0), exact, atol=1e-6, rtol=1e-5)
-    assert torch.allclose(bayes.compose_scores(scores(1.0), prior, 1.0), -k * theta, atol=0.02 * k)
+    assert torch.allclose(scores.compose_scores(scores(0.0), prior, 0.0), exact, atol=1e-6, rtol=1e-5)
+    assert torch.allclose(scores.compose_scores(scores(1.0), prior, 1.0), -k * theta, atol=0.02 * k)
     # The stand-in for a network used below is that score too.
     score, encoder = exact_networks(task)
     numbers = encoder(x.reshape(4 * k, subset, d)).reshape(4, k, 1)
-    assert torch.allclose(bayes.set_scores(score, theta, 0.3, numbers.double()), scores(0.3), atol=1e-8)
+    assert torch.allclose(scores.set_scores(score, theta, 0.3, numbers.double()), scores(0.3), atol=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -164,8 +165,8 @@ def test_reverse_sde_with_summed_exact_scores_does_not() -> None:
     exact, encoder = exact_networks(task)
     context = encoder(batch["x"])[:, None]
     alone = module("naive_sum_reverse_sde").reverse_sde(
-        lambda theta, t: bayes.set_scores(exact, theta, t, context)[:, :, 0],
-        torch.randn(24, bayes.DRAWS, 2, generator=generator(1)),
+        lambda theta, t: scores.set_scores(exact, theta, t, context)[:, :, 0],
+        torch.randn(24, linear.DRAWS, 2, generator=generator(1)),
         300,
         float(exact.variances.mean()),
         1,
@@ -188,10 +189,10 @@ def test_a_wrong_prior_correction_is_noticed() -> None:
     batch = bayes.inputs(TASKS[task], 6, generator(1), CPU)
     exact, encoder = exact_networks(task)
     numbers = encoder(batch["x"].reshape(180, 1, 2)).reshape(6, 30, 1)
-    times, sizes, repeats = bayes.bridging_schedule(200, exact.covariance, 30)
-    draws = bayes.annealed_langevin(
-        lambda theta, t: bayes.set_scores(exact, theta, t, numbers).sum(2),
-        torch.randn(6, bayes.DRAWS, 2, generator=generator(2)) / 30**0.5,
+    times, sizes, repeats = scores.bridging_schedule(200, exact.covariance, 30)
+    draws = scores.annealed_langevin(
+        lambda theta, t: scores.set_scores(exact, theta, t, numbers).sum(2),
+        torch.randn(6, linear.DRAWS, 2, generator=generator(2)) / 30**0.5,
         times,
         sizes,
         repeats,
@@ -204,12 +205,12 @@ def test_a_wrong_prior_correction_is_noticed() -> None:
 def test_schedules_keep_to_their_steps() -> None:
     covariance = torch.tensor([[0.4, 0.2], [0.2, 0.4]])
     for steps in (1, 3, 32, 96, 960):
-        times, sizes, repeats = bayes.bridging_schedule(steps, covariance, 30)
+        times, sizes, repeats = scores.bridging_schedule(steps, covariance, 30)
         assert len(times) == len(sizes) and len(times) * repeats <= steps < (len(times) + 1) * repeats
-        assert times == sorted(times, reverse=True) and times[-1] == pytest.approx(bayes.T_MIN)
+        assert times == sorted(times, reverse=True) and times[-1] == pytest.approx(scores.T_MIN)
         # Stable and short in every direction: below the covariance that 30 factors leave, at both ends of the path.
         for size, t in zip(sizes, times, strict=True):
-            a = bayes.alpha_bar(t)
+            a = noising.alpha_bar(t)
             room = (a * covariance + (1 - a) * torch.eye(2)) / 30 - size
             assert float(torch.linalg.eigvalsh(size).min()) > 0 and float(torch.linalg.eigvalsh(room).min()) > 0
 
@@ -221,7 +222,7 @@ def test_importance_weights_estimate_the_evidence_without_bias() -> None:
     """Mean of the weights over many batches of 20 proposals, against log p(theta) + log p(x | theta) - log p(theta | x)."""
     task = "posterior/mixture_n10"
     x = bayes.inputs(TASKS[task], 1, generator(), CPU)["x"]
-    model = bayes.problem(TASKS[task])
+    model = problems.problem(TASKS[task])
     theta = torch.zeros(1, 2, dtype=torch.float64)
     log_likelihood = model.log_likelihood(theta.expand(10, 2), x[0].double()).sum()
     prior = model.prior.to(torch.float64).log_prob(theta)
@@ -255,7 +256,7 @@ def test_rejection_accepts_at_the_rate_and_with_the_law_of_the_posterior() -> No
     task = "posterior/gaussian_n1"
     x = bayes.inputs(TASKS[task], 1, generator(4), CPU)["x"].expand(30, -1, -1)
     draws = method("rejection").run(session(task), {"x": x}, 3_000)
-    exact = bayes.problem(TASKS[task]).posterior(x[:1]).sample(3_000, generator(5))[0]
+    exact = problems.problem(TASKS[task]).posterior(x[:1]).sample(3_000, generator(5))[0]
     pooled = draws.flatten(0, 1)
     for direction in (torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), torch.tensor([1.0, -1.0])):
         p = stats.ks_2samp((pooled @ direction).numpy(), (exact.float() @ direction).numpy()).pvalue
@@ -280,7 +281,7 @@ def rejections(name: str, simulations: int, models: int, seed: int = 0) -> dict[
     batch = bayes.inputs(TASKS[task], models, generator(seed), CPU)
     outputs = method(name).run(session(task, seed), batch, simulations)
     bayes.check(TASKS[task], batch, outputs)
-    return dict(zip(bayes.ESTIMATORS, (outputs["p_value"] <= 0.05).double().mean(0).tolist(), strict=True))
+    return dict(zip(linear.ESTIMATORS, (outputs["p_value"] <= 0.05).double().mean(0).tolist(), strict=True))
 
 
 REFERENCES: dict[str, Callable[[Tensor, Tensor, torch.Generator], Tensor]] = {
@@ -296,9 +297,9 @@ def p_values(reference_of: Callable[[Tensor, Tensor, torch.Generator], Tensor], 
     task = TASKS["coverage/linear_gaussian"]
     rng, calls = generator(seed), bayes.handles(task, CPU)
     design = bayes.inputs(task, 64, rng, CPU)["design"]
-    theta, x = bayes.simulate_pairs(calls, rng, design, 200)
+    theta, x = abc.simulate_pairs(calls, rng, design, 200)
     reference = reference_of(theta, x, rng)
-    return bayes.ball_test(calls, rng, theta, x, design, reference, torch.ones(4), 49)["p_value"]
+    return abc.ball_test(calls, rng, theta, x, design, reference, torch.ones(4), 49)["p_value"]
 
 
 @pytest.mark.parametrize("name", list(REFERENCES))
@@ -386,7 +387,7 @@ def test_virtual_trials_toss_fair_coins_and_keep_the_law_of_the_residuals(name: 
     kept: dict[str, Tensor] = {}
 
     def spy(start: Tensor, treatment: Tensor, noise: Tensor, step: Callable[..., Tensor]) -> Tensor:
-        kept.update(start=start, treatment=treatment, outcome=bayes.virtual_trial(start, treatment, noise, step))
+        kept.update(start=start, treatment=treatment, outcome=trials.virtual_trial(start, treatment, noise, step))
         return kept["outcome"]
 
     context = session("effect/wearable")
@@ -412,7 +413,7 @@ def test_motr_does_not_let_the_past_choose_the_treatment() -> None:
     context = session("effect/wearable")
 
     def spy(start: Tensor, treatment: Tensor, noise: Tensor, step: Callable[..., Tensor]) -> Tensor:
-        outcome = bayes.virtual_trial(start, treatment, noise, step)
+        outcome = trials.virtual_trial(start, treatment, noise, step)
         kept.extend([treatment[:, 1:].flatten(), outcome[:, :-1].flatten()])
         return outcome
 

@@ -16,7 +16,8 @@ from stepmark import plugins
 from stepmark.meter.counts import BudgetExceeded, Ledger, watch_function
 from stepmark.task import BadOutput, Sealed, load_split, sealed
 from stepmark.tracks import bayes
-from stepmark.tracks.bayes import GaussianMixture
+from stepmark.tracks.bayes import abc, linear, metrics, noising, problems, scores, trials
+from stepmark.tracks.bayes.problems import GaussianMixture
 
 TASKS = {task.id: task for task in bayes.TASKS}
 POSTERIORS = [name for name in TASKS if name.startswith("posterior/")]
@@ -38,15 +39,17 @@ def test_tasks_are_literals_whose_metrics_score_returns() -> None:
     for task in TASKS.values():
         batch = bayes.inputs(task, 4, generator(), CPU)
         if task.id.startswith("posterior/"):
-            outputs: object = torch.randn(4, bayes.DRAWS, batch["x"].shape[-1], generator=generator())
+            outputs: object = torch.randn(4, linear.DRAWS, batch["x"].shape[-1], generator=generator())
         elif task.id.startswith("coverage/"):
-            outputs = {k: torch.rand(4, len(bayes.ESTIMATORS), generator=generator()) for k in ("statistic", "p_value")}
+            outputs = {
+                k: torch.rand(4, len(linear.ESTIMATORS), generator=generator()) for k in ("statistic", "p_value")
+            }
         else:
             outputs = {k: torch.full((4,), v) for k, v in (("effect", 0.2), ("low", 0.0), ("high", 0.4))}
         bayes.check(task, batch, outputs)
-        scores = bayes.score(task, batch, outputs, {}, np.array([[0, 1, 2, 3], [0, 0, 1, 1]]))
-        assert list(scores) == list(task.metrics)
-        for value in scores.values():
+        found = bayes.score(task, batch, outputs, {}, np.array([[0, 1, 2, 3], [0, 0, 1, 1]]))
+        assert list(found) == list(task.metrics)
+        for value in found.values():
             assert math.isfinite(value.value) and len(value.resamples) == 2
             assert value.resamples[0] == pytest.approx(value.value, abs=1e-12)
 
@@ -70,7 +73,7 @@ def test_every_training_layout_spends_the_same_simulations(name: str) -> None:
 def test_data_follow_the_declared_model(name: str) -> None:
     """Noise covariance and prior of the data are those that the exact posterior is computed from."""
     task = TASKS[name]
-    model = bayes.problem(task)
+    model = problems.problem(task)
     data = load_split(task.dataset, "test")
     residual = (data["x"] - data["theta"][:, None]).flatten(0, 1)
     assert torch.allclose(residual.mT.cov(), model.noise, atol=0.04 * float(model.noise.max()))
@@ -84,7 +87,7 @@ def test_data_follow_the_declared_model(name: str) -> None:
 def test_exact_posterior_is_prior_times_likelihood(name: str) -> None:
     """Against brute force: the normalised product on a grid, for density, mean and the score's finite differences."""
     task = TASKS[name]
-    model = bayes.problem(task)
+    model = problems.problem(task)
     x = bayes.inputs(task, 1, generator(3), CPU)["x"].double()
     posterior = model.posterior(x)
     mean, covariance = (value[0] for value in posterior.moments())
@@ -107,14 +110,14 @@ def test_exact_posterior_is_prior_times_likelihood(name: str) -> None:
 
 def test_mixture_draws_have_the_moments_and_the_diffused_law() -> None:
     task = TASKS["posterior/mixture_n10"]
-    posterior = bayes.problem(task).posterior(bayes.inputs(task, 3, generator(), CPU)["x"])
+    posterior = problems.problem(task).posterior(bayes.inputs(task, 3, generator(), CPU)["x"])
     draws = posterior.sample(40_000, generator(1))
     mean, covariance = posterior.moments()
     assert torch.allclose(draws.mean(1), mean, atol=0.03)
     for found, expected in zip(draws, covariance, strict=True):
         assert torch.allclose(found.mT.cov(), expected, atol=0.03)
     t = 0.2
-    a = bayes.alpha_bar(t)
+    a = noising.alpha_bar(t)
     noised = a**0.5 * draws + (1 - a) ** 0.5 * torch.randn(draws.shape, generator=generator(2), dtype=draws.dtype)
     expected_mean, expected_covariance = posterior.diffused(t).moments()
     assert torch.allclose(noised.mean(1), expected_mean, atol=0.03)
@@ -124,8 +127,8 @@ def test_mixture_draws_have_the_moments_and_the_diffused_law() -> None:
 def test_squared_mmd_is_unbiased_and_equals_the_sample_estimate() -> None:
     """Zero on average for exact draws; for others, what an independent sample of the target gives."""
     task = TASKS["posterior/mixture_n10"]
-    target = bayes.problem(task).posterior(bayes.inputs(task, 64, generator(), CPU)["x"])
-    values = torch.cat([bayes.squared_mmd(target.sample(100, generator(k)), target) for k in range(8)])
+    target = problems.problem(task).posterior(bayes.inputs(task, 64, generator(), CPU)["x"])
+    values = torch.cat([metrics.squared_mmd(target.sample(100, generator(k)), target) for k in range(8)])
     assert abs(float(values.mean())) < 4 * float(values.std()) / len(values) ** 0.5
     assert float(values.std()) > 0
 
@@ -142,16 +145,16 @@ def test_squared_mmd_is_unbiased_and_equals_the_sample_estimate() -> None:
         among = (kernel(draws[0], draws[0]).sum() - n) / (n * (n - 1))
         within = (kernel(other[0], other[0]).sum() - m) / (m * (m - 1))
         expected += float(among + within - 2 * kernel(draws[0], other[0]).mean()) / 3
-    assert float(bayes.squared_mmd(draws, one)) == pytest.approx(expected, abs=0.004)
+    assert float(metrics.squared_mmd(draws, one)) == pytest.approx(expected, abs=0.004)
     assert expected > 0.02
 
 
 def test_posterior_metrics_rank_wrong_draws_behind_exact_ones() -> None:
     task = TASKS["posterior/gaussian_n10"]
     batch = bayes.inputs(task, 32, generator(), CPU)
-    posterior = bayes.problem(task).posterior(batch["x"])
+    posterior = problems.problem(task).posterior(batch["x"])
     mean, _ = posterior.moments()
-    exact = posterior.sample(bayes.DRAWS, generator(1))
+    exact = posterior.sample(linear.DRAWS, generator(1))
     wrong = {
         "narrow": mean[:, None] + 0.6 * (exact - mean[:, None]),
         "wide": mean[:, None] + 1.6 * (exact - mean[:, None]),
@@ -184,25 +187,25 @@ def test_batches_hold_no_answers_and_hang_on_the_seed() -> None:
 def test_answers_are_out_of_a_methods_reach() -> None:
     task = TASKS["posterior/gaussian_n10"]
     batch = bayes.inputs(task, 2, generator(), CPU)
-    model = bayes.problem(task)
+    model = problems.problem(task)
     with sealed():
         for reach in (
             lambda: model.posterior(batch["x"]),
             lambda: bayes.inputs(task, 2, generator(), CPU),
-            lambda: bayes.score(task, batch, torch.zeros(2, bayes.DRAWS, 2), {}, np.zeros((1, 2), dtype=int)),
+            lambda: bayes.score(task, batch, torch.zeros(2, linear.DRAWS, 2), {}, np.zeros((1, 2), dtype=int)),
             lambda: load_split("wearable", "test"),
         ):
             with pytest.raises(Sealed):
                 reach()
-        assert bayes.problem(task).prior.log_weights.shape == (1,)
+        assert problems.problem(task).prior.log_weights.shape == (1,)
 
 
 @pytest.mark.parametrize(
     ("task", "outputs", "message"),
     [
-        ("posterior/gaussian_n1", torch.zeros(2, bayes.DRAWS - 1, 2), "expected shape"),
-        ("posterior/gaussian_n1", torch.full((2, bayes.DRAWS, 2), math.nan), "NaN"),
-        ("posterior/gaussian_n1", torch.zeros(2, bayes.DRAWS, 2, dtype=torch.int64), "floating point"),
+        ("posterior/gaussian_n1", torch.zeros(2, linear.DRAWS - 1, 2), "expected shape"),
+        ("posterior/gaussian_n1", torch.full((2, linear.DRAWS, 2), math.nan), "NaN"),
+        ("posterior/gaussian_n1", torch.zeros(2, linear.DRAWS, 2, dtype=torch.int64), "floating point"),
         ("posterior/gaussian_n1", None, "expected a tensor"),
         ("coverage/linear_gaussian", torch.zeros(2, 6), "expects a dict"),
         ("coverage/linear_gaussian", {"statistic": torch.zeros(2, 6), "p_value": torch.full((2, 6), 1.5)}, "outside"),
@@ -231,7 +234,7 @@ def test_likelihood_rows_are_counted_against_the_rung() -> None:
 
 
 def test_likelihood_and_simulator_agree() -> None:
-    model = bayes.problem(TASKS["posterior/gaussian_n1"])
+    model = problems.problem(TASKS["posterior/gaussian_n1"])
     theta = torch.tensor([[0.5, -1.0]])
     draws = model.simulate(theta.expand(50_000, 2), generator())
     assert torch.allclose(draws.mean(0), theta[0], atol=0.02)
@@ -247,7 +250,7 @@ def test_likelihood_and_simulator_agree() -> None:
 def simulated(count: int, models: int = 4, seed: int = 0) -> SimpleNamespace:
     rng = generator(seed)
     design = bayes.inputs(TASKS["coverage/linear_gaussian"], models, rng, CPU)["design"]
-    theta, x = bayes.simulate_pairs(bayes.handles(TASKS["coverage/linear_gaussian"], CPU), rng, design, count)
+    theta, x = abc.simulate_pairs(bayes.handles(TASKS["coverage/linear_gaussian"], CPU), rng, design, count)
     return SimpleNamespace(design=design, theta=theta, x=x, rng=rng)
 
 
@@ -255,7 +258,7 @@ def simulated(count: int, models: int = 4, seed: int = 0) -> SimpleNamespace:
 def test_calibrated_on_average(name: str) -> None:
     """theta* - mean has the covariance that the estimator claims: HPD regions and ranks are right on average."""
     data = simulated(20_000)
-    gain, shift, covariance = bayes._estimator(data.design, name)
+    gain, shift, covariance = linear._estimator(data.design, name)
     error = data.theta - data.x @ gain.mT - shift[:, None]
     for found, expected in zip(error, covariance, strict=True):
         assert torch.allclose(found.mT.cov(), expected, atol=0.05)
@@ -265,7 +268,7 @@ def test_only_the_exact_estimator_is_uncorrelated_with_its_mean() -> None:
     """The bias of `blind`: what is left of theta still depends on what the estimator said."""
     data = simulated(20_000)
     for name, low, high in (("exact", 0.0, 0.03), ("blind", 0.2, 1.0)):
-        gain, _, _ = bayes._estimator(data.design, name)
+        gain, _, _ = linear._estimator(data.design, name)
         mean = data.x @ gain.mT
         slope = (mean * (data.theta - mean)).mean((1, 2)) / mean.square().mean((1, 2))
         assert bool(((low <= slope.abs()) & (slope.abs() <= high)).all()), name
@@ -274,22 +277,22 @@ def test_only_the_exact_estimator_is_uncorrelated_with_its_mean() -> None:
 def test_exact_estimator_is_the_posterior_of_the_simulator() -> None:
     """Its mean is the least-squares predictor of theta from x, and its density that of its draws."""
     data = simulated(20_000)
-    gain, _, covariance = bayes._estimator(data.design, "exact")
+    gain, _, covariance = linear._estimator(data.design, "exact")
     for b in range(4):
         fitted = torch.linalg.lstsq(data.x[b], data.theta[b]).solution.mT
         assert torch.allclose(gain[b], fitted, atol=0.06)
-    draws = bayes.estimator_draws(data.x[:, :2], data.design, "exact", 5, data.rng)
-    found = bayes.estimator_log_density(draws, data.x[:, :2], data.design, "exact")
+    draws = linear.estimator_draws(data.x[:, :2], data.design, "exact", 5, data.rng)
+    found = linear.estimator_log_density(draws, data.x[:, :2], data.design, "exact")
     mean = (data.x[:, :2] @ gain.mT)[1, 0].numpy()
     reference = stats.multivariate_normal(mean, covariance[1].numpy()).logpdf(draws[1, 0].numpy())
     assert np.allclose(found[1, 0].numpy(), reference, atol=1e-3)
     with pytest.raises(ValueError, match="no estimator"):
-        bayes.estimator_draws(data.x, data.design, "nonesuch", 5, data.rng)
+        linear.estimator_draws(data.x, data.design, "nonesuch", 5, data.rng)
 
 
 def test_uniformity_is_the_exact_kolmogorov_smirnov_test() -> None:
     f = torch.rand(3, 40, generator=generator(5)) ** torch.tensor([[1.0], [1.3], [3.0]])
-    statistic, p_value = bayes.uniformity(f)
+    statistic, p_value = metrics.uniformity(f)
     for k in range(3):
         reference = stats.kstest(f[k].double().numpy(), "uniform", method="exact")
         assert float(statistic[k]) == pytest.approx(reference.statistic, abs=1e-6)
@@ -320,7 +323,7 @@ def test_virtual_trial_feeds_outcomes_and_treatments_back() -> None:
     rng = generator(2)
     start, treatment = torch.randn(3, 2, generator=rng), torch.randint(2, (3, 7), generator=rng).float()
     noise = torch.randn(3, 7, generator=rng)
-    found = bayes.virtual_trial(start, treatment, noise, lambda x, x_lag, y_lag: 0.3 * x - 0.2 * x_lag + 0.5 * y_lag)
+    found = trials.virtual_trial(start, treatment, noise, lambda x, x_lag, y_lag: 0.3 * x - 0.2 * x_lag + 0.5 * y_lag)
     for i in range(3):
         x_lag, y_lag = (float(v) for v in start[i])
         for t in range(7):
@@ -346,7 +349,7 @@ def test_effect_metrics_read_bias_error_and_coverage() -> None:
 
 def test_set_encoder_ignores_order_and_padding() -> None:
     torch.manual_seed(0)
-    encoder = bayes.SetEncoder(2)
+    encoder = scores.SetEncoder(2)
     x = torch.randn(3, 5, 2, generator=generator())
     size = torch.tensor([5, 3, 1])
     found = encoder(x, size)
@@ -360,7 +363,7 @@ def test_set_encoder_ignores_order_and_padding() -> None:
 
 def test_score_networks_are_small() -> None:
     for name in POSTERIORS:
-        networks = bayes.score_networks(TASKS[name])
+        networks = scores.score_networks(TASKS[name])
         assert sum(p.numel() for net in networks.values() for p in net.parameters()) < 30_000
 
 
@@ -368,13 +371,13 @@ def test_score_matching_learns_the_exact_score() -> None:
     """After seconds of training the error is a fraction of the score; an untrained network's is not."""
     task = TASKS["posterior/gaussian_n1"]
     torch.manual_seed(0)
-    networks = bayes.score_networks(task)
+    networks = scores.score_networks(task)
     network, encoder = networks["score"], networks["encoder"]
     data = load_split(task.dataset, "train")
     x = load_split(task.dataset, "test")["x"][:128, :1]
 
     def error(t: float) -> float:
-        law = bayes.problem(task).posterior(x).diffused(t)
+        law = problems.problem(task).posterior(x).diffused(t)
         theta = law.sample(1, generator(3))[:, 0]
         exact = law.score(theta)
         with torch.no_grad():
@@ -382,7 +385,7 @@ def test_score_matching_learns_the_exact_score() -> None:
         return float((found - exact).norm() / exact.norm())
 
     before = [error(t) for t in (0.02, 0.1, 0.4)]
-    bayes.fit_score(network, encoder, data["theta_1"], data["x_1"], generator(1), range(200), 200)
+    scores.fit_score(network, encoder, data["theta_1"], data["x_1"], generator(1), range(200), 200)
     after = [error(t) for t in (0.02, 0.1, 0.4)]
     assert max(after) < 0.35, after
     assert all(b > 1.5 * a for a, b in zip(after, before, strict=True)), (before, after)

@@ -22,10 +22,12 @@ from stepmark.backbones import checkpoint
 from stepmark.backbones.checkpoint import Choice
 from stepmark.cli import main
 from stepmark.method import Method, Skip
-from stepmark.tracks.decoding import Decoder, agreement
 from stepmark.tracks.decoding import checkpoint as decoding_checkpoint
-from stepmark.tracks.image import Denoiser, ddim_step, euler_step, schedule_of, uniform_times
+from stepmark.tracks.decoding.decoder import Decoder
+from stepmark.tracks.decoding.metrics import agreement
 from stepmark.tracks.image import checkpoint as image_checkpoint
+from stepmark.tracks.image.schedules import schedule_of, uniform_times
+from stepmark.tracks.image.solvers import Denoiser, ddim_step, euler_step
 
 
 def folders(root: Path) -> None:

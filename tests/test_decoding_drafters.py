@@ -17,9 +17,10 @@ from stepmark import plugins
 from stepmark.backbones import lm
 from stepmark.meter.counts import Ledger, watch
 from stepmark.task import load_split
-from stepmark.tracks.decoding import Decoder, draw, speculate, verify_sampling
 from stepmark.tracks.decoding import parallel as decoding_parallel
+from stepmark.tracks.decoding.decoder import Decoder
 from stepmark.tracks.decoding.parallel import BlockDecoder, answers, write_together
+from stepmark.tracks.decoding.speculation import draw, speculate, verify_sampling
 
 
 @pytest.fixture(scope="module", autouse=True)

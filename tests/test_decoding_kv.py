@@ -17,8 +17,8 @@ from stepmark.meter.counts import Ledger, count_flops, held_bytes, watch
 from stepmark.meter.memory import StorageTracker
 from stepmark.task import load_split
 from stepmark.tracks import decoding
-from stepmark.tracks.decoding import Decoder
 from stepmark.tracks.decoding import recall as decoding_recall
+from stepmark.tracks.decoding.decoder import Decoder
 from stepmark.tracks.decoding.recall import (
     BandCache,
     HeavyHitterCache,

@@ -21,7 +21,10 @@ from stepmark.backbones import lm
 from stepmark.meter.counts import Ledger, watch
 from stepmark.task import load_split
 from stepmark.tracks import decoding
-from stepmark.tracks.decoding import Decoder, EarlyExitDecoder, ExitAdapter, speculate, train_exit_adapter
+from stepmark.tracks.decoding import metrics, speculation
+from stepmark.tracks.decoding.decoder import Decoder
+from stepmark.tracks.decoding.early_exit import EarlyExitDecoder, ExitAdapter, train_exit_adapter
+from stepmark.tracks.decoding.speculation import speculate
 
 TASKS = {task.id: task for task in decoding.TASKS}
 METHODS = ("jacobi", "lookahead_decoding", "self_speculative_decoding", "kangaroo", "early_exit_fixed")
@@ -172,7 +175,7 @@ def test_output_is_greedy_decoding_on_the_trained_target(name: str, target: nn.M
         outputs = run(method, session, prompts, room, 1000)
         spent = session.ledger.spent
         for prompt, output in zip(prompts, outputs, strict=True):
-            assert decoding.agreement(target, prompt, output) == len(output)
+            assert metrics.agreement(target, prompt, output) == len(output)
             assert output[-1] == lm.EOS or len(output) == room
         if name == "lookahead_decoding":
             assert spent < 0.9 * sum(map(len, outputs))
@@ -327,8 +330,8 @@ def no_zeroing(ngrams: Any, own: Tensor, answers: Tensor, u: list[float]) -> tup
     p = own[0].double().softmax(-1)
     for branch, ngram in enumerate(ngrams):
         if u.pop() < float(p[ngram[0]]):
-            return [ngram[0], decoding.draw(answers[3 * branch].double().softmax(-1), u.pop())], branch
-    return [decoding.draw(p, u.pop())], 0
+            return [ngram[0], speculation.draw(answers[3 * branch].double().softmax(-1), u.pop())], branch
+    return [speculation.draw(p, u.pop())], 0
 
 
 @pytest.mark.parametrize("rule", ["right", "wrong"])

@@ -13,8 +13,8 @@ from torch import nn
 from stepmark import plugins
 from stepmark.backbones import lm
 from stepmark.meter.counts import Ledger, count_flops, watch
-from stepmark.tracks.decoding import Decoder
 from stepmark.tracks.decoding import models as decoding_models
+from stepmark.tracks.decoding.decoder import Decoder
 from stepmark.tracks.decoding.models import (
     LEVELS,
     Int4Linear,

@@ -17,8 +17,8 @@ from stepmark import plugins
 from stepmark.backbones import lm
 from stepmark.meter.counts import Ledger, watch
 from stepmark.task import BadOutput, load_split
-from stepmark.tracks.decoding import draw
 from stepmark.tracks.decoding import texts as decoding_texts
+from stepmark.tracks.decoding.speculation import draw
 from stepmark.tracks.decoding.texts import choices, compliance, nucleus, story_likelihood, story_walk
 
 TASKS = {task.id: task for task in decoding_texts.TASKS}

@@ -20,7 +20,9 @@ from stepmark.backbones import lm
 from stepmark.meter.counts import BudgetExceeded, Ledger, watch
 from stepmark.task import BadOutput, load_split
 from stepmark.tracks import decoding
-from stepmark.tracks.decoding import Decoder, draw, prompt_lookup, speculate, verify_greedy, verify_sampling
+from stepmark.tracks.decoding import metrics, speculation
+from stepmark.tracks.decoding.decoder import Decoder
+from stepmark.tracks.decoding.speculation import draw, prompt_lookup, speculate, verify_greedy, verify_sampling
 
 WORKLOADS = ("sums", "words", "hops", "stories")
 TASKS = {task.id: task for task in decoding.TASKS}
@@ -69,7 +71,7 @@ def truth(target: nn.Module) -> list[tuple[list[int], list[int], int]]:
     ]
 
 
-def drafting(draft: Decoder, k: int) -> decoding.Propose:
+def drafting(draft: Decoder, k: int) -> speculation.Propose:
     """Greedy drafts of length k by a draft model."""
 
     def propose(tokens: list[int], most: int) -> tuple[list[int], None]:
@@ -280,10 +282,10 @@ def test_a_wrong_draft_costs_forwards_but_no_token(
 def test_lossy_verification_is_noticed(target: nn.Module, truth: list[tuple[list[int], list[int], int]]) -> None:
     """The check the benchmark scores with: a changed token shows as divergence at its place, ties do not."""
     prompt, expected, _ = truth[0]
-    assert decoding.agreement(target, prompt, expected) == len(expected)
+    assert metrics.agreement(target, prompt, expected) == len(expected)
     changed = [*expected[:7], (expected[7] + 1) % 10 + 6, *expected[8:]]
     assert changed != expected
-    assert decoding.agreement(target, prompt, changed) == 7
+    assert metrics.agreement(target, prompt, changed) == 7
 
 
 def test_transformers_assisted_generation_and_prompt_lookup_give_our_tokens(

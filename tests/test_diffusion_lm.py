@@ -22,7 +22,7 @@ from stepmark.backbones.lm import VOCABULARY, encode
 from stepmark.meter.counts import Ledger, watch
 from stepmark.task import BadOutput, load_split
 from stepmark.tracks import diffusion_lm as track
-from stepmark.tracks.diffusion_lm import MASK
+from stepmark.tracks.diffusion_lm import MASK, blocks, sampling, training
 
 TASKS = {task.id: task for task in track.TASKS}
 V = len(VOCABULARY)
@@ -117,11 +117,11 @@ def test_likelihood_knows_what_a_story_is() -> None:
     assert abs(float(-exact.mean()) - stories64.entropy()) < 4 * spread  # entropy is the mean of -log p
     wrong = ids.clone()
     wrong[torch.arange(400), torch.randint(64, (400,), generator=rng())] = A
-    noisy = stories64.log_likelihood(wrong, VOCABULARY, track.NOISE)
+    noisy = stories64.log_likelihood(wrong, VOCABULARY, sampling.NOISE)
     assert not torch.isfinite(stories64.log_likelihood(wrong, VOCABULARY)).any()
     # One word that fits nowhere costs the channel's price, and where it was a choice, no more than that choice.
-    price = math.log(V * (1 - track.NOISE) / track.NOISE + 1)
-    lost = stories64.log_likelihood(ids, VOCABULARY, track.NOISE) - noisy
+    price = math.log(V * (1 - sampling.NOISE) / sampling.NOISE + 1)
+    lost = stories64.log_likelihood(ids, VOCABULARY, sampling.NOISE) - noisy
     assert float(lost.max()) <= price + 1e-9 and float(lost.min()) > price - math.log(10 / 0.3) - 1e-9
 
 
@@ -131,15 +131,15 @@ def test_likelihood_knows_what_a_story_is() -> None:
 def test_words_are_drawn_from_the_nucleus_and_never_a_mask() -> None:
     found = torch.full((1, V), -torch.inf)
     found[0, [A, B, C, MASK]] = torch.tensor([0.6, 0.3, 0.1, 40.0]).log()
-    p = track.word_probabilities(found)
+    p = sampling.word_probabilities(found)
     assert p[0, MASK] == 0 and torch.allclose(p[0, [A, B, C]], torch.tensor([0.6, 0.3, 0.1]).double(), atol=1e-6)
     for nucleus, kept in ((0.55, [1.0, 0, 0]), (0.85, [2 / 3, 1 / 3, 0]), (0.95, [0.6, 0.3, 0.1])):
-        cut = track.word_probabilities(found, nucleus)[0, [A, B, C]]
+        cut = sampling.word_probabilities(found, nucleus)[0, [A, B, C]]
         assert torch.allclose(cut, torch.tensor(kept).double(), atol=1e-6)
     u = torch.linspace(0, 1, 1001)[:-1]
-    drawn = track.draw_words(p.expand(1000, V), u)
+    drawn = sampling.draw_words(p.expand(1000, V), u)
     assert [int((drawn == w).sum()) for w in (A, B, C)] == pytest.approx([600, 300, 100], abs=2)
-    assert track.draw_words(p, torch.tensor([1.0])).item() == C  # rounding at the end hits the last possible word
+    assert sampling.draw_words(p, torch.tensor([1.0])).item() == C  # rounding at the end hits the last possible word
 
 
 # -- samplers ---------------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def test_the_ancestral_sampler_draws_the_language_one_word_at_a_time() -> None:
     for steps in (1, 2, 4):
         together = 1 / steps  # both words fall into the same one of `steps` equal intervals
         expected = {w: together * marginal[w] + (1 - together) * language.get(w, 0.0) for w in marginal}
-        counts = Counter(map(tuple, track.ancestral(denoise, x, steps, rng(steps)).tolist()))
+        counts = Counter(map(tuple, sampling.ancestral(denoise, x, steps, rng(steps)).tolist()))
         observed = [counts[w] for w in marginal]
         assert sum(observed) == n
         keep = [w for w in marginal if expected[w] > 0]
@@ -166,30 +166,32 @@ def test_the_ancestral_sampler_draws_the_language_one_word_at_a_time() -> None:
 def test_a_step_that_masks_again_keeps_the_forward_marginals(share: float) -> None:
     """Exact enumeration: visible with probability alpha_t before, alpha_s after, whatever sigma."""
     for visible, then in ((0.1, 0.2), (0.3, 0.9), (0.6, 0.65), (0.9, 1.0)):
-        sigma = share * track.greatest_sigma(visible, then)
-        reveal, hide = track.moves(visible, then, sigma)
+        sigma = share * sampling.greatest_sigma(visible, then)
+        reveal, hide = sampling.moves(visible, then, sigma)
         assert -1e-12 <= reveal <= 1 + 1e-12 and 0 <= hide <= 1
         assert (1 - visible) * reveal + visible * (1 - hide) == pytest.approx(then, abs=1e-12)
-    assert track.moves(0.9, 0.92, track.greatest_sigma(0.9, 0.92) + 0.05)[0] > 1  # beyond it there is no posterior
+    assert (
+        sampling.moves(0.9, 0.92, sampling.greatest_sigma(0.9, 0.92) + 0.05)[0] > 1
+    )  # beyond it there is no posterior
 
 
 @pytest.mark.parametrize("schedule", ["cap", "rescale", "forward_backward"])
 def test_schedules_keep_the_marginals_along_the_whole_run(schedule: str) -> None:
     """Where the words are certain, each position is visible with probability 1 - t at every t; sampled and exact."""
     sigma = {
-        "cap": track.capped(0.2),
-        "rescale": track.rescaled(0.5),
-        "forward_backward": track.forward_backward,
+        "cap": sampling.capped(0.2),
+        "rescale": sampling.rescaled(0.5),
+        "forward_backward": sampling.forward_backward,
     }[schedule]
-    grid, n = track.times(8), 1500
+    grid, n = sampling.times(8), 1500
     denoise = exact_denoiser({(A, B, C, A): 1.0})
     x = torch.full((n, 4), MASK)
     generator, hidden = rng(1), 0
     for t, s in itertools.pairwise(grid):
         value = sigma(1 - t, 1 - s)
-        assert 0 <= value <= track.greatest_sigma(1 - t, 1 - s)
+        assert 0 <= value <= sampling.greatest_sigma(1 - t, 1 - s)
         before = x
-        x = track.remasking_step(denoise, x, 1 - t, 1 - s, value, torch.zeros_like(x, dtype=torch.bool), generator)
+        x = sampling.remasking_step(denoise, x, 1 - t, 1 - s, value, torch.zeros_like(x, dtype=torch.bool), generator)
         hidden += int(((before != MASK) & (x == MASK)).sum())
         share = float((x != MASK).double().mean())
         assert abs(share - (1 - s)) < 5 * math.sqrt(s * (1 - s) / x.numel()) + 1e-12
@@ -198,13 +200,13 @@ def test_schedules_keep_the_marginals_along_the_whole_run(schedule: str) -> None
 
 
 def test_without_remasking_the_sampler_is_mdlm_bit_for_bit() -> None:
-    denoise = track.denoiser(tiny(False))
+    denoise = training.denoiser(tiny(False))
     x = torch.full((3, 64), MASK)
     with torch.no_grad():
         for nucleus in (1.0, 0.9):
-            plain = track.ancestral(denoise, x, 8, rng(4), nucleus)
-            assert torch.equal(plain, track.remask(denoise, x, 8, track.capped(0.0), rng(4), nucleus))
-            assert not torch.equal(plain, track.remask(denoise, x, 8, track.capped(0.1), rng(4), nucleus))
+            plain = sampling.ancestral(denoise, x, 8, rng(4), nucleus)
+            assert torch.equal(plain, sampling.remask(denoise, x, 8, sampling.capped(0.0), rng(4), nucleus))
+            assert not torch.equal(plain, sampling.remask(denoise, x, 8, sampling.capped(0.1), rng(4), nucleus))
 
 
 def test_the_ancestral_step_is_that_of_the_paper() -> None:
@@ -213,7 +215,7 @@ def test_the_ancestral_step_is_that_of_the_paper() -> None:
     found = torch.full((V,), -torch.inf)
     found[[A, B, C]] = p.log()
     n, t, s = 20_000, 0.7, 0.45
-    x = track.ancestral_step(lambda x: found.expand(*x.shape, V), torch.full((n, 1), MASK), t, s, rng(8))
+    x = sampling.ancestral_step(lambda x: found.expand(*x.shape, V), torch.full((n, 1), MASK), t, s, rng(8))
     counts = [int((x == w).sum()) for w in (A, B, C, MASK)]
     expected = [n * (t - s) / t * float(q) for q in p] + [n * s / t]
     assert stats.chisquare(counts, expected).pvalue > 1e-3
@@ -232,13 +234,13 @@ def test_remasking_repairs_a_wrong_word() -> None:
         x = torch.tensor([[A] * 7 + [B]]).repeat(200, 1)
         generator, fixed = rng(3), torch.zeros_like(x, dtype=torch.bool)
         for _ in range(60):
-            x = track.remasking_step(majority, x, 0.9, 0.9, sigma, fixed, generator)
+            x = sampling.remasking_step(majority, x, 0.9, 0.9, sigma, fixed, generator)
         assert float((x == B).any(1).double().mean()) <= left
         assert float((x == MASK).double().mean()) == pytest.approx(0.1 if sigma else 0.0, abs=0.03)
 
 
 def test_a_loop_holds_alpha_and_finishes() -> None:
-    plan = list(track.loop_schedule(100, 0.55, 0.05, 0.9))
+    plan = list(sampling.loop_schedule(100, 0.55, 0.05, 0.9))
     assert plan[0][0] == 0 and plan[-1][1] == pytest.approx(1)
     assert all(a[1] == pytest.approx(b[0]) for a, b in itertools.pairwise(plan))
     looping = [alpha for alpha, _, loop in plan if loop]
@@ -246,7 +248,7 @@ def test_a_loop_holds_alpha_and_finishes() -> None:
     denoise = exact_denoiser({(A, B, C, A): 1.0})
     shares: list[float] = []
     hidden: list[float] = []
-    original = track.remasking_step
+    original = sampling.remasking_step
 
     def spy(*args: Any) -> Tensor:
         x = original(*args)
@@ -256,7 +258,7 @@ def test_a_loop_holds_alpha_and_finishes() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(track, "remasking_step", spy)
-        x = track.remask_in_a_loop(denoise, torch.full((1500, 4), MASK), 100, 0.05, rng(2))
+        x = sampling.remask_in_a_loop(denoise, torch.full((1500, 4), MASK), 100, 0.05, rng(2))
     assert shares == pytest.approx([then for _, then, _ in plan], abs=0.03)  # as many words as alpha says, throughout
     assert sum(hidden) == pytest.approx(0.05 * 0.9 * len(looping), rel=0.05)  # eta of the visible words in each turn
     assert torch.equal(x, torch.tensor([A, B, C, A]).expand_as(x))
@@ -299,15 +301,15 @@ def test_a_pass_over_some_positions_is_exact_while_nothing_changes() -> None:
     x = texts()[:1].clone()
     x[:, 30:] = MASK
     with torch.no_grad():
-        cache = track.free_cache(model)
+        cache = blocks.free_cache(model)
         whole = mdlm.logits(model, x)
-        assert torch.allclose(track.run_from_clean(model, x, cache), whole, atol=1e-5)
-        again = track.run_from_clean(model, x, cache)
+        assert torch.allclose(blocks.run_from_clean(model, x, cache), whole, atol=1e-5)
+        again = blocks.run_from_clean(model, x, cache)
         assert torch.equal(again[:, :29], torch.zeros_like(again[:, :29]))
         assert torch.allclose(again[:, 29:], whole[:, 29:], atol=1e-4)
         y = x.clone()
         y[:, 30:40] = texts()[1, 30:40]
-        kept, fresh = track.run_from_clean(model, y, cache)[:, 39:], mdlm.logits(model, y)[:, 39:]
+        kept, fresh = blocks.run_from_clean(model, y, cache)[:, 39:], mdlm.logits(model, y)[:, 39:]
         assert float((kept - fresh).abs().max()) > 1e-3
         assert mdlm.logits(model, y)[:, :5].sub(whole[:, :5]).abs().max() > 1e-3  # it looks both ways
 
@@ -315,39 +317,39 @@ def test_a_pass_over_some_positions_is_exact_while_nothing_changes() -> None:
 def test_the_causal_model_with_a_cache_is_the_one_without() -> None:
     model, x = tiny(True), texts()[:2]
     with torch.no_grad():
-        cache, whole = track.new_cache(model), mdlm.logits(model, x)
+        cache, whole = blocks.new_cache(model), mdlm.logits(model, x)
         parts, start = [], 0
         for length in (1, 7, 1, 20, 35):
-            parts.append(track.run_blocks(model, x[:, start : start + length], start, cache))
+            parts.append(blocks.run_blocks(model, x[:, start : start + length], start, cache))
             start += length
     assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-4)
 
 
 def test_the_guide_decides_how_much_and_never_what() -> None:
-    assert [track.agreed([1, 2, 3], g) for g in ([1, 2, 3], [1, 2, 9], [9, 2, 3])] == [3, 2, 1]
+    assert [blocks.agreed([1, 2, 3], g) for g in ([1, 2, 3], [1, 2, 9], [9, 2, 3])] == [3, 2, 1]
     model, guide = tiny(False), tiny(True)
     x = torch.full((1, 64), MASK)
     x[:, :24] = texts()[:1, :24]
     steps: list[tuple[Tensor, Tensor]] = []
-    original = track.run_from_clean
+    original = blocks.run_from_clean
 
     def spy(network: Any, y: Tensor, cache: Any) -> Tensor:
         found = original(network, y, cache)
-        steps.append((y, track.word_probabilities(found).argmax(-1)))
+        steps.append((y, sampling.word_probabilities(found).argmax(-1)))
         return found
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(track, "run_from_clean", spy)
-        done = track.fill_guided(model, guide, x, 40, cached=False)
+        done = blocks.fill_guided(model, guide, x, 40, cached=False)
     steps.append((done, done))
     assert len(steps) > 3
     for (y, draft), (after, _) in itertools.pairwise(steps):
-        start, stop = track.first_mask(y), track.first_mask(after)
+        start, stop = blocks.first_mask(y), blocks.first_mask(after)
         assert torch.equal(after[:, start:stop], draft[:, start:stop])  # the model's own words
         text = torch.where(y == MASK, draft, y)
         before = torch.cat([torch.full((1, 1), mdlm.START), text[:, :-1]], 1)
         with torch.no_grad():
-            wished = track.word_probabilities(mdlm.logits(guide, before)).argmax(-1)
+            wished = sampling.word_probabilities(mdlm.logits(guide, before)).argmax(-1)
         agrees = (wished == text)[0, start:].tolist()
         assert stop - start == max(1, agrees.index(False) if False in agrees else len(agrees)) or after is done
 
@@ -379,7 +381,7 @@ def test_confident_unmasking_takes_the_surest_masks() -> None:
     for i, sure in enumerate((5.0, 9.0, 7.0, 20.0)):
         found[0, i, A + i] = sure
     x = torch.tensor([[MASK, MASK, MASK, C]])
-    assert track.unmask_confident(found, x, 2).tolist() == [[MASK, A + 1, A + 2, C]]
+    assert blocks.unmask_confident(found, x, 2).tolist() == [[MASK, A + 1, A + 2, C]]
 
 
 # -- self-distillation ------------------------------------------------------------------------------------------------
@@ -395,17 +397,17 @@ def test_targets_through_time_are_those_of_the_step_that_replaced_a_mask() -> No
 
     n = 3000
     x = torch.full((n, 2), MASK)
-    target = track.targets_through_time(denoise, x, torch.ones(n), 0.5, 2, rng(1))
+    target = training.targets_through_time(denoise, x, torch.ones(n), 0.5, 2, rng(1))
     assert len(calls) == 2  # the student saves one of two evaluations
     early = (calls[1] != MASK)[..., None]
-    first, second = (track.word_log_probabilities(exact(c)) for c in calls)
+    first, second = (sampling.word_log_probabilities(exact(c)) for c in calls)
     assert torch.equal(target, torch.where(early, first, second))
     assert float(early.double().mean()) == pytest.approx(0.5, abs=0.03)
     # On average over the teacher's runs that is the posterior, for this language as for any: a martingale.
     assert torch.allclose(target.exp().mean(0), first[0].exp(), atol=0.03)
     # At a later time and half the steps some masks remain; visible words have no target.
     y = torch.tensor([[A, MASK]]).expand(n, 2)
-    target = track.targets_through_time(exact, y, torch.full((n,), 0.5), 0.125, 2, rng(2))
+    target = training.targets_through_time(exact, y, torch.full((n,), 0.5), 0.125, 2, rng(2))
     assert torch.equal(target[:, 0], torch.zeros(n, V, dtype=torch.float64))
     assert torch.allclose(target[:, 1, [A, B]].exp(), torch.tensor([5 / 7, 2 / 7]).double().expand(n, 2))
 

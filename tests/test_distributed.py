@@ -25,7 +25,9 @@ from stepmark.distributed import SENT, Group, RankFailed
 from stepmark.meter.counts import BudgetExceeded, Ledger, Traffic, watch
 from stepmark.run import Bench, track_of
 from stepmark.session import Session
-from stepmark.tracks.image import Bands, Denoiser, euler_step, uniform_times
+from stepmark.tracks.image.patches import Bands
+from stepmark.tracks.image.schedules import uniform_times
+from stepmark.tracks.image.solvers import Denoiser, euler_step
 
 torch.set_num_threads(1)
 

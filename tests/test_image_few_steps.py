@@ -16,7 +16,7 @@ from stepmark import backbones
 from stepmark.meter.counts import Ledger, watch
 from stepmark.run import track_of
 from stepmark.session import Session
-from stepmark.tracks import image
+from stepmark.tracks.image import schedules, solvers
 
 torch.set_num_threads(1)
 
@@ -53,7 +53,7 @@ class Gaussian(nn.Module):
         self.times: list[float] = []
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        schedule = image.Schedule(self.prediction)
+        schedule = schedules.Schedule(self.prediction)
         time = float(t[0]) if schedule.flow else (float(t[0]) + 1) / 1000
         self.times.append(time)
         alpha, sigma = schedule.alpha(time), schedule.sigma(time)
@@ -76,7 +76,7 @@ def test_tuned_timesteps_minimise_the_change_of_direction_and_are_what_the_netwo
     method, rung = aligner.TimestepAligner(), 5
     ratios = method.tune(network, x["noise"], x["condition"], rung, 40)
     state = x["noise"].double()
-    for (t, s), ratio in zip(list(pairwise(image.uniform_times(rung)))[:-1], ratios.tolist(), strict=False):
+    for (t, s), ratio in zip(list(pairwise(schedules.uniform_times(rung)))[:-1], ratios.tolist(), strict=False):
 
         def gap(r: float, state: Tensor = state, t: float = t, s: float = s) -> float:
             begin = method.noise(network, state, t, x["condition"])
@@ -94,7 +94,7 @@ def test_tuned_timesteps_minimise_the_change_of_direction_and_are_what_the_netwo
     network.times.clear()
     method.run(session, x, rung)
     assert network.times == pytest.approx(
-        [r * t for r, t in zip(ratios.tolist(), image.uniform_times(rung), strict=False)]
+        [r * t for r, t in zip(ratios.tolist(), schedules.uniform_times(rung), strict=False)]
     )
 
 
@@ -105,13 +105,13 @@ def test_tuned_timesteps_minimise_the_change_of_direction_and_are_what_the_netwo
 def test_the_signal_ode_is_the_samplers_own(prediction: str) -> None:
     """Stepping the signal from the noise and adding the noise back gives the DDIM trajectory at every level."""
     network, batch = Gaussian(prediction), batch_of(8, (2,), 1)
-    denoise, eps = image.Denoiser(network, batch["condition"]), batch["noise"].double()
+    denoise, eps = solvers.Denoiser(network, batch["condition"]), batch["noise"].double()
     schedule, x = denoise.schedule, batch["noise"].double()
     y = torch.zeros_like(x) if schedule.flow else (x - schedule.sigma(1.0) * eps) / schedule.alpha(1.0)
-    for t, s in pairwise(image.uniform_times(7)):
+    for t, s in pairwise(schedules.uniform_times(7)):
         x0, noise = denoise(x, t)
         y = boot.signal_step(schedule, y, x0, *(torch.full((8,), u, dtype=torch.float64) for u in (t, s)))
-        x = image.ddim_step(schedule, x0, noise, s)
+        x = solvers.ddim_step(schedule, x0, noise, s)
         torch.testing.assert_close(schedule.alpha(s) * y + schedule.sigma(s) * eps, x)
 
 
@@ -120,7 +120,7 @@ def test_an_untrained_student_meets_the_boundary() -> None:
     student, batch = boot.Boot().networks(session)["student"], batch_of(10, (1, 8, 8), 10)
     with torch.no_grad():
         ours = boot.Boot.signal(student, batch["noise"], torch.ones(10), batch["condition"])
-        teachers = image.Denoiser(session.networks["teacher"], batch["condition"])(batch["noise"], 1.0)[0]
+        teachers = solvers.Denoiser(session.networks["teacher"], batch["condition"])(batch["noise"], 1.0)[0]
     torch.testing.assert_close(ours, teachers)
 
 
@@ -275,7 +275,7 @@ def test_fine_tuning_learns_the_spread_and_leaves_alone_what_is_out_of_range() -
     far = Told(0.5, -100.0)
     finetuned(far, 0.1, 3)
     assert (far.w.item(), far.b.item()) == (0.5, -100.0)
-    schedule, near = image.Schedule("epsilon"), Told(0.998, 0.0)
+    schedule, near = schedules.Schedule("epsilon"), Told(0.998, 0.0)
     scale = [(1 - schedule.sigma(1.0) * near.w.item()) / schedule.alpha(1.0)]
     finetuned(near, 1e-4, 60)
     scale.append((1 - schedule.sigma(1.0) * near.w.item()) / schedule.alpha(1.0))

@@ -17,11 +17,11 @@ from stepmark.meter.counts import Ledger, watch
 from stepmark.run import track_of
 from stepmark.session import Session
 from stepmark.task import digest_of
-from stepmark.tracks import image
+from stepmark.tracks.image import jumps, schedules, solvers
 
 torch.set_num_threads(1)
 
-SCHEDULE = image.Schedule("epsilon")
+SCHEDULE = schedules.Schedule("epsilon")
 
 
 def module_of(method: str) -> Any:
@@ -104,7 +104,7 @@ def test_a_round_reuses_then_predicts_then_replays() -> None:
     network, batch = Gaussian(), batch_of(3, (2,), 1)
     session, method, rung = session_of("sampling/mixtures_eps", network), parastep.ParaStep(), 11
     found = method.run(session, batch, rung)
-    schedule, times = SCHEDULE, image.uniform_times(rung)
+    schedule, times = SCHEDULE, schedules.uniform_times(rung)
 
     def step(x: float, eps: float, t: float, s: float) -> float:
         x0 = (x - schedule.sigma(t) * eps) / schedule.alpha(t)
@@ -220,7 +220,7 @@ def test_a_pivot_moves_to_its_better_neighbour_and_noises_keep_unit_variance() -
 
 @pytest.mark.parametrize("prediction", ["flow", "epsilon"])
 def test_noising_again_keeps_the_marginal(prediction: str) -> None:
-    schedule = image.Schedule(prediction)
+    schedule = schedules.Schedule(prediction)
     draw = torch.Generator().manual_seed(0)
     x0, eps, noise = (
         torch.randn(200_000, 1, generator=draw) * scale + shift for scale, shift in ((0.5, 2), (1, 0), (1, 0))
@@ -252,7 +252,7 @@ def test_the_guide_is_the_gradient_with_the_reconstruction_held_fixed() -> None:
     network = backbones.load("rare_eps")
     draw = torch.Generator().manual_seed(1)
     x, noise = (torch.randn(12, 2, generator=draw, dtype=torch.float64) for _ in range(2))
-    denoise = image.Denoiser(network, torch.zeros(12, dtype=torch.long))
+    denoise = solvers.Denoiser(network, torch.zeros(12, dtype=torch.long))
     level = 0.2  # low enough for the reconstruction to depend on x0, so that it matters whether it is held fixed
     x0, eps, push = minority.Guide()(x, 0.4, level, noise, denoise)
     torch.testing.assert_close((x0, eps), denoise(x, 0.4))
@@ -453,9 +453,9 @@ def test_jumps_with_the_exact_mean_velocity_are_exact_on_any_grid() -> None:
     batch = batch_of(50, (2,), 2)
     noise, condition = batch["noise"].double(), batch["condition"]
     for grid in ([1.0, 0.0], [1.0, 0.7, 0.1, 0.0]):
-        torch.testing.assert_close(image.take_jumps(Exact(), noise, condition, grid), noise / 2)
-    denoise, times = image.Denoiser(GaussianFlow(), condition), image.quadratic_times(96)
-    paths = image.flow_paths(denoise, noise, times)
+        torch.testing.assert_close(jumps.take_jumps(Exact(), noise, condition, grid), noise / 2)
+    denoise, times = solvers.Denoiser(GaussianFlow(), condition), schedules.quadratic_times(96)
+    paths = jumps.flow_paths(denoise, noise, times)
     scale = deviation(torch.tensor(times, dtype=torch.float64))
     torch.testing.assert_close(paths, scale[:, None, None] * noise, rtol=1e-3, atol=1e-3)
 
@@ -468,9 +468,9 @@ def test_told_the_target_a_network_learns_the_jump_and_untold_the_mean_of_all() 
     for aware in (True, False):
         session.begin("prepare", 4)
         torch.manual_seed(0)
-        networks[aware] = image.JumpMLP(2, aware, width=64)
-        image.fit_jumps(session, networks[aware], steps, batch=256)
-    grid = torch.tensor(image.quadratic_times(96))
+        networks[aware] = jumps.JumpMLP(2, aware, width=64)
+        jumps.fit_jumps(session, networks[aware], steps, batch=256)
+    grid = torch.tensor(schedules.quadratic_times(96))
     batch, x = batch_of(400, (2,), 2, seed=8), None
     for first in (0, 30):
         t = grid[first].expand(400)

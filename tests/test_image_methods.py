@@ -18,15 +18,9 @@ from stepmark import backbones, plugins
 from stepmark.meter.counts import Ledger, watch
 from stepmark.run import track_of
 from stepmark.session import Session
-from stepmark.tracks.image import (
-    Denoiser,
-    Schedule,
-    add_noise,
-    ddim_step,
-    exact_endpoints,
-    sliced_w2,
-    uniform_times,
-)
+from stepmark.tracks.image.metrics import exact_endpoints, sliced_w2
+from stepmark.tracks.image.schedules import Schedule, add_noise, uniform_times
+from stepmark.tracks.image.solvers import Denoiser, ddim_step
 
 torch.set_num_threads(1)
 
@@ -548,7 +542,7 @@ def test_projected_noises_have_gaussian_moments_and_move_no_more_than_they_must(
     torch.testing.assert_close(flat.mean(0), torch.zeros(6, dtype=torch.float64), rtol=0, atol=1e-5)
     torch.testing.assert_close(torch.cov(flat.T), torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-4)
     # the squared displacement is the Frechet distance of the two Gaussians, the least there is
-    from stepmark.tracks.image import frechet_distance
+    from stepmark.tracks.image.metrics import frechet_distance
 
     source = noise.flatten(1).double()
     moved = (flat - source).square().sum(1).mean()

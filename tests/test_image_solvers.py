@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stepmark import backbones
-from stepmark.tracks import image
+from stepmark.tracks.image import metrics, schedules, solvers
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*")
@@ -41,7 +41,7 @@ def batch_of(n: int, shape: tuple[int, ...] = (1, 8, 8), classes: int = 10) -> d
 def across(solver: str, network: nn.Module, n: int) -> Tensor:
     """From t = 0.8 to 0.2 in n steps equal in log-SNR, from the same points, the first two steps by Heun."""
     points = batch_of(64, (2,), 2)
-    denoise, x = image.Denoiser(network, points["condition"]), points["noise"].double()
+    denoise, x = solvers.Denoiser(network, points["condition"]), points["noise"].double()
     schedule = denoise.schedule
     ends = [schedule.log_snr(t) for t in (0.8, 0.2)]
     times = [schedule.time(ends[0] + (ends[1] - ends[0]) * i / n) for i in range(n + 1)]
@@ -50,16 +50,16 @@ def across(solver: str, network: nn.Module, n: int) -> Tensor:
     for i, (t, s) in enumerate(pairwise(times)):
         x0, eps = denoise(x, t)
         if solver == "unic" and i > 2:
-            x = image.unipc_step(schedule, before, past, t, 2, ahead=x0)
+            x = solvers.unipc_step(schedule, before, past, t, 2, ahead=x0)
         past = [*past, (t, x0 if solver.startswith("uni") else eps)][-3:]
         before = x
         if i < 2:
             for a, b in pairwise(np.linspace(t, s, 9).tolist()):
-                x = image.heun_step(denoise, x, a, b)
+                x = solvers.heun_step(denoise, x, a, b)
         elif solver.startswith("uni"):
-            x = image.unipc_step(schedule, x, past[-2:], s, 2)
+            x = solvers.unipc_step(schedule, x, past[-2:], s, 2)
         else:
-            weights = image.exponential_weights(schedule, [u for u, _ in past], s)
+            weights = solvers.exponential_weights(schedule, [u for u, _ in past], s)
             x = schedule.alpha(s) * (
                 x / schedule.alpha(t) + sum(w * e for w, (_, e) in zip(weights, past, strict=True))
             )
@@ -80,17 +80,17 @@ def test_first_order_is_ddim() -> None:
     method = deis.DEIS()
     method.order = 1
     torch.testing.assert_close(method.run(session(network), batch, 5), plain, rtol=1e-4, atol=1e-4)
-    step = image.unipc_step(image.Schedule("epsilon"), batch["noise"], [(0.6, plain)], 0.4)
-    eps = (batch["noise"] - image.Schedule("epsilon").alpha(0.6) * plain) / image.Schedule("epsilon").sigma(0.6)
-    torch.testing.assert_close(step, image.ddim_step(image.Schedule("epsilon"), plain, eps, 0.4))
+    step = solvers.unipc_step(schedules.Schedule("epsilon"), batch["noise"], [(0.6, plain)], 0.4)
+    eps = (batch["noise"] - schedules.Schedule("epsilon").alpha(0.6) * plain) / schedules.Schedule("epsilon").sigma(0.6)
+    torch.testing.assert_close(step, solvers.ddim_step(schedules.Schedule("epsilon"), plain, eps, 0.4))
 
 
 def test_weights_integrate_polynomials_exactly() -> None:
     """Noise that is a quadratic in log rho along the path is integrated without error, a cubic is not."""
-    schedule = image.Schedule("epsilon")
+    schedule = schedules.Schedule("epsilon")
     times, s = [0.9, 0.7, 0.6], 0.4
     logs = [-schedule.log_snr(t) for t in times]
-    weights = image.exponential_weights(schedule, times, s)
+    weights = solvers.exponential_weights(schedule, times, s)
 
     def integral(power: int) -> float:
         grid = np.linspace(logs[-1], -schedule.log_snr(s), 20001)
@@ -154,7 +154,7 @@ def test_deis_equals_diffusers_before_the_last_step() -> None:
 def test_edm_heun_spends_its_rung_on_the_karras_grid() -> None:
     """Second order on the exact scores: the error to the exact end falls by about four when the evaluations double."""
     network, batch = backbones.load("mixtures_eps"), batch_of(200, (2,), 2)
-    exact = image.exact_endpoints(network, batch["noise"], batch["condition"], 512)
+    exact = metrics.exact_endpoints(network, batch["noise"], batch["condition"], 512)
     method, errors, calls = module_of("edm_heun").EDMHeun(), [], []
 
     class Counting(nn.Module):
@@ -178,7 +178,7 @@ def test_on_equal_steps_a_solver_with_its_own_grid_is_the_plain_one(name: str) -
     plain = {"ddim": "DDIM", "dpm_solver_pp": "DPMSolverPP", "unipc": "UniPC", "deis": "DEIS"}[name]
     ours = session(network)
     expected = getattr(module_of(name), plain)().run(ours, batch, 6)
-    ours.state = {"times_6": torch.tensor(image.uniform_times(6), dtype=torch.float64)}
+    ours.state = {"times_6": torch.tensor(schedules.uniform_times(6), dtype=torch.float64)}
     found = getattr(module_of(f"{name}_best_grid"), f"{plain}BestGrid")().run(ours, batch, 6)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -199,14 +199,14 @@ def test_the_best_grid_is_the_one_that_ends_nearest() -> None:
     )
     state = method.prepare(ours)
     batch = batch_of(400, (2,), 2)
-    denoise = image.Denoiser(network, batch["condition"])
-    exact = image.exact_endpoints(network, batch["noise"], batch["condition"], 256)
+    denoise = solvers.Denoiser(network, batch["condition"])
+    exact = metrics.exact_endpoints(network, batch["noise"], batch["condition"], 256)
     for rung in (4, 8):
         errors = {
             tuple(grid): float((method.solve(denoise, batch["noise"], grid) - exact).square().mean())
-            for grid in image.common_grids(denoise.schedule, rung).values()
+            for grid in solvers.common_grids(denoise.schedule, rung).values()
         }
         assert errors[tuple(state[f"times_{rung}"].tolist())] <= 1.1 * min(errors.values())
-        assert min(errors.values()) < 0.9 * errors[tuple(image.uniform_times(rung))]
+        assert min(errors.values()) < 0.9 * errors[tuple(schedules.uniform_times(rung))]
         assert all(len(grid) == rung + 1 and grid[-1] == 0 for grid in errors)
         assert all(a > b for grid in errors for a, b in pairwise(grid))

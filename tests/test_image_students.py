@@ -16,7 +16,7 @@ from stepmark.meter.counts import Ledger, watch
 from stepmark.method import Skip
 from stepmark.run import track_of
 from stepmark.session import Session
-from stepmark.tracks import image
+from stepmark.tracks.image import fusing, schedules, solvers, training
 from stepmark.tracks.image import guided as image_guided
 
 torch.set_num_threads(1)
@@ -142,9 +142,9 @@ def test_each_item_is_guided_by_the_scale_that_it_asks_for() -> None:
     session.begin("run", 1)
     for row in range(6):
         x, condition = batch["noise"][row : row + 1], batch["condition"][row : row + 1]
-        denoise = image.Denoiser(session.networks["teacher"], condition, float(scale[row]))
-        for t, s in pairwise(image.uniform_times(4)):
-            x = image.ddim_step(denoise.schedule, *denoise(x, t), s)
+        denoise = solvers.Denoiser(session.networks["teacher"], condition, float(scale[row]))
+        for t, s in pairwise(schedules.uniform_times(4)):
+            x = solvers.ddim_step(denoise.schedule, *denoise(x, t), s)
         torch.testing.assert_close(found[row : row + 1], x, rtol=1e-4, atol=1e-4)
 
 
@@ -164,29 +164,29 @@ def test_students_are_told_the_scale_in_their_own_convention(name: str, offset: 
 
 @pytest.mark.parametrize("backbone", ["digits_flow_a", "digits_eps_a"])
 def test_a_ddim_step_is_linear_in_the_sample_and_the_output(backbone: str) -> None:
-    schedule, rng = image.schedule_of(backbones.load(backbone)), torch.Generator().manual_seed(3)
+    schedule, rng = schedules.schedule_of(backbones.load(backbone)), torch.Generator().manual_seed(3)
     x, output = torch.randn(2, 5, 1, 8, 8, generator=rng)
     for t, s in ((1.0, 0.75), (0.5, 0.2), (0.25, 0.0)):
-        x0, eps = image.to_x0_eps(schedule.prediction, output, x, schedule.alpha(t), schedule.sigma(t))
-        a, b = image.ddim_coefficients(schedule, t, s)
-        torch.testing.assert_close(a * x + b * output, image.ddim_step(schedule, x0, eps, s), rtol=1e-4, atol=1e-4)
+        x0, eps = schedules.to_x0_eps(schedule.prediction, output, x, schedule.alpha(t), schedule.sigma(t))
+        a, b = solvers.ddim_coefficients(schedule, t, s)
+        torch.testing.assert_close(a * x + b * output, solvers.ddim_step(schedule, x0, eps, s), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
 def test_rows_are_guided_each_by_its_own_scale_and_time() -> None:
     teacher, batch = backbones.load("digits_flow_a"), batch_of(6, (1, 8, 8), 10)
     scale, t = torch.tensor([1.0, 1.0, 2.5, 2.5, 4.0, 0.0]), torch.tensor([0.3, 0.9, 0.3, 0.9, 0.5, 0.5])
-    found = image.guided_rows(teacher, batch["noise"], t, batch["condition"], scale)
+    found = fusing.guided_rows(teacher, batch["noise"], t, batch["condition"], scale)
     for row in range(6):
         x, condition = batch["noise"][row : row + 1], batch["condition"][row : row + 1]
-        own = image.Denoiser(teacher, condition, float(scale[row])).output(x, float(t[row]))
+        own = solvers.Denoiser(teacher, condition, float(scale[row])).output(x, float(t[row]))
         torch.testing.assert_close(found[row : row + 1], own, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("prediction", ["flow", "epsilon"])
 def test_the_progressive_target_leads_where_two_steps_lead(prediction: str) -> None:
     """One DDIM step with the target from t reaches the end of two steps, at s > 0 and at s = 0."""
-    schedule, draw = image.Schedule(prediction), torch.Generator().manual_seed(0)
+    schedule, draw = schedules.Schedule(prediction), torch.Generator().manual_seed(0)
     x, end = (torch.randn(5, 1, 8, 8, generator=draw, dtype=torch.float64) for _ in range(2))
     t, s = torch.tensor([1.0, 0.75, 0.5, 0.5, 0.25]).double(), torch.tensor([0.75, 0.5, 0.25, 0.0, 0.0]).double()
     t, s = t.view(-1, 1, 1, 1), s.view(-1, 1, 1, 1)
@@ -222,10 +222,10 @@ def test_a_halved_student_is_trained_on_two_steps_of_its_predecessor(monkeypatch
     method.halve(session, 2, lambda: (x, t, torch.zeros(6, dtype=torch.int64), torch.zeros(6).double()))
     wanted = []
     for row, start in zip(x, t.tolist(), strict=True):
-        denoise, end = image.Denoiser(Gaussian(), torch.zeros(1, dtype=torch.int64)), row[None]
+        denoise, end = solvers.Denoiser(Gaussian(), torch.zeros(1, dtype=torch.int64)), row[None]
         x0 = denoise(end, start)[0]
         for now, then in pairwise([start, start - 0.25, start - 0.5]):
-            end = image.ddim_step(denoise.schedule, *denoise(end, now), then)
+            end = solvers.ddim_step(denoise.schedule, *denoise(end, now), then)
         velocity = (row[None] - end) / 0.5
         wanted.append(max((1 - start) ** 2 / start**2, 1) * (x0 - (row[None] - start * velocity)).square().mean())
     assert losses[0] == pytest.approx(float(torch.stack(wanted).mean()), rel=1e-6)
@@ -257,18 +257,18 @@ def test_adapters_learn_guidance_on_the_states_of_guided_sampling() -> None:
     scale = torch.full((10,), 3.0)
     teacher, adapted = session.networks["teacher"], session.networks["adapted"]
     x, t, condition, scales, target = agd.guided_trajectories(teacher, batch["noise"], batch["condition"], scale, 3)
-    denoise, state = image.Denoiser(teacher, batch["condition"], 3.0), batch["noise"]
+    denoise, state = solvers.Denoiser(teacher, batch["condition"], 3.0), batch["noise"]
     with torch.no_grad():
-        for k, (now, then) in enumerate(pairwise(image.uniform_times(3))):
+        for k, (now, then) in enumerate(pairwise(schedules.uniform_times(3))):
             torch.testing.assert_close(x[10 * k : 10 * k + 10], state, rtol=1e-4, atol=1e-4)
             assert torch.allclose(t[10 * k : 10 * k + 10], torch.tensor(now))
-            state = image.ddim_step(denoise.schedule, *denoise(state, now), then)
+            state = solvers.ddim_step(denoise.schedule, *denoise(state, now), then)
 
     def loss() -> Tensor:
         return (adapted(x, t, condition, scales) - target).square().mean()
 
     before = loss().item()
-    image.fit(session, adapted, loss, 25, 1e-2, ema=0.0)
+    training.fit(session, adapted, loss, 25, 1e-2, ema=0.0)
     assert loss().item() < 0.8 * before
 
 
@@ -277,7 +277,7 @@ def test_adapters_learn_guidance_on_the_states_of_guided_sampling() -> None:
 
 def test_pairs_are_the_ends_of_the_teachers_chain() -> None:
     session = session_of(DIGITS)
-    eps, x0, condition = image.teacher_pairs(session, 12, 4)
+    eps, x0, condition = training.teacher_pairs(session, 12, 4)
     session.begin("run", 1)
     batch = {"noise": eps, "condition": condition}
     torch.testing.assert_close(module_of("euler").Euler().run(session, batch, 4), x0, rtol=1e-4, atol=1e-4)
@@ -377,13 +377,13 @@ def test_noise_stays_gaussian_given_the_condition() -> None:
 
 def test_a_field_trained_on_a_pairing_follows_it() -> None:
     """Where the noise named for each datum is its shifted self, the velocity is the shift at every point and time."""
-    session, field, shift = session_of(POINTS), image.PointField(2), torch.tensor([1.0, -0.5])
+    session, field, shift = session_of(POINTS), training.PointField(2), torch.tensor([1.0, -0.5])
 
     def couple(eps: Tensor, x0: Tensor, condition: Tensor) -> Tensor:
         eps.copy_(x0.roll(1, 0) + shift)  # the noise of datum j is number j + 1
         return torch.arange(len(eps)).roll(-1)
 
-    image.fit_coupled(session, field, couple, 80, batch=64, pool=128, rate=3e-3)
+    training.fit_coupled(session, field, couple, 80, batch=64, pool=128, rate=3e-3)
     data, condition = (session.train[key][:200] for key in ("x0", "condition"))
     with torch.no_grad():
         found = field(data + 0.3 * shift, torch.full((200,), 0.3), condition)

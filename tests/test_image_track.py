@@ -20,8 +20,9 @@ from stepmark.backbones import unet
 from stepmark.stats import bootstrap_indices
 from stepmark.task import BadOutput, digest_of
 from stepmark.tracks import image
+from stepmark.tracks.image import metrics, schedules, solvers
 
-FLOW, VP = image.Schedule("flow"), image.Schedule("epsilon")
+FLOW, VP = schedules.Schedule("flow"), schedules.Schedule("epsilon")
 TASKS = {task.id: task for task in image.TASKS}
 
 
@@ -50,7 +51,7 @@ def tiny() -> dict[str, unet.ConditionalUNet]:
 
 @pytest.mark.parametrize(("prediction", "t"), [("flow", 0.3), ("flow", 0.9), ("epsilon", 0.05), ("epsilon", 0.6)])
 def test_exact_denoiser_is_the_gradient_of_the_log_density(prediction: str, t: float) -> None:
-    network, schedule = mixture(prediction), image.Schedule(prediction)
+    network, schedule = mixture(prediction), schedules.Schedule(prediction)
     noise, condition = points(64)
     x = (0.7 * noise).requires_grad_(True)
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
@@ -60,7 +61,7 @@ def test_exact_denoiser_is_the_gradient_of_the_log_density(prediction: str, t: f
     normal = torch.distributions.MultivariateNormal(means, covariance)
     log_density = torch.logsumexp(mixtures.WEIGHTS[condition].log() + normal.log_prob(x[:, None]), 1).sum()
     (score,) = torch.autograd.grad(log_density, x)
-    x0, eps = image.Denoiser(network, condition)(x.detach(), t)
+    x0, eps = solvers.Denoiser(network, condition)(x.detach(), t)
     torch.testing.assert_close(eps, -sigma * score, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(x0, (x.detach() + sigma**2 * score) / alpha, rtol=1e-9, atol=1e-9)
 
@@ -85,7 +86,7 @@ def test_dataset_density_matches_torch_distributions_and_its_own_samples() -> No
 
 
 @pytest.mark.parametrize("schedule", [FLOW, VP], ids=["flow", "vp"])
-def test_schedule_identities(schedule: image.Schedule) -> None:
+def test_schedule_identities(schedule: schedules.Schedule) -> None:
     times = torch.linspace(0.002, 0.998, 37, dtype=torch.float64)
     alpha, sigma = schedule.alpha(times), schedule.sigma(times)
     total = alpha + sigma if schedule.flow else alpha**2 + sigma**2
@@ -116,34 +117,34 @@ def test_prediction_conversions_invert_each_other(kind: str) -> None:
     x0, eps = (torch.randn(4, 3, generator=draw, dtype=torch.float64) for _ in range(2))
     schedule = FLOW if kind == "flow" else VP
     alpha, sigma = schedule.alpha(0.37), schedule.sigma(0.37)
-    output = image.from_x0_eps(kind, x0, eps, alpha, sigma)
-    back = image.to_x0_eps(kind, output, alpha * x0 + sigma * eps, alpha, sigma)
+    output = schedules.from_x0_eps(kind, x0, eps, alpha, sigma)
+    back = schedules.to_x0_eps(kind, output, alpha * x0 + sigma * eps, alpha, sigma)
     torch.testing.assert_close(back, (x0, eps), rtol=1e-10, atol=1e-10)
 
 
 def test_unknown_prediction_is_named() -> None:
     with pytest.raises(ValueError, match="'score' is not known"):
-        image.Schedule("score")
+        schedules.Schedule("score")
 
 
 def test_grids() -> None:
-    assert image.uniform_times(4) == [1.0, 0.75, 0.5, 0.25, 0.0]
-    assert [round(VP.network_time(t)) for t in image.uniform_times(4)[:-1]] == [999, 749, 499, 249]
-    assert [round(VP.network_time(t)) for t in image.leading_times(4)[:-1]] == [750, 500, 250, 0]
-    assert image.quadratic_times(4) == [1.0, 0.5625, 0.25, 0.0625, 0.0]
-    assert image.shift_times([1.0, 0.5, 0.0], 3.0) == [1.0, 0.75, 0.0]
+    assert schedules.uniform_times(4) == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert [round(VP.network_time(t)) for t in schedules.uniform_times(4)[:-1]] == [999, 749, 499, 249]
+    assert [round(VP.network_time(t)) for t in schedules.leading_times(4)[:-1]] == [750, 500, 250, 0]
+    assert schedules.quadratic_times(4) == [1.0, 0.5625, 0.25, 0.0625, 0.0]
+    assert schedules.shift_times([1.0, 0.5, 0.0], 3.0) == [1.0, 0.75, 0.0]
     for schedule in (FLOW, VP):
-        even = [schedule.log_snr(t) for t in image.log_snr_times(schedule, 9)[:-1]]
+        even = [schedule.log_snr(t) for t in schedules.log_snr_times(schedule, 9)[:-1]]
         assert np.diff(even) == pytest.approx(np.full(8, np.diff(even)[0]), rel=1e-6)
-        ratio = [np.exp(-schedule.log_snr(t) / 7) for t in image.karras_times(schedule, 9)[:-1]]
+        ratio = [np.exp(-schedule.log_snr(t) / 7) for t in schedules.karras_times(schedule, 9)[:-1]]
         assert np.diff(ratio) == pytest.approx(np.full(8, np.diff(ratio)[0]), rel=1e-6)
-        for times in (image.log_snr_times(schedule, 6), image.karras_times(schedule, 6)):
+        for times in (schedules.log_snr_times(schedule, 6), schedules.karras_times(schedule, 6)):
             assert len(times) == 7
             assert times[-1] == 0.0
             assert all(t > s for t, s in pairwise(times))
-    snapped = image.snap_times(VP, [0.99951, 0.33333, 0.0001, 0.0])
+    snapped = schedules.snap_times(VP, [0.99951, 0.33333, 0.0001, 0.0])
     assert [t * 1000 for t in snapped] == pytest.approx([1000, 333, 1, 0])
-    assert image.snap_times(FLOW, [0.33333, 0.0]) == [0.33333, 0.0]
+    assert schedules.snap_times(FLOW, [0.33333, 0.0]) == [0.33333, 0.0]
 
 
 # --- order of convergence on the exact mixtures ----------------------------------------------------------------------
@@ -151,26 +152,26 @@ def test_grids() -> None:
 
 def _solve(solver: str, prediction: str, n: int, window: tuple[float, float]) -> Tensor:
     """Across the window of times in n steps equal in log-SNR, away from both ends, where every order shows."""
-    denoise = image.Denoiser(mixture(prediction), points(16)[1])
+    denoise = solvers.Denoiser(mixture(prediction), points(16)[1])
     x, schedule = points(16)[0], denoise.schedule
     low, high = (schedule.log_snr(t) for t in window)
     times = [schedule.time(low + (high - low) * i / n) for i in range(n + 1)]
     past: list[tuple[float, Tensor]] = []
     for i, (t, s) in enumerate(pairwise(times)):
         if solver == "euler":
-            x = image.euler_step(x, denoise.output(x, t), t, s)
+            x = solvers.euler_step(x, denoise.output(x, t), t, s)
         elif solver == "heun":
-            x = image.heun_step(denoise, x, t, s)
+            x = solvers.heun_step(denoise, x, t, s)
         elif solver == "ddim":
-            x = image.ddim_step(schedule, *denoise(x, t), s)
+            x = solvers.ddim_step(schedule, *denoise(x, t), s)
         else:
             past = [*past[-2:], (t, denoise(x, t)[0])]
             order = int(solver[-1])
             if order == 3 and i < 2:  # a first step of order 1 would cap the order of the whole at 2
                 for u, v in pairwise([t + (s - t) * k / 16 for k in range(17)]):
-                    x = image.heun_step(denoise, x, u, v)
+                    x = solvers.heun_step(denoise, x, u, v)
             else:
-                x = image.dpm_solver_pp_step(schedule, x, past, s, order)
+                x = solvers.dpm_solver_pp_step(schedule, x, past, s, order)
     return x
 
 
@@ -239,7 +240,7 @@ def test_euler_equals_diffusers(tiny: dict[str, unet.ConditionalUNet]) -> None:
 
     batch = _noise()
     scheduler = FlowMatchEulerDiscreteScheduler()
-    scheduler.set_timesteps(sigmas=image.uniform_times(6)[:-1])
+    scheduler.set_timesteps(sigmas=schedules.uniform_times(6)[:-1])
     theirs, _ = _theirs(scheduler, tiny["flow"], batch["noise"], batch["condition"], flow=True)
     torch.testing.assert_close(Euler().run(_session(tiny["flow"]), batch, 6), theirs, rtol=1e-5, atol=1e-5)
 
@@ -251,7 +252,7 @@ def test_heun_equals_diffusers(tiny: dict[str, unet.ConditionalUNet]) -> None:
     scheduler = FlowMatchHeunDiscreteScheduler()
     scheduler.set_timesteps(n)
     # same steps on our grid: sigma, and again sigma of the next time for the second evaluation of each step
-    times = image.uniform_times(n)
+    times = schedules.uniform_times(n)
     doubled = torch.tensor([times[0], *[t for t in times[1:-1] for _ in range(2)], 0.0])
     scheduler.sigmas, scheduler.timesteps = doubled, doubled[:-1] * 1000
     theirs, calls = _theirs(scheduler, tiny["flow"], batch["noise"], batch["condition"], flow=True)
@@ -272,7 +273,7 @@ def test_dpm_solver_equals_diffusers_on_noise_prediction(order: int, tiny: dict[
     if order == 2:
         ours = DPMSolverPP().run(_session(tiny["epsilon"]), batch, n)
     else:
-        ours = _dpm(tiny["epsilon"], batch, image.uniform_times(n), order)
+        ours = _dpm(tiny["epsilon"], batch, schedules.uniform_times(n), order)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
 
 
@@ -291,12 +292,12 @@ def test_dpm_solver_equals_diffusers_on_flows(order: int, tiny: dict[str, unet.C
 
 
 def _dpm(network: nn.Module, batch: dict[str, Tensor], times: list[float], order: int) -> Tensor:
-    denoise, x = image.Denoiser(network, batch["condition"]), batch["noise"]
+    denoise, x = solvers.Denoiser(network, batch["condition"]), batch["noise"]
     past: list[tuple[float, Tensor]] = []
     for i, (t, s) in enumerate(pairwise(times)):
         past = [*past, (t, denoise(x, t)[0])]
         # diffusers lowers the order towards the end of short runs
-        x = image.dpm_solver_pp_step(denoise.schedule, x, past, s, min(order, len(times) - 1 - i))
+        x = solvers.dpm_solver_pp_step(denoise.schedule, x, past, s, min(order, len(times) - 1 - i))
     return x
 
 
@@ -325,7 +326,7 @@ def test_methods_spend_exactly_the_rung(method: type, tiny: dict[str, unet.Condi
 def test_guidance_is_the_extrapolation_from_the_null_condition(tiny: dict[str, unet.ConditionalUNet]) -> None:
     network, batch, rows = tiny["flow"], _noise(4), []
     handle = network.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    guided = image.Denoiser(network, batch["condition"], guidance=2.5).output(batch["noise"], 0.8)
+    guided = solvers.Denoiser(network, batch["condition"], guidance=2.5).output(batch["noise"], 0.8)
     assert rows == [8]
     handle.remove()
     time = torch.full((4,), 0.8)
@@ -344,35 +345,35 @@ def test_frechet_distance_agrees_with_clean_fid(n: int) -> None:
     rng = np.random.default_rng(n)
     mix = rng.standard_normal((64, 64)) / 8
     ours, theirs = rng.standard_normal((n, 64)) @ mix + 0.1, rng.standard_normal((2000, 64))
-    first, second = image.moments(ours), image.moments(theirs)
+    first, second = metrics.moments(ours), metrics.moments(theirs)
     expected = frechet_distance(*first, *second)
-    assert float(image.frechet_distance(*first, *second)) == pytest.approx(expected, rel=1e-6)
+    assert float(metrics.frechet_distance(*first, *second)) == pytest.approx(expected, rel=1e-6)
 
 
 def test_resampled_frechet_distance_is_the_plain_one_on_each_resample() -> None:
     rng = np.random.default_rng(0)
-    features, reference = rng.standard_normal((200, 8)) + 3, image.moments(rng.standard_normal((500, 8)))
+    features, reference = rng.standard_normal((200, 8)) + 3, metrics.moments(rng.standard_normal((500, 8)))
     resample = bootstrap_indices(200, 5, 1)
-    expected = [float(image.frechet_distance(*image.moments(features[row]), *reference)) for row in resample]
-    assert image.frechet_resampled(features, reference, resample) == pytest.approx(expected, rel=1e-9)
+    expected = [float(metrics.frechet_distance(*metrics.moments(features[row]), *reference)) for row in resample]
+    assert metrics.frechet_resampled(features, reference, resample) == pytest.approx(expected, rel=1e-9)
 
 
 def test_sliced_w2_against_known_distances() -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((400, 2))
-    assert image.sliced_w2(x, x)[0] == pytest.approx(0, abs=1e-12)
+    assert metrics.sliced_w2(x, x)[0] == pytest.approx(0, abs=1e-12)
     # a shift by (a, b) moves every projection by a constant: the mean square over directions is (a^2 + b^2) / 2
-    assert image.sliced_w2(x + np.array([3.0, 4.0]), x)[0] == pytest.approx(5 / 2**0.5, rel=1e-6)
+    assert metrics.sliced_w2(x + np.array([3.0, 4.0]), x)[0] == pytest.approx(5 / 2**0.5, rel=1e-6)
     resample = bootstrap_indices(400, 3, 2)
-    expected = [image.sliced_w2(x[row] * 2, x)[0] for row in resample]
-    assert image.sliced_w2(x * 2, x, resample) == pytest.approx(expected, rel=1e-9)
+    expected = [metrics.sliced_w2(x[row] * 2, x)[0] for row in resample]
+    assert metrics.sliced_w2(x * 2, x, resample) == pytest.approx(expected, rel=1e-9)
 
 
 def test_exact_endpoints_are_converged() -> None:
     noise, condition = points(32)
     for prediction in ("flow", "epsilon"):
         network = mixture(prediction)
-        coarse, fine = (image.exact_endpoints(network, noise, condition, steps) for steps in (256, 512))
+        coarse, fine = (metrics.exact_endpoints(network, noise, condition, steps) for steps in (256, 512))
         assert (coarse - fine).norm(dim=1).mean() < 1e-3
 
 
@@ -380,7 +381,7 @@ def test_scores_of_exact_samples_are_better_than_noise_and_resamples_surround_th
     task = TASKS["sampling/mixtures_flow"]
     batch = image.inputs(task, 200, torch.Generator().manual_seed(0), torch.device("cpu"))
     resample = bootstrap_indices(200, 20, 0)
-    exact = image.exact_endpoints(mixture("flow"), batch["noise"], batch["condition"]).float()
+    exact = metrics.exact_endpoints(mixture("flow"), batch["noise"], batch["condition"]).float()
     good, bad = (image.score(task, batch, out, {}, resample) for out in (exact, batch["noise"]))
     assert good["endpoint_error"].value < 1e-4 < 0.5 < bad["endpoint_error"].value
     assert good["sliced_w2"].value < 0.5 * bad["sliced_w2"].value

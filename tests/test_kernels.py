@@ -18,7 +18,7 @@ from diffusers.models.normalization import AdaLayerNormZero  # noqa: E402
 from stepmark.kernels import adaptive_norm, bandwidth, reference, sampler_step  # noqa: E402
 
 from stepmark import backbones  # noqa: E402
-from stepmark.tracks import image  # noqa: E402
+from stepmark.tracks.image import fusing, schedules, solvers  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -57,9 +57,9 @@ def test_a_chain_of_steps_is_guided_ddim(backbone: str) -> None:
     network = backbones.load(backbone).to(DEVICE)
     network.null_condition = lambda condition: 1 - condition  # points have no unconditional branch
     condition = torch.arange(30, device=DEVICE) % 2
-    denoise, x = image.Denoiser(network, condition, 1.5), random(30, 2)
+    denoise, x = solvers.Denoiser(network, condition, 1.5), random(30, 2)
     schedule, ours = denoise.schedule, x
-    for t, s in pairwise(image.uniform_times(3)):
+    for t, s in pairwise(schedules.uniform_times(3)):
         time = torch.full((60,), schedule.network_time(t), device=DEVICE)
         rows = network(torch.cat([ours, ours]), time, denoise.condition)
         if schedule.flow:
@@ -68,7 +68,7 @@ def test_a_chain_of_steps_is_guided_ddim(backbone: str) -> None:
             a = schedule.alpha(s) / schedule.alpha(t)
             b = schedule.sigma(s) - a * schedule.sigma(t)
         ours = sampler_step.sampler_step(ours, rows, 1.5, a, b)
-        x = image.ddim_step(schedule, *denoise(x, t), s)
+        x = solvers.ddim_step(schedule, *denoise(x, t), s)
     torch.testing.assert_close(ours, x, rtol=1e-3, atol=1e-3)
 
 
@@ -140,11 +140,11 @@ def test_tracks_take_the_kernel_on_a_gpu_and_the_reference_elsewhere(monkeypatch
     arguments = (output, 2.0, 0.9, 0.1)
     wanted = reference.sampler_step(x, *arguments)
     with torch.no_grad():
-        assert torch.equal(image.fused("sampler_step", x, *arguments), wanted)
-    assert torch.equal(image.fused("sampler_step", x.as_subclass(OnGPU), *arguments), wanted)  # may need gradients
+        assert torch.equal(fusing.fused("sampler_step", x, *arguments), wanted)
+    assert torch.equal(fusing.fused("sampler_step", x.as_subclass(OnGPU), *arguments), wanted)  # may need gradients
     assert not called
     with torch.no_grad():
-        image.fused("sampler_step", x.to(DEVICE).as_subclass(OnGPU), output.to(DEVICE), 2.0, 0.9, 0.1)
+        fusing.fused("sampler_step", x.to(DEVICE).as_subclass(OnGPU), output.to(DEVICE), 2.0, 0.9, 0.1)
     assert len(called) == 1
 
 

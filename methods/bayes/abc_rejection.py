@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stepmark import Method, Session
-from stepmark.tracks import bayes
+from stepmark.tracks.bayes import linear, problems
 
 
 class ABCRejection(Method):
@@ -34,11 +34,11 @@ class ABCRejection(Method):
         x = batch["x"]
         b, n, d = x.shape
         k = max(1, rung // n)
-        theta = bayes.problem(session.task).prior.to(x.device).sample(b * k, session.rng)
+        theta = problems.problem(session.task).prior.to(x.device).sample(b * k, session.rng)
         simulated = session.simulators["simulator"](theta.repeat_interleave(n, dim=0), session.rng)
         summary = simulated.reshape(b, k, n, -1).mean(2)
         scale = summary.flatten(0, 1).std(0)
         distance = ((summary - x.mean(1, keepdim=True)) / scale).norm(dim=-1)
-        nearest = distance.argsort(dim=-1)[:, : bayes.DRAWS]
-        turn = torch.arange(bayes.DRAWS, device=x.device) % nearest.shape[1]
+        nearest = distance.argsort(dim=-1)[:, : linear.DRAWS]
+        turn = torch.arange(linear.DRAWS, device=x.device) % nearest.shape[1]
         return theta.reshape(b, k, d).gather(1, nearest[:, turn][..., None].expand(-1, -1, d))

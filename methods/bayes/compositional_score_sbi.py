@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stepmark import Claim, Method, Paper, Session
-from stepmark.tracks import bayes
+from stepmark.tracks.bayes import linear, problems, scores
 
 
 class CompositionalScoreSBI(Method):
@@ -71,13 +71,13 @@ class CompositionalScoreSBI(Method):
 
     def networks(self, session: Session) -> dict[str, nn.Module]:
         """The score network and its embedding of an observation."""
-        return bayes.score_networks(session.task)
+        return scores.score_networks(session.task)
 
     def prepare(self, session: Session) -> Mapping[str, Tensor]:
         """Denoising score matching on 10 000 pairs (theta, x)."""
         total = session.scale(2_000, 60)
         data = session.train
-        loss = bayes.fit_score(
+        loss = scores.fit_score(
             session.networks["score"],
             session.networks["encoder"],
             data["theta_1"].to(session.device),
@@ -94,12 +94,12 @@ class CompositionalScoreSBI(Method):
         x = batch["x"]
         b, n, _ = x.shape
         network = session.networks["score"]
-        prior = bayes.problem(session.task).prior.to(x.device)
+        prior = problems.problem(session.task).prior.to(x.device)
         context = session.networks["encoder"](x.reshape(b * n, 1, -1)).reshape(b, n, -1)
-        times, sizes, repeats = bayes.bridging_schedule(rung // (bayes.DRAWS * n), network.covariance, n)
+        times, sizes, repeats = scores.bridging_schedule(rung // (linear.DRAWS * n), network.covariance, n)
 
         def bridging_score(theta: Tensor, t: float) -> Tensor:
-            return bayes.compose_scores(bayes.set_scores(network, theta, t, context), prior.score(theta), t)
+            return scores.compose_scores(scores.set_scores(network, theta, t, context), prior.score(theta), t)
 
-        start = torch.randn(b, bayes.DRAWS, x.shape[-1], generator=session.rng, device=x.device) / n**0.5
-        return bayes.annealed_langevin(bridging_score, start, times, sizes, repeats, session.rng)
+        start = torch.randn(b, linear.DRAWS, x.shape[-1], generator=session.rng, device=x.device) / n**0.5
+        return scores.annealed_langevin(bridging_score, start, times, sizes, repeats, session.rng)

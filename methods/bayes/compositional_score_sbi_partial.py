@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stepmark import Claim, Method, Paper, Session
-from stepmark.tracks import bayes
+from stepmark.tracks.bayes import linear, problems, scores
 
 
 class PartiallyFactorisedNPSE(Method):
@@ -52,13 +52,13 @@ class PartiallyFactorisedNPSE(Method):
 
     def networks(self, session: Session) -> dict[str, nn.Module]:
         """The score network and the embedding of a subset."""
-        return bayes.score_networks(session.task)
+        return scores.score_networks(session.task)
 
     def prepare(self, session: Session) -> Mapping[str, Tensor]:
         """Denoising score matching on 2000 sets of 5, cut to random sizes 1 .. 5."""
         total = session.scale(2_000, 60)
         data = session.train
-        loss = bayes.fit_score(
+        loss = scores.fit_score(
             session.networks["score"],
             session.networks["encoder"],
             data[f"theta_{self.subset}"].to(session.device),
@@ -76,17 +76,17 @@ class PartiallyFactorisedNPSE(Method):
         x = batch["x"]
         b, n, d = x.shape
         network = session.networks["score"]
-        prior = bayes.problem(session.task).prior.to(x.device)
+        prior = problems.problem(session.task).prior.to(x.device)
         factors = math.ceil(n / self.subset)
         padded = torch.cat([x, x.new_zeros(b, factors * self.subset - n, d)], dim=1)
         size = torch.full((b, factors), self.subset, device=x.device)
         size[:, -1] = n - (factors - 1) * self.subset
         sets = padded.reshape(b * factors, self.subset, d)
         context = session.networks["encoder"](sets, size.reshape(-1)).reshape(b, factors, -1)
-        times, sizes, repeats = bayes.bridging_schedule(rung // (bayes.DRAWS * factors), network.covariance, factors)
+        times, sizes, repeats = scores.bridging_schedule(rung // (linear.DRAWS * factors), network.covariance, factors)
 
         def bridging_score(theta: Tensor, t: float) -> Tensor:
-            return bayes.compose_scores(bayes.set_scores(network, theta, t, context), prior.score(theta), t)
+            return scores.compose_scores(scores.set_scores(network, theta, t, context), prior.score(theta), t)
 
-        start = torch.randn(b, bayes.DRAWS, d, generator=session.rng, device=x.device) / factors**0.5
-        return bayes.annealed_langevin(bridging_score, start, times, sizes, repeats, session.rng)
+        start = torch.randn(b, linear.DRAWS, d, generator=session.rng, device=x.device) / factors**0.5
+        return scores.annealed_langevin(bridging_score, start, times, sizes, repeats, session.rng)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stepmark import Method, Session
-from stepmark.tracks import bayes
+from stepmark.tracks.bayes import abc, linear, metrics
 
 
 class HPDCoverage(Method):
@@ -27,15 +27,15 @@ class HPDCoverage(Method):
     def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> dict[str, Tensor]:
         """Statistic and p-value [B, E] of every estimator on the models design [B, 6, 4]."""
         design = batch["design"]
-        theta, x = bayes.simulate_pairs(session.simulators, session.rng, design, rung)
+        theta, x = abc.simulate_pairs(session.simulators, session.rng, design, rung)
         statistics, p_values = [], []
-        for name in bayes.ESTIMATORS:
+        for name in linear.ESTIMATORS:
             samples = session.simulators["estimator"](x, design, name, self.draws, session.rng)
             both = torch.cat([theta[:, :, None], samples], dim=2)
             density = session.simulators["log_density"](both, x, design, name)
             denser = (density[..., 1:] > density[..., :1]).sum(-1)
             jitter = torch.rand(denser.shape, generator=session.rng, device=theta.device)
-            statistic, p_value = bayes.uniformity((denser + jitter) / (self.draws + 1))
+            statistic, p_value = metrics.uniformity((denser + jitter) / (self.draws + 1))
             statistics.append(statistic)
             p_values.append(p_value)
         return {"statistic": torch.stack(statistics, dim=-1), "p_value": torch.stack(p_values, dim=-1)}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stepmark import Method, Session
-from stepmark.tracks import bayes
+from stepmark.tracks.bayes import linear, problems
 
 
 class ImportanceSampling(Method):
@@ -34,7 +34,7 @@ class ImportanceSampling(Method):
         """Posterior draws [B, DRAWS, d] for the sets x [B, n, d]."""
         x = batch["x"]
         proposals, log_weights = weighted_proposals(session, x, rung)
-        index = systematic_resample(log_weights.softmax(-1), bayes.DRAWS, session.rng)
+        index = systematic_resample(log_weights.softmax(-1), linear.DRAWS, session.rng)
         return proposals.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
@@ -42,7 +42,7 @@ def weighted_proposals(session: Session, x: Tensor, rung: int) -> tuple[Tensor, 
     """Prior draws [B, K, d] and the log likelihood of their set [B, K], with K n rows of the likelihood for each set."""
     b, n, d = x.shape
     k = max(1, rung // n)
-    prior = bayes.problem(session.task).prior.to(x.device)
+    prior = problems.problem(session.task).prior.to(x.device)
     theta = prior.sample(b * k, session.rng).reshape(b, k, d)
     rows = theta[:, :, None].expand(b, k, n, d).reshape(-1, d)
     data = x[:, None].expand(b, k, n, d).reshape(-1, d)

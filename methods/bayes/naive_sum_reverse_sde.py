@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stepmark import Method, Session
-from stepmark.tracks import bayes
+from stepmark.tracks.bayes import linear, noising, problems, scores
 
 
 class NaiveSumReverseSDE(Method):
@@ -32,13 +32,13 @@ class NaiveSumReverseSDE(Method):
 
     def networks(self, session: Session) -> dict[str, nn.Module]:
         """The score network and its embedding of an observation."""
-        return bayes.score_networks(session.task)
+        return scores.score_networks(session.task)
 
     def prepare(self, session: Session) -> Mapping[str, Tensor]:
         """Denoising score matching on 10 000 pairs (theta, x), as for F-NPSE."""
         total = session.scale(2_000, 60)
         data = session.train
-        loss = bayes.fit_score(
+        loss = scores.fit_score(
             session.networks["score"],
             session.networks["encoder"],
             data["theta_1"].to(session.device),
@@ -55,16 +55,16 @@ class NaiveSumReverseSDE(Method):
         x = batch["x"]
         b, n, _ = x.shape
         network = session.networks["score"]
-        prior = bayes.problem(session.task).prior.to(x.device)
+        prior = problems.problem(session.task).prior.to(x.device)
         context = session.networks["encoder"](x.reshape(b * n, 1, -1)).reshape(b, n, -1)
 
         def composed(theta: Tensor, t: float) -> Tensor:
-            return bayes.compose_scores(bayes.set_scores(network, theta, t, context), prior.score(theta), t)
+            return scores.compose_scores(scores.set_scores(network, theta, t, context), prior.score(theta), t)
 
-        start = torch.randn(b, bayes.DRAWS, x.shape[-1], generator=session.rng, device=x.device)
+        start = torch.randn(b, linear.DRAWS, x.shape[-1], generator=session.rng, device=x.device)
         covariance = prior.moments()[1]
         reach = 6 * float(covariance.diagonal().max()) ** 0.5
-        steps = max(1, rung // (bayes.DRAWS * n))
+        steps = max(1, rung // (linear.DRAWS * n))
         return reverse_sde(composed, start, steps, float(network.variances.mean()), n, reach, session.rng)
 
 
@@ -78,10 +78,10 @@ def reverse_sde(
     solved exactly. As steps go to infinity this is the plain reverse SDE.
     """
     for i in range(steps):
-        t, s = (max(bayes.T_MIN, (1 - k / steps) ** 2) for k in (i, i + 1))
-        a = bayes.alpha_bar(t)
+        t, s = (max(scores.T_MIN, (1 - k / steps) ** 2) for k in (i, i + 1))
+        a = noising.alpha_bar(t)
         # beta integrated over the step, so that a coarse step still sees all of its noise.
-        spent = math.log(bayes.alpha_bar(s) / a)
+        spent = math.log(noising.alpha_bar(s) / a)
         rate = factors / (a * variance + 1 - a) - 0.5
         drift = 0.5 * theta + score_of(theta, t)  # type: ignore[operator]
         shrink = -math.expm1(-rate * spent) / rate

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stepmark import Method, Session
-from stepmark.tracks import bayes
+from stepmark.tracks.bayes import linear, noising, problems, scores
 
 
 class NPSESet(Method):
@@ -36,14 +36,14 @@ class NPSESet(Method):
 
     def networks(self, session: Session) -> dict[str, nn.Module]:
         """The score network and the embedding of a set."""
-        return bayes.score_networks(session.task)
+        return scores.score_networks(session.task)
 
     def prepare(self, session: Session) -> Mapping[str, Tensor]:
         """Denoising score matching on 10 000 / n sets of n."""
         total = session.scale(2_000, 60)
         data = session.train
-        n = bayes.observations(session.task)
-        loss = bayes.fit_score(
+        n = problems.observations(session.task)
+        loss = scores.fit_score(
             session.networks["score"],
             session.networks["encoder"],
             data[f"theta_{n}"].to(session.device),
@@ -59,12 +59,12 @@ class NPSESet(Method):
         """Posterior draws [B, DRAWS, d] for the sets x [B, n, d]."""
         x = batch["x"]
         context = session.networks["encoder"](x)[:, None]
-        steps = min(200, max(1, rung // bayes.DRAWS))
-        times = [max(bayes.T_MIN, (1 - i / steps) ** 2) for i in range(steps + 1)]
-        theta = torch.randn(len(x), bayes.DRAWS, x.shape[-1], generator=session.rng, device=x.device)
+        steps = min(200, max(1, rung // linear.DRAWS))
+        times = [max(scores.T_MIN, (1 - i / steps) ** 2) for i in range(steps + 1)]
+        theta = torch.randn(len(x), linear.DRAWS, x.shape[-1], generator=session.rng, device=x.device)
         for t, s in pairwise(times):
-            a_t, a_s = bayes.alpha_bar(t), bayes.alpha_bar(s)
-            score = bayes.set_scores(session.networks["score"], theta, t, context)[:, :, 0]
+            a_t, a_s = noising.alpha_bar(t), noising.alpha_bar(s)
+            score = scores.set_scores(session.networks["score"], theta, t, context)[:, :, 0]
             noise = -((1 - a_t) ** 0.5) * score
             clean = (theta - (1 - a_t) ** 0.5 * noise) / a_t**0.5
             # The last step lands on the data; before it clean is a posterior mean, noise brings the spread back.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stepmark import Method, Session
-from stepmark.tracks import bayes
+from stepmark.tracks.bayes import linear, problems
 
 
 class Rejection(Method):
@@ -35,7 +35,7 @@ class Rejection(Method):
         x = batch["x"]
         b, n, d = x.shape
         k = max(1, rung // n - 1)
-        prior = bayes.problem(session.task).prior.to(x.device)
+        prior = problems.problem(session.task).prior.to(x.device)
         theta = torch.cat([x.mean(1, keepdim=True), prior.sample(b * k, session.rng).reshape(b, k, d)], dim=1)
         rows = theta[:, :, None].expand(b, k + 1, n, d).reshape(-1, d)
         data = x[:, None].expand(b, k + 1, n, d).reshape(-1, d)
@@ -46,5 +46,5 @@ class Rejection(Method):
         first = accepted.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
         first = torch.where(accepted.any(-1, keepdim=True), first, ratio.argmax(-1, keepdim=True))
         count = accepted.sum(-1, keepdim=True).clamp_min(1)
-        turn = torch.arange(bayes.DRAWS, device=x.device) % count
+        turn = torch.arange(linear.DRAWS, device=x.device) % count
         return theta[:, 1:].gather(1, first.gather(1, turn)[..., None].expand(-1, -1, d))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stepmark import Method, Session
-from stepmark.tracks import bayes
+from stepmark.tracks.bayes import abc, linear, metrics
 
 
 class SBC(Method):
@@ -27,13 +27,13 @@ class SBC(Method):
     def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> dict[str, Tensor]:
         """Statistic and p-value [B, E] of every estimator on the models design [B, 6, 4]."""
         design = batch["design"]
-        theta, x = bayes.simulate_pairs(session.simulators, session.rng, design, rung)
+        theta, x = abc.simulate_pairs(session.simulators, session.rng, design, rung)
         statistics, p_values = [], []
-        for name in bayes.ESTIMATORS:
+        for name in linear.ESTIMATORS:
             samples = session.simulators["estimator"](x, design, name, self.draws, session.rng)
             rank = (samples < theta[:, :, None]).sum(2)
             jitter = torch.rand(rank.shape, generator=session.rng, device=theta.device)
-            statistic, p_value = bayes.uniformity(((rank + jitter) / (self.draws + 1)).mT)
+            statistic, p_value = metrics.uniformity(((rank + jitter) / (self.draws + 1)).mT)
             statistics.append(statistic.amax(-1))
             p_values.append((p_value.amin(-1) * theta.shape[-1]).clamp_max(1))
         return {"statistic": torch.stack(statistics, dim=-1), "p_value": torch.stack(p_values, dim=-1)}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stepmark import Claim, Method, Paper, Session
-from stepmark.tracks import bayes
+from stepmark.tracks.bayes import abc
 
 
 class TARP(Method):
@@ -69,14 +69,14 @@ class TARP(Method):
     def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> dict[str, Tensor]:
         """Statistic and p-value [B, E] of every estimator on the models design [B, 6, 4]."""
         design = batch["design"]
-        theta, x = bayes.simulate_pairs(session.simulators, session.rng, design, rung)
+        theta, x = abc.simulate_pairs(session.simulators, session.rng, design, rung)
         pilot = max(8, round(self.pilot * rung))
         prediction = fit_linear(theta[:, :pilot], x[:, :pilot])(x[:, pilot:])
         theta, x = theta[:, pilot:], x[:, pilot:]
-        low, width = bayes.unit_box(session.simulators, session.rng)
+        low, width = abc.unit_box(session.simulators, session.rng)
         box = low + width * torch.rand(theta.shape, generator=session.rng, device=theta.device)
         reference = box + self.pull * prediction
-        return bayes.ball_test(session.simulators, session.rng, theta, x, design, reference, width, self.draws)
+        return abc.ball_test(session.simulators, session.rng, theta, x, design, reference, width, self.draws)
 
 
 def fit_linear(theta: Tensor, x: Tensor) -> Callable[[Tensor], Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stepmark import Method, Session
-from stepmark.tracks import bayes
+from stepmark.tracks.bayes import abc
 
 
 class TARPUniform(Method):
@@ -25,7 +25,7 @@ class TARPUniform(Method):
     def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> dict[str, Tensor]:
         """Statistic and p-value [B, E] of every estimator on the models design [B, 6, 4]."""
         design = batch["design"]
-        theta, x = bayes.simulate_pairs(session.simulators, session.rng, design, rung)
-        low, width = bayes.unit_box(session.simulators, session.rng)
+        theta, x = abc.simulate_pairs(session.simulators, session.rng, design, rung)
+        low, width = abc.unit_box(session.simulators, session.rng)
         reference = low + width * torch.rand(theta.shape, generator=session.rng, device=theta.device)
-        return bayes.ball_test(session.simulators, session.rng, theta, x, design, reference, width, self.draws)
+        return abc.ball_test(session.simulators, session.rng, theta, x, design, reference, width, self.draws)

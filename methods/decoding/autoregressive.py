@@ -7,7 +7,8 @@ from typing import Any
 
 from stepmark.method import Method
 from stepmark.session import Session
-from stepmark.tracks.decoding import Decoder, speculate
+from stepmark.tracks.decoding.decoder import Decoder
+from stepmark.tracks.decoding.speculation import speculate
 
 
 class Autoregressive(Method):

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from stepmark.backbones.lm import EOS, batches, encode, fit
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding import Decoder, draw
+from stepmark.tracks.decoding.decoder import Decoder
+from stepmark.tracks.decoding.speculation import draw
 
 # How likely a candidate is at least, as a share of the likeliest, how many there are and how long a span is at most.
 GAMMA, CANDIDATES, SPAN = 0.1, 8, 4

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from stepmark.backbones.lm import EOS, batches, encode
 from stepmark.method import Method
 from stepmark.session import Session
-from stepmark.tracks.decoding import EarlyExitDecoder, ExitAdapter, draw, speculate, train_exit_adapter
+from stepmark.tracks.decoding.early_exit import EarlyExitDecoder, ExitAdapter, train_exit_adapter
+from stepmark.tracks.decoding.speculation import draw, speculate
 
 GAMMA = 6  # tokens drafted per step
 

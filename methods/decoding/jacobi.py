@@ -9,7 +9,8 @@ import torch
 
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding import Decoder, verify_greedy
+from stepmark.tracks.decoding.decoder import Decoder
+from stepmark.tracks.decoding.speculation import verify_greedy
 
 WINDOW = 16  # guessed tokens that are refined together
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from stepmark.backbones.lm import EOS, batches, encode
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding import EarlyExitDecoder, ExitAdapter, draw, speculate, train_exit_adapter
+from stepmark.tracks.decoding.early_exit import EarlyExitDecoder, ExitAdapter, train_exit_adapter
+from stepmark.tracks.decoding.speculation import draw, speculate
 
 ETA, GAMMA = 0.6, 6  # confidence below which drafting stops; tokens drafted at most
 

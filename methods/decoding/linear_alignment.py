@@ -10,7 +10,8 @@ from torch import Tensor
 
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding import Decoder, draw
+from stepmark.tracks.decoding.decoder import Decoder
+from stepmark.tracks.decoding.speculation import draw
 from stepmark.tracks.decoding.texts import nucleus
 
 RATIO, TOP_P = 2.0, 0.8

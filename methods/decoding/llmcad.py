@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding import Decoder
+from stepmark.tracks.decoding.decoder import Decoder
 
 # Nodes of a tree at most, tokens that one node may branch into, how likely a second one must be, the first threshold.
 NODES, WIDTH, BRANCH, ALPHA = 24, 3, 0.3, 0.01

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding import Decoder, draw, verify_greedy
+from stepmark.tracks.decoding.decoder import Decoder
+from stepmark.tracks.decoding.speculation import draw, verify_greedy
 
 # W columns, n-grams of N tokens, at most G of them checked per forward: the paper's setting for its 7B model.
 W, N, G = 15, 5, 15

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, silu
 from stepmark.backbones.lm import EOS, batches, encode
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding import Decoder
+from stepmark.tracks.decoding.decoder import Decoder
 
 HEADS, NODES, RANKS, DECAY = 4, 20, 6, 0.8  # K, nodes of the tree, guesses considered per head, lambda
 

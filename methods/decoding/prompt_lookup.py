@@ -7,7 +7,8 @@ from typing import Any
 
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding import Decoder, prompt_lookup, speculate
+from stepmark.tracks.decoding.decoder import Decoder
+from stepmark.tracks.decoding.speculation import prompt_lookup, speculate
 
 
 class PromptLookup(Method):

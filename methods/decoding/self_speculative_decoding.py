@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from stepmark.backbones.lm import encode
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding import Decoder, draw, speculate
+from stepmark.tracks.decoding.decoder import Decoder
+from stepmark.tracks.decoding.speculation import draw, speculate
 
 DRAFTED = 12  # tokens drafted at most
 GAMMA, ALPHA, EPSILON, BETA_1, BETA_2 = 0.6, 0.9, 0.01, 0.5, 0.9  # exit threshold at the start, and its adaptation

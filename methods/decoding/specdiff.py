@@ -12,7 +12,8 @@ from stepmark.backbones import mdlm
 from stepmark.backbones.lm import EOS, PAD, Muon, encode
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding import Decoder, draw, speculate
+from stepmark.tracks.decoding.decoder import Decoder
+from stepmark.tracks.decoding.speculation import draw, speculate
 
 # Words of a draft, diffusion steps that write them, and words of context that the drafter sees (gamma, T).
 BLOCK, STEPS, CONTEXT = 20, 3, mdlm.LENGTH - 20

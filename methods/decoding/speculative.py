@@ -10,7 +10,8 @@ from torch import Tensor
 
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding import Decoder, draw, speculate
+from stepmark.tracks.decoding.decoder import Decoder
+from stepmark.tracks.decoding.speculation import draw, speculate
 
 # Tokens drafted per step, by task: about the acceptance length at which a longer draft stops paying in time.
 DRAFTED = {"sums": 8, "words": 6, "hops": 4, "stories": 8}

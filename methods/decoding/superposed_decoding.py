@@ -11,7 +11,7 @@ from torch import Tensor
 from stepmark.backbones.lm import EOS, PAD, VOCABULARY, encode
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding import Decoder
+from stepmark.tracks.decoding.decoder import Decoder
 
 # The official setting: share of the n-gram model, temperature, tokens looked at, weight of a context of 1 .. 5 tokens,
 # and what a draft loses for which the n-grams know no way on.

@@ -9,7 +9,8 @@ import torch
 
 from stepmark.method import Method
 from stepmark.session import Session
-from stepmark.tracks.decoding import Decoder, draw
+from stepmark.tracks.decoding.decoder import Decoder
+from stepmark.tracks.decoding.speculation import draw
 from stepmark.tracks.decoding.texts import nucleus
 
 TOP_P = 0.8

@@ -12,14 +12,8 @@ from torch.nn.functional import cross_entropy
 from stepmark.backbones.mdlm import START, logits
 from stepmark.method import Method, skip
 from stepmark.session import Session
-from stepmark.tracks.diffusion_lm import (
-    continuations,
-    draw_words,
-    masked_texts,
-    new_cache,
-    run_blocks,
-    word_probabilities,
-)
+from stepmark.tracks.diffusion_lm.blocks import new_cache, run_blocks
+from stepmark.tracks.diffusion_lm.sampling import continuations, draw_words, masked_texts, word_probabilities
 
 
 class ARLM(Method):

@@ -9,7 +9,9 @@ from typing import Any
 from stepmark.backbones.mdlm import MASK
 from stepmark.method import Method
 from stepmark.session import Session
-from stepmark.tracks.diffusion_lm import continuations, denoiser, masked_texts, unmask_confident
+from stepmark.tracks.diffusion_lm.blocks import unmask_confident
+from stepmark.tracks.diffusion_lm.sampling import continuations, masked_texts
+from stepmark.tracks.diffusion_lm.training import denoiser
 
 
 class DLMConfidence(Method):

@@ -9,7 +9,8 @@ import torch
 
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.diffusion_lm import continuations, fill_guided, masked_texts
+from stepmark.tracks.diffusion_lm.blocks import fill_guided
+from stepmark.tracks.diffusion_lm.sampling import continuations, masked_texts
 
 
 class FlashDLM(Method):

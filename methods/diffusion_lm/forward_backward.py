@@ -7,8 +7,9 @@ from typing import Any
 
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.diffusion_lm import continuations, denoiser, masked_texts, remask
-from stepmark.tracks.diffusion_lm import forward_backward as schedule
+from stepmark.tracks.diffusion_lm.sampling import continuations, masked_texts, remask
+from stepmark.tracks.diffusion_lm.sampling import forward_backward as schedule
+from stepmark.tracks.diffusion_lm.training import denoiser
 
 NUCLEUS = 0.9
 

@@ -11,7 +11,8 @@ import torch
 from stepmark.backbones.mdlm import MASK
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.diffusion_lm import continuations, free_cache, masked_texts, run_from_clean, unmask_confident
+from stepmark.tracks.diffusion_lm.blocks import free_cache, run_from_clean, unmask_confident
+from stepmark.tracks.diffusion_lm.sampling import continuations, masked_texts
 
 
 class FreeCache(Method):

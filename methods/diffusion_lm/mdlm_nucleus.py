@@ -7,7 +7,8 @@ from typing import Any
 
 from stepmark.method import Method
 from stepmark.session import Session
-from stepmark.tracks.diffusion_lm import ancestral, continuations, denoiser, masked_texts
+from stepmark.tracks.diffusion_lm.sampling import ancestral, continuations, masked_texts
+from stepmark.tracks.diffusion_lm.training import denoiser
 
 NUCLEUS = 0.9
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.diffusion_lm import capped, continuations, denoiser, masked_texts, remask
+from stepmark.tracks.diffusion_lm.sampling import capped, continuations, masked_texts, remask
+from stepmark.tracks.diffusion_lm.training import denoiser
 
 ETA, NUCLEUS = 0.04, 0.9
 

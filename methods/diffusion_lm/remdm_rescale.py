@@ -7,7 +7,8 @@ from typing import Any
 
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.diffusion_lm import continuations, denoiser, masked_texts, remask, rescaled
+from stepmark.tracks.diffusion_lm.sampling import continuations, masked_texts, remask, rescaled
+from stepmark.tracks.diffusion_lm.training import denoiser
 
 FEW, MANY, NUCLEUS = 0.045, 0.015, 0.9  # eta with fewer steps than words, and with as many or more
 

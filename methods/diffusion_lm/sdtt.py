@@ -12,14 +12,8 @@ from stepmark.backbones.lm import encode
 from stepmark.backbones.mdlm import MASK
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.diffusion_lm import (
-    ancestral,
-    continuations,
-    denoiser,
-    masked_texts,
-    targets_through_time,
-    word_log_probabilities,
-)
+from stepmark.tracks.diffusion_lm.sampling import ancestral, continuations, masked_texts, word_log_probabilities
+from stepmark.tracks.diffusion_lm.training import denoiser, targets_through_time
 
 
 def distillation_loss(student: Tensor, target: Tensor) -> Tensor:

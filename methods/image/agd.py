@@ -8,7 +8,11 @@ from torch import Tensor, nn
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import AdaptedUNet, ddim_step, fit, guided_rows, schedule_of, to_x0_eps, uniform_times
+from stepmark.tracks.image.adapters import AdaptedUNet
+from stepmark.tracks.image.fusing import guided_rows
+from stepmark.tracks.image.schedules import schedule_of, to_x0_eps, uniform_times
+from stepmark.tracks.image.solvers import ddim_step
+from stepmark.tracks.image.training import fit
 
 
 @torch.no_grad()

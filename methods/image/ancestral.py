@@ -8,7 +8,8 @@ from torch import Tensor
 
 from stepmark import Method
 from stepmark.session import Session
-from stepmark.tracks.image import Denoiser, uniform_times
+from stepmark.tracks.image.schedules import uniform_times
+from stepmark.tracks.image.solvers import Denoiser
 
 
 class Ancestral(Method):

@@ -11,7 +11,9 @@ from torch.nn.functional import softplus
 from stepmark import Claim, Method, Paper
 from stepmark.method import skip
 from stepmark.session import Session
-from stepmark.tracks.image import PointField, bridge_step, uniform_times
+from stepmark.tracks.image.schedules import uniform_times
+from stepmark.tracks.image.solvers import bridge_step
+from stepmark.tracks.image.training import PointField
 
 Pairs = Callable[[], tuple[Tensor, Tensor, Tensor]]
 

@@ -12,7 +12,10 @@ from torch.nn.functional import cross_entropy
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import Denoiser, ddim_step, fit, frechet_distance, moments, quadratic_times, uniform_times
+from stepmark.tracks.image.metrics import frechet_distance, moments
+from stepmark.tracks.image.schedules import quadratic_times, uniform_times
+from stepmark.tracks.image.solvers import Denoiser, ddim_step
+from stepmark.tracks.image.training import fit
 
 Candidate = tuple[tuple[int, tuple[int, ...]], ...]  # (timestep, layers left out there), noisiest first
 

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import Schedule, fit, schedule_of
+from stepmark.tracks.image.schedules import Schedule, schedule_of
+from stepmark.tracks.image.training import fit
 
 
 def signal_step(schedule: Schedule, y: Tensor, x0: Tensor, t: Tensor, s: Tensor) -> Tensor:

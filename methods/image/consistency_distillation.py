@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import add_noise, fit, schedule_of, uniform_times
+from stepmark.tracks.image.schedules import add_noise, schedule_of, uniform_times
+from stepmark.tracks.image.training import fit
 
 
 def column(t: Tensor, x: Tensor) -> Tensor:

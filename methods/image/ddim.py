@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from stepmark import Method, Paper, Session
-from stepmark.tracks.image import Denoiser, ddim_step, uniform_times
+from stepmark.tracks.image.schedules import uniform_times
+from stepmark.tracks.image.solvers import Denoiser, ddim_step
 
 
 class DDIM(Method):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import Denoiser, best_grids, ddim_step
+from stepmark.tracks.image.solvers import Denoiser, best_grids, ddim_step
 
 
 class DDIMBestGrid(Method):

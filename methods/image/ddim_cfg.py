@@ -9,7 +9,9 @@ from torch import Tensor
 from stepmark import Method, Paper
 from stepmark.method import skip
 from stepmark.session import Session
-from stepmark.tracks.image import ddim_coefficients, fused, schedule_of, uniform_times
+from stepmark.tracks.image.fusing import fused
+from stepmark.tracks.image.schedules import schedule_of, uniform_times
+from stepmark.tracks.image.solvers import ddim_coefficients
 
 
 class DDIMWithGuidance(Method):

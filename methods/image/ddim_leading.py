@@ -8,7 +8,8 @@ from torch import Tensor
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import Denoiser, ddim_step, leading_times
+from stepmark.tracks.image.schedules import leading_times
+from stepmark.tracks.image.solvers import Denoiser, ddim_step
 
 
 class DDIMLeading(Method):

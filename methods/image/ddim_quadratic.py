@@ -8,7 +8,8 @@ from torch import Tensor
 
 from stepmark import Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import Denoiser, ddim_step, quadratic_times, schedule_of, snap_times
+from stepmark.tracks.image.schedules import quadratic_times, schedule_of, snap_times
+from stepmark.tracks.image.solvers import Denoiser, ddim_step
 
 
 class DDIMQuadratic(Method):

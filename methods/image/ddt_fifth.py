@@ -7,7 +7,13 @@ from torch import Tensor, nn
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import DecoupledDiT, chosen_steps, fit_decoupled, sample_decoupled, state_similarity
+from stepmark.tracks.image.decoupled import (
+    DecoupledDiT,
+    chosen_steps,
+    fit_decoupled,
+    sample_decoupled,
+    state_similarity,
+)
 
 
 class DDTFifth(Method):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import DecoupledDiT, fit_decoupled, sample_decoupled
+from stepmark.tracks.image.decoupled import DecoupledDiT, fit_decoupled, sample_decoupled
 
 
 class DDTUniform(Method):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import Denoiser, best_grids, deis_sample
+from stepmark.tracks.image.solvers import Denoiser, best_grids, deis_sample
 
 
 class DEISBestGrid(Method):

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import Denoiser
 from stepmark.tracks.image.search import approval, euler_sample, new_verifier, train_verifier
+from stepmark.tracks.image.solvers import Denoiser
 
 
 class RandomSearch(Method):

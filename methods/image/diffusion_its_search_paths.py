@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import Denoiser, Schedule, ddim_step, euler_step, uniform_times
+from stepmark.tracks.image.schedules import Schedule, uniform_times
 from stepmark.tracks.image.search import approval, euler_sample, new_verifier, train_verifier
+from stepmark.tracks.image.solvers import Denoiser, ddim_step, euler_step
 
 
 def noise_again(schedule: Schedule, x: Tensor, noise: Tensor, t: float, s: float) -> Tensor:

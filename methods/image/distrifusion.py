@@ -8,7 +8,9 @@ from torch import Tensor
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import Bands, Denoiser, euler_step, uniform_times
+from stepmark.tracks.image.patches import Bands
+from stepmark.tracks.image.schedules import uniform_times
+from stepmark.tracks.image.solvers import Denoiser, euler_step
 
 
 class DistriFusion(Method):

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from stepmark import Claim, Method, Paper, Session
-from stepmark.tracks.image import Denoiser, dpm_solver_pp_step, uniform_times
+from stepmark.tracks.image.schedules import uniform_times
+from stepmark.tracks.image.solvers import Denoiser, dpm_solver_pp_step
 
 
 class DPMSolverPP(Method):

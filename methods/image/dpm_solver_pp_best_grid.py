@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import Denoiser, best_grids, dpm_solver_pp_step
+from stepmark.tracks.image.solvers import Denoiser, best_grids, dpm_solver_pp_step
 
 
 class DPMSolverPPBestGrid(Method):

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import Denoiser, ddim_step, heun_step, karras_times
+from stepmark.tracks.image.schedules import karras_times
+from stepmark.tracks.image.solvers import Denoiser, ddim_step, heun_step
 
 
 class EDMHeun(Method):

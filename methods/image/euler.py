@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from stepmark import Method, Paper, Session
-from stepmark.tracks.image import Denoiser, euler_step, uniform_times
+from stepmark.tracks.image.schedules import uniform_times
+from stepmark.tracks.image.solvers import Denoiser, euler_step
 
 
 class Euler(Method):

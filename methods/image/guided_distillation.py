@@ -10,17 +10,10 @@ from torch import Tensor, nn
 from stepmark import Claim, Method, Paper
 from stepmark.backbones.unet import TRAIN_TIMESTEPS
 from stepmark.session import Session
-from stepmark.tracks.image import (
-    Schedule,
-    add_noise,
-    ddim_step,
-    fit,
-    guided_rows,
-    schedule_of,
-    sinusoids,
-    to_x0_eps,
-    uniform_times,
-)
+from stepmark.tracks.image.fusing import guided_rows
+from stepmark.tracks.image.schedules import Schedule, add_noise, schedule_of, to_x0_eps, uniform_times
+from stepmark.tracks.image.solvers import ddim_step
+from stepmark.tracks.image.training import fit, sinusoids
 
 
 class WeightedUNet(nn.Module):

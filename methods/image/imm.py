@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from stepmark import Claim, Method, Paper
 from stepmark.backbones.unet import TRAIN_TIMESTEPS, ConditionalUNet
 from stepmark.session import Session
-from stepmark.tracks.image import add_noise, fit, schedule_of, uniform_times
+from stepmark.tracks.image.schedules import add_noise, schedule_of, uniform_times
+from stepmark.tracks.image.training import fit
 
 
 def waves(time: Tensor) -> Tensor:

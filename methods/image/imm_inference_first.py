@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import JumpMLP, fit_jumps, take_jumps, uniform_times
+from stepmark.tracks.image.jumps import JumpMLP, fit_jumps, take_jumps
+from stepmark.tracks.image.schedules import uniform_times
 
 
 class InferenceFirst(Method):

@@ -9,7 +9,9 @@ from torch.nn.functional import cross_entropy
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import Denoiser, ddim_step, fit, uniform_times
+from stepmark.tracks.image.schedules import uniform_times
+from stepmark.tracks.image.solvers import Denoiser, ddim_step
+from stepmark.tracks.image.training import fit
 
 
 def squared_mmd(x: Tensor, y: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import fit, pseudo_huber, teacher_pairs
+from stepmark.tracks.image.training import fit, pseudo_huber, teacher_pairs
 
 
 class OneStepRegression(Method):

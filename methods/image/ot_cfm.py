@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import Denoiser, PointField, euler_step, fit_coupled, uniform_times
+from stepmark.tracks.image.schedules import uniform_times
+from stepmark.tracks.image.solvers import Denoiser, euler_step
+from stepmark.tracks.image.training import PointField, fit_coupled
 
 
 def assign(cost: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import ddim_step, schedule_of, to_x0_eps, uniform_times
+from stepmark.tracks.image.schedules import schedule_of, to_x0_eps, uniform_times
+from stepmark.tracks.image.solvers import ddim_step
 
 
 class ParaStepProcesses(Method):

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import Denoiser, euler_step, uniform_times
+from stepmark.tracks.image.schedules import uniform_times
+from stepmark.tracks.image.solvers import Denoiser, euler_step
 
 
 def combination(query: Tensor, keys: Tensor, values: Tensor, neighbours: int) -> Tensor:

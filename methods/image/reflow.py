@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import Denoiser, add_noise, euler_step, fit, schedule_of, uniform_times
+from stepmark.tracks.image.schedules import add_noise, schedule_of, uniform_times
+from stepmark.tracks.image.solvers import Denoiser, euler_step
+from stepmark.tracks.image.training import fit
 
 
 class Reflow(Method):

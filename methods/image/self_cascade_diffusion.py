@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import Denoiser
 from stepmark.tracks.image.cascade import Cascade, base_samples, from_pivot, train_cascade
+from stepmark.tracks.image.solvers import Denoiser
 
 
 class SelfCascadeDiffusion(Method):

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import Denoiser
 from stepmark.tracks.image.cascade import base_samples, from_pivot
+from stepmark.tracks.image.solvers import Denoiser
 
 
 class SelfCascadeFree(Method):

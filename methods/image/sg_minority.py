@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import Denoiser, add_noise, uniform_times
+from stepmark.tracks.image.schedules import add_noise, uniform_times
+from stepmark.tracks.image.solvers import Denoiser
 
 
 class Guide(nn.Module):

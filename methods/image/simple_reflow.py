@@ -10,7 +10,9 @@ from torch.nn.functional import conv2d, pad
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import Denoiser, add_noise, dpm_solver_pp_step, fit, heun_step, schedule_of, uniform_times
+from stepmark.tracks.image.schedules import add_noise, schedule_of, uniform_times
+from stepmark.tracks.image.solvers import Denoiser, dpm_solver_pp_step, heun_step
+from stepmark.tracks.image.training import fit
 
 
 def high_pass(x: Tensor) -> Tensor:

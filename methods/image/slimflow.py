@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from stepmark import Claim, Method, Paper
 from stepmark.backbones.unet import ConditionalUNet
 from stepmark.session import Session
-from stepmark.tracks.image import add_noise, fit, pseudo_huber, schedule_of, teacher_pairs
+from stepmark.tracks.image.schedules import add_noise, schedule_of
+from stepmark.tracks.image.training import fit, pseudo_huber, teacher_pairs
 
 
 def small_network(session: Session) -> ConditionalUNet:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import Schedule, ddim_step, dpm_solver_pp_step, schedule_of, to_x0_eps, uniform_times
+from stepmark.tracks.image.schedules import Schedule, schedule_of, to_x0_eps, uniform_times
+from stepmark.tracks.image.solvers import ddim_step, dpm_solver_pp_step
 
 
 def shifted_timesteps(schedule: Schedule, x: Tensor, n: int, window: int) -> Tensor:

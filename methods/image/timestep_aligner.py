@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.image import add_noise, ddim_step, schedule_of, to_x0_eps, uniform_times
+from stepmark.tracks.image.schedules import add_noise, schedule_of, to_x0_eps, uniform_times
+from stepmark.tracks.image.solvers import ddim_step
 
 
 class TimestepAligner(Method):

@@ -8,8 +8,8 @@ from torch.nn.functional import interpolate
 
 from stepmark import Method
 from stepmark.session import Session
-from stepmark.tracks.image import Denoiser
 from stepmark.tracks.image.cascade import base_samples
+from stepmark.tracks.image.solvers import Denoiser
 
 
 class UpsampledSamples(Method):

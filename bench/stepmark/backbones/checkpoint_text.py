@@ -160,7 +160,7 @@ def build(made: Made, role: str, device: str) -> nn.Module:
 @torch.no_grad()
 def drives(model: Any) -> bool:
     """Whether a `Decoder`, in two passes with a cache, gives the logits of one call of the model."""
-    from stepmark.tracks.decoding import Decoder
+    from stepmark.tracks.decoding.decoder import Decoder
 
     ids = [(7 * i + 3) % model.config.vocab_size for i in range(12)]
     try:

@@ -17,10 +17,10 @@ from torch import nn
 from stepmark.backbones import checkpoint
 from stepmark.backbones.checkpoint_text import RANDOM_PROMPT, end, new_tokens, prompts, vocabulary
 from stepmark.task import BadOutput, Score, Task, harness_only
-from stepmark.tracks.decoding import agreement
 from stepmark.tracks.decoding import handles as handles
 from stepmark.tracks.decoding import layers as layers
 from stepmark.tracks.decoding import reference_call as reference_call
+from stepmark.tracks.decoding.metrics import agreement
 
 
 def inputs(task: Task, n: int, generator: torch.Generator, device: torch.device) -> dict[str, list[Any]]:

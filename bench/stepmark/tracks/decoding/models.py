@@ -21,13 +21,14 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from stepmark.task import Task
-from stepmark.tracks.decoding import Decoder, speculate
 from stepmark.tracks.decoding import check as check
 from stepmark.tracks.decoding import handles as handles
 from stepmark.tracks.decoding import inputs as inputs
 from stepmark.tracks.decoding import layers as layers
 from stepmark.tracks.decoding import reference_call as reference_call
 from stepmark.tracks.decoding import score as score
+from stepmark.tracks.decoding.decoder import Decoder
+from stepmark.tracks.decoding.speculation import speculate
 
 TASKS = (
     Task(

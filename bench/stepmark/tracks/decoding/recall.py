@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from stepmark.task import Task, harness_only, load_split
-from stepmark.tracks.decoding import Decoder, speculate
 from stepmark.tracks.decoding import check as check
 from stepmark.tracks.decoding import handles as handles
 from stepmark.tracks.decoding import layers as layers
 from stepmark.tracks.decoding import reference_call as reference_call
 from stepmark.tracks.decoding import score as score
+from stepmark.tracks.decoding.decoder import Decoder
+from stepmark.tracks.decoding.speculation import speculate
 
 TASKS = (
     Task(

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate
 
 from stepmark.task import Score, Task, harness_only
-from stepmark.tracks.image import Denoiser, add_noise, euler_step, fit, schedule_of, sinusoids, uniform_times
 from stepmark.tracks.image import check as check
 from stepmark.tracks.image import handles as handles
 from stepmark.tracks.image import layers as layers
 from stepmark.tracks.image import reference_call as reference_call
 from stepmark.tracks.image import score as distances
+from stepmark.tracks.image.schedules import add_noise, schedule_of, uniform_times
+from stepmark.tracks.image.solvers import Denoiser, euler_step
+from stepmark.tracks.image.training import fit, sinusoids
 
 if TYPE_CHECKING:
     from stepmark.session import Session

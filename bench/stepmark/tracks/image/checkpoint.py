@@ -24,8 +24,9 @@ from stepmark.backbones import checkpoint
 from stepmark.backbones.checkpoint_image import conditions
 from stepmark.places import cache_folder
 from stepmark.task import Score, Task, harness_only
-from stepmark.tracks.image import Denoiser, Schedule, ddim_step, heun_step
 from stepmark.tracks.image import check as check
+from stepmark.tracks.image.schedules import Schedule
+from stepmark.tracks.image.solvers import Denoiser, ddim_step, heun_step
 
 STEPS = 96  # of Heun's method, two evaluations each
 

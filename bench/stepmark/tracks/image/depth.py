@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.nn.functional import affine_grid, avg_pool2d, grid_sample, interpolate, pixel_shuffle, pixel_unshuffle
 
 from stepmark.task import Score, Task, digest_of, harness_only, load_split
-from stepmark.tracks.image import Denoiser, ddim_step, uniform_times
 from stepmark.tracks.image import check as check
 from stepmark.tracks.image import handles as handles
 from stepmark.tracks.image import layers as layers
 from stepmark.tracks.image import reference_call as reference_call
+from stepmark.tracks.image.schedules import uniform_times
+from stepmark.tracks.image.solvers import Denoiser, ddim_step
 
 TASKS = (
     Task(

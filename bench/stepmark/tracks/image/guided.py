@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from stepmark.task import Score, Task, harness_only
-from stepmark.tracks.image import Denoiser, ddim_step, heun_step, uniform_times
 from stepmark.tracks.image import check as check
 from stepmark.tracks.image import handles as handles
 from stepmark.tracks.image import inputs as noises
 from stepmark.tracks.image import layers as layers
 from stepmark.tracks.image import reference_call as reference_call
 from stepmark.tracks.image import score as distances
+from stepmark.tracks.image.schedules import uniform_times
+from stepmark.tracks.image.solvers import Denoiser, ddim_step, heun_step
 
 TASKS = (
     Task(

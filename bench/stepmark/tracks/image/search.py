@@ -18,13 +18,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from stepmark.task import Score, Task
-from stepmark.tracks.image import Denoiser, euler_step, fit, uniform_times
 from stepmark.tracks.image import check as check
 from stepmark.tracks.image import handles as handles
 from stepmark.tracks.image import inputs as inputs
 from stepmark.tracks.image import layers as layers
 from stepmark.tracks.image import reference_call as reference_call
 from stepmark.tracks.image import score as distances
+from stepmark.tracks.image.schedules import uniform_times
+from stepmark.tracks.image.solvers import Denoiser, euler_step
+from stepmark.tracks.image.training import fit
 
 if TYPE_CHECKING:
     from stepmark.session import Session

@@ -19,18 +19,12 @@ from torch import Tensor, nn
 
 from stepmark.task import Score, Task, harness_only, load_split
 from stepmark.tracks.image import check as check
-from stepmark.tracks.image import (
-    fit,
-    frechet_distance,
-    frechet_resampled,
-    from_x0_eps,
-    moments,
-    schedule_of,
-    to_x0_eps,
-)
 from stepmark.tracks.image import handles as handles
 from stepmark.tracks.image import layers as layers
 from stepmark.tracks.image import reference_call as reference_call
+from stepmark.tracks.image.metrics import frechet_distance, frechet_resampled, moments
+from stepmark.tracks.image.schedules import from_x0_eps, schedule_of, to_x0_eps
+from stepmark.tracks.image.training import fit
 
 if TYPE_CHECKING:
     from stepmark.session import Session

@@ -1,0 +1,186 @@
+"""Diffusion transformers whose encoder is shared between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from stepmark.tracks.image.fusing import fused
+from stepmark.tracks.image.schedules import _default_schedule, add_noise, uniform_times
+from stepmark.tracks.image.solvers import euler_step
+from stepmark.tracks.image.training import fit, sinusoids
+
+if TYPE_CHECKING:
+    from stepmark.session import Session
+
+
+class DecoupledBlock(nn.Module):
+    """A transformer block on [B, L, width] whose norms and residuals are modulated by c, [B, 1 or L, width]."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.modulation = nn.Linear(width, 6 * width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """As x."""
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulation(c).chunk(6, -1)
+        inner = fused("adaptive_norm", x, scale, shift)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(inner).chunk(3, -1))
+        mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + gate * self.out(mixed)
+        return x + gate_mlp * self.mlp(fused("adaptive_norm", x, scale_mlp, shift_mlp))
+
+
+class DecoupledDiT(nn.Module):
+    """A decoupled diffusion transformer (Wang et al. 2025): z = encoder(x_t, t, y), v = decoder(x_t, t, z).
+
+    The encoder's blocks are modulated by time and class, the decoder's token by token by z = SiLU(t + what the encoder
+    found). Called as network(x, t, condition) it gives (v, z); called with the z of another step, the encoder is left
+    out.
+    """
+
+    prediction = "flow"
+
+    def __init__(
+        self, size: int, channels: int, kinds: int, width: int = 64, encoder: int = 4, decoder: int = 2, patch: int = 2
+    ) -> None:
+        super().__init__()
+        self.patch, self.width, planes = patch, width, channels * patch**2
+        self.place = nn.Parameter(0.02 * torch.randn(1, (size // patch) ** 2, width))
+        self.see, self.draw = nn.Linear(planes, width), nn.Linear(planes, width)  # one for each half
+        self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
+        self.kind = nn.Embedding(kinds, width)
+        self.encoder = nn.ModuleList(DecoupledBlock(width, 4) for _ in range(encoder))
+        self.decoder = nn.ModuleList(DecoupledBlock(width, 4) for _ in range(decoder))
+        self.last_modulation, self.last = nn.Linear(width, 2 * width), nn.Linear(width, planes)
+        for layer in (self.last_modulation, self.last):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor, z: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """v [B, C, H, W] and z [B, L, width] for x [B, C, H, W], t float [B], condition int64 [B]."""
+        silu, grid = torch.nn.functional.silu, x.shape[-1] // self.patch
+        tokens = torch.pixel_unshuffle(x, self.patch).flatten(2).transpose(1, 2)
+        time = self.time(sinusoids(t, 64))[:, None]
+        if z is None:
+            state, c = self.see(tokens) + self.place, silu(time + self.kind(condition)[:, None])
+            for block in self.encoder:
+                state = block(state, c)
+            z = silu(time + state)
+        h = self.draw(tokens) + self.place
+        for block in self.decoder:
+            h = block(h, z)
+        shift, scale = self.last_modulation(z).chunk(2, -1)
+        out = self.last(fused("adaptive_norm", h, scale, shift))
+        return torch.pixel_shuffle(out.transpose(1, 2).unflatten(2, (grid, -1)), self.patch), z
+
+
+def masked_features(session: Session, patch: int = 2, width: int = 32) -> Callable[[Tensor], Tensor]:
+    """A small self-supervised encoder, images -> [B, L, width]: it is trained to fill in patches that were blanked."""
+    data, rng, device = session.train["x0"].to(session.device), session.rng, session.device
+    layers = [nn.SiLU(), nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1)]
+    trunk = nn.Sequential(nn.Conv2d(data.shape[1], width, patch, stride=patch), *layers)
+    whole = nn.Sequential(trunk, nn.SiLU(), nn.Conv2d(width, data.shape[1] * patch**2, 1)).to(device)
+
+    def loss() -> Tensor:
+        x = data[torch.randint(len(data), (128,), generator=rng, device=device)]
+        target = torch.pixel_unshuffle(x, patch)
+        blank = (torch.rand(len(x), 1, *target.shape[2:], generator=rng, device=device) < 0.5).to(x.dtype)
+        missing = whole(x * (1 - blank.repeat_interleave(patch, 2).repeat_interleave(patch, 3)))
+        return (blank * (missing - target).square()).mean()
+
+    fit(session, whole, loss, session.scale(400, 4))
+    return torch.no_grad()(lambda x: trunk(x).flatten(2).transpose(1, 2))
+
+
+def fit_decoupled(session: Session, network: nn.Module, steps: int = 900, layer: int = 2, weight: float = 0.5) -> None:
+    """Train a decoupled transformer on flow matching, with tokens of an encoder layer aligned to `masked_features`.
+
+    loss = |v - (eps - x0)|^2 + weight (1 - cos(projection(encoder layer), features of the clean image)), times
+    distributed as the sigmoid of a normal variable.
+    """
+    data, label, rng, device = (
+        *(session.train[k].to(session.device) for k in ("x0", "condition")),
+        session.rng,
+        session.device,
+    )
+    features, seen = masked_features(session), []
+    size = features(data[:1]).shape[-1]
+    project = nn.Sequential(nn.Linear(network.width, network.width), nn.SiLU(), nn.Linear(network.width, size)).to(
+        device
+    )
+    hook = network.encoder[layer - 1].register_forward_hook(lambda module, given, found: seen.append(found))
+
+    def loss() -> Tensor:
+        pick = torch.randint(len(data), (64,), generator=rng, device=device)
+        x0, t = data[pick], torch.randn(64, generator=rng, device=device).sigmoid()
+        eps = torch.randn(x0.shape, generator=rng, device=device)
+        v = network(add_noise(_default_schedule("flow"), x0, eps, t), t, label[pick])[0]
+        alike = torch.nn.functional.cosine_similarity(project(seen.pop()), features(x0), dim=-1)
+        return (v - (eps - x0)).square().mean() + weight * (1 - alike).mean()
+
+    fit(session, nn.ModuleList([network, project]), loss, session.scale(steps, 4), clip=1.0)
+    hook.remove()
+
+
+def sample_decoupled(
+    network: nn.Module, x: Tensor, condition: Tensor, steps: int, recomputed: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Euler steps of a decoupled transformer whose encoder runs in the `recomputed` steps only (0 among them), its z being
+    kept in between. Returns the samples [B, ...] and the z of every step [steps, B, L, width].
+    """
+    z, kept = None, []
+    for step, (t, s) in enumerate(pairwise(uniform_times(steps))):
+        time = torch.full((len(x),), t, dtype=x.dtype, device=x.device)
+        v, z = network(x, time, condition, None if step in recomputed else z)
+        x = euler_step(x, v, t, s)
+        kept.append(z)
+    return x, torch.stack(kept)
+
+
+@torch.no_grad()
+def state_similarity(session: Session, network: nn.Module, steps: int) -> Tensor:
+    """S [steps, steps]: mean cosine of the tokens of z between any two steps, on noises with classes of the train split."""
+    label, n = session.train["condition"].to(session.device), session.scale(64, 8)
+    condition = label[torch.randint(len(label), (n,), generator=session.rng, device=session.device)]
+    noise = torch.randn(n, *session.train["x0"].shape[1:], generator=session.rng, device=session.device)
+    states = sample_decoupled(network, noise, condition, steps, range(steps))[1]
+    unit = torch.nn.functional.normalize(states.flatten(1, 2), dim=-1)
+    return torch.einsum("ind,jnd->ij", unit, unit) / unit.shape[1]
+
+
+def chosen_steps(similarity: Tensor, count: int) -> list[int]:
+    """The `count` steps to recompute at, step 0 among them, that maximise the sum over steps i of S[i, last one <= i].
+
+    Dynamic programming (Wang et al. 2025, section 4.3): best[k][i] is the least loss of the first i steps with k
+    recomputations, the last of them at some j < i, so that best[k][i] = min over j of best[k-1][j] + the sum of 1 - S[l, j]
+    for l = j .. i - 1.
+    """
+    loss = (1 - similarity.double()).tolist()
+    steps, infinite = len(loss), float("inf")
+    spans = [[0.0] * (steps + 1) for _ in range(steps)]  # spans[j][i]: steps j .. i - 1 use the z of step j
+    for j in range(steps):
+        for i in range(j, steps):
+            spans[j][i + 1] = spans[j][i] + loss[i][j]
+    best = [[0.0] + [infinite] * steps]
+    origin: list[list[int]] = []
+    for _ in range(count):
+        reached = [
+            min((best[-1][j] + spans[j][i], j) for j in range(i)) if i else (infinite, 0) for i in range(steps + 1)
+        ]
+        best.append([value for value, _ in reached])
+        origin.append([j for _, j in reached])
+    chosen, end = [], steps
+    for places in reversed(origin):
+        end = places[end]
+        chosen.append(end)
+    return chosen[::-1]

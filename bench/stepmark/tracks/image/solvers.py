@@ -1,0 +1,266 @@
+"""One evaluation of a network as predictions of x0 and eps (`Denoiser`), and single steps of the standard solvers.
+
+A step leads from x at time t to time s < t.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stepmark.tracks.image.schedules import (
+    Schedule,
+    karras_times,
+    log_snr_times,
+    quadratic_times,
+    schedule_of,
+    shift_times,
+    to_x0_eps,
+    uniform_times,
+)
+
+if TYPE_CHECKING:
+    from stepmark.session import Session
+
+
+class Denoiser:
+    """One network, its schedule and a batch's condition: `denoise(x, t)` -> (x0, eps) for one evaluation.
+
+    Args:
+        network: called as network(x, time, condition); has `prediction` and `null_condition`.
+        condition: int64 [B] or [B, slots].
+        guidance: w of classifier-free guidance, null + w (conditional - null) (Ho and Salimans 2022). 1 is the plain
+            conditional prediction and costs one row per item; any other w costs two, in one call.
+    """
+
+    def __init__(self, network: nn.Module, condition: Tensor, guidance: float = 1.0) -> None:
+        self.network, self.guidance = network, guidance
+        self.schedule = schedule_of(network)
+        self.condition = condition
+        if guidance != 1.0:
+            self.condition = torch.cat([network.null_condition(condition), condition])
+
+    def output(self, x: Tensor, t: float) -> Tensor:
+        """What the network itself predicts (eps or v), guided."""
+        rows = x if self.guidance == 1.0 else torch.cat([x, x])
+        time = torch.full((len(rows),), self.schedule.network_time(t), dtype=x.dtype, device=x.device)
+        out = self.network(rows, time, self.condition)
+        if self.guidance == 1.0:
+            return out
+        null, conditional = out.chunk(2)
+        return torch.lerp(null, conditional, self.guidance)
+
+    def __call__(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        """Predictions of x0 and eps [B, ...] at x [B, ...], t in (0, 1]."""
+        schedule = self.schedule
+        return to_x0_eps(schedule.prediction, self.output(x, t), x, schedule.alpha(t), schedule.sigma(t))
+
+
+def ddim_step(schedule: Schedule, x0: Tensor, eps: Tensor, s: float) -> Tensor:
+    """Deterministic DDIM: alpha_s x0 + sigma_s eps (Song et al. 2021, equation 12 with sigma = 0).
+
+    For flow networks this is the Euler step x + (s - t) v.
+    """
+    return schedule.alpha(s) * x0 + schedule.sigma(s) * eps
+
+
+def ddim_coefficients(schedule: Schedule, t: float, s: float) -> tuple[float, float]:
+    """(a, b) for which `ddim_step` from t to s is a x + b output, of the network's own output (eps or v)."""
+    alpha, sigma, then = schedule.alpha(t), schedule.sigma(t), (schedule.alpha(s), schedule.sigma(s))
+    if schedule.prediction == "flow":
+        return then[0] + then[1], then[1] * alpha - then[0] * sigma
+    if schedule.prediction == "epsilon":
+        return then[0] / alpha, then[1] - then[0] * sigma / alpha
+    raise ValueError(f"prediction {schedule.prediction!r} is not known here; use 'epsilon' or 'flow'")
+
+
+def euler_step(x: Tensor, velocity: Tensor, t: float, s: float) -> Tensor:
+    """x + (s - t) dx/dt; velocity is what a flow network predicts."""
+    return torch.add(x, velocity, alpha=s - t)
+
+
+def heun_step(denoise: Denoiser, x: Tensor, t: float, s: float) -> Tensor:
+    """Heun's second-order step, two evaluations, for s > 0 (Karras et al. 2022, algorithm 1).
+
+    The ODE is taken where it is straightest: dx/dt = v for flow networks, and d(x / alpha) / d(sigma / alpha) = eps
+    for noise prediction.
+    """
+    schedule = denoise.schedule
+    if schedule.flow:
+        slope = denoise.output(x, t)
+        ahead = denoise.output(euler_step(x, slope, t, s), s)
+        return torch.add(x, slope + ahead, alpha=0.5 * (s - t))
+    scaled, level, level_s = x / schedule.alpha(t), *(schedule.sigma(u) / schedule.alpha(u) for u in (t, s))
+    eps = denoise(x, t)[1]
+    ahead = denoise((scaled + (level_s - level) * eps) * schedule.alpha(s), s)[1]
+    return (scaled + 0.5 * (level_s - level) * (eps + ahead)) * schedule.alpha(s)
+
+
+def dpm_solver_pp_step(
+    schedule: Schedule, x: Tensor, past: Sequence[tuple[float, Tensor]], s: float, order: int = 2
+) -> Tensor:
+    """DPM-Solver++ multistep update of order 1, 2 (2M) or 3 (3M) (Lu et al. 2022b, algorithm 2).
+
+    Args:
+        past: (time, prediction of x0) of the evaluations so far, the latest last; at least `order` of them are used,
+            and the order falls to their number.
+        s: the time to reach. At s = 0 the log-SNR is infinite and every order is the first.
+
+    Order 3 is the Taylor expansion of the exact solution with all its terms. The authors' code and its descendants
+    (diffusers too) take half of the last term, which leaves a method of order 2; orders 1 and 2 are the same.
+    """
+    lambda_s = schedule.log_snr(s)
+    t, x0 = past[-1]
+    h = lambda_s - schedule.log_snr(t)
+    decay = math.expm1(-h)  # e^-h - 1
+    base = (schedule.sigma(s) / schedule.sigma(t)) * x - schedule.alpha(s) * decay * x0
+    order = 1 if math.isinf(h) else min(order, len(past))
+    if order == 1:
+        return base
+    u, previous = past[-2]
+    r0 = (schedule.log_snr(t) - schedule.log_snr(u)) / h
+    first = (x0 - previous) / r0
+    if order == 2:
+        return base - 0.5 * schedule.alpha(s) * decay * first
+    w, oldest = past[-3]
+    r1 = (schedule.log_snr(u) - schedule.log_snr(w)) / h
+    bend = (first - (previous - oldest) / r1) / (r0 + r1)  # half of h^2 times the second derivative
+    first = first + r0 * bend
+    slope, curve = decay / h + 1, 0.5 - (decay + h) / h**2
+    return base + schedule.alpha(s) * (slope * first + 2 * curve * bend)
+
+
+def unipc_step(
+    schedule: Schedule,
+    x: Tensor,
+    past: Sequence[tuple[float, Tensor]],
+    s: float,
+    order: int = 2,
+    ahead: Tensor | None = None,
+) -> Tensor:
+    """From x at the time of `past[-1]` to time s: the predictor UniP, or with `ahead` the corrector UniC (Zhao et al.
+    2023, equations 3 and 8, predicted data, B(h) = e^h - 1).
+
+    past: (time, prediction of x0) of the evaluations so far, the latest last; `order` of them are used, and the order
+    falls to the number there is. ahead: prediction of x0 at the predicted point at s. A step of infinite length in
+    log-SNR, from pure noise of a flow or to the data, is of first order and has no corrector.
+    """
+    t, x0 = past[-1]
+    now = schedule.log_snr(t)
+    h = schedule.log_snr(s) - now
+    alpha, phi = schedule.alpha(s), math.expm1(-h)  # phi_1 of the paper times -h, and B(h) of its variant bh2
+    base = (schedule.sigma(s) / schedule.sigma(t)) * x - alpha * phi * x0
+    if math.isinf(h):
+        return base
+    known = [(schedule.log_snr(u), m) for u, m in past[-order:-1] if math.isfinite(schedule.log_snr(u))]
+    points = [((at - now) / h, m) for at, m in reversed(known)] + ([] if ahead is None else [(1.0, ahead)])
+    if not points:
+        return base
+    moments, term = [], phi / -h - 1
+    for k in range(1, len(points) + 1):
+        moments.append(term * math.factorial(k) / phi)
+        term = term / -h - 1 / math.factorial(k + 1)
+    powers = np.vander([r for r, _ in points], increasing=True).T
+    weights = [0.5] if len(points) == 1 else np.linalg.solve(powers, moments).tolist()
+    slopes = [w / r * (m - x0) for w, (r, m) in zip(weights, points, strict=True)]
+    return base - alpha * phi * torch.stack(slopes).sum(0)
+
+
+def exponential_weights(schedule: Schedule, times: Sequence[float], s: float) -> list[float]:
+    """Weight of the noise predicted at each of `times` (the latest last) in a DEIS step to s > 0 (Zhang and Chen 2023,
+    equation 15).
+
+    integral of l_i(log rho) d rho from the latest time to s, rho = sigma / alpha, l_i the Lagrange basis on the nodes
+    log rho(times): exact by Gauss-Legendre quadrature, as the integrand is a polynomial times an exponential.
+    """
+    nodes = [-schedule.log_snr(t) for t in times]
+    start, end = nodes[-1], -schedule.log_snr(s)
+    place, weight = np.polynomial.legendre.leggauss(16)
+    at = 0.5 * (end - start) * place + 0.5 * (end + start)
+    found = []
+    for i, node in enumerate(nodes):
+        basis = np.prod([(at - other) / (node - other) for j, other in enumerate(nodes) if j != i], axis=0)
+        found.append(float((0.5 * (end - start) * weight * basis * np.exp(at)).sum()))
+    return found
+
+
+def unipc_sample(denoise: Denoiser, x: Tensor, times: Sequence[float], order: int = 2) -> Tensor:
+    """Samples [B, ...] from noise x: every evaluation corrects the step that led to it, then predicts the next (UniPC,
+    algorithm 1). One evaluation a step.
+    """
+    past: list[tuple[float, Tensor]] = []
+    before = x
+    for t, s in pairwise(times):
+        x0 = denoise(x, t)[0]
+        if past:
+            x = unipc_step(denoise.schedule, before, past, t, order, ahead=x0)
+        past = [*past, (t, x0)][-order:]
+        before, x = x, unipc_step(denoise.schedule, x, past, s, order)
+    return x
+
+
+def deis_sample(denoise: Denoiser, x: Tensor, times: Sequence[float], order: int = 3) -> Tensor:
+    """Samples [B, ...] from noise x by DEIS with the last `order` predictions; the step to the data is DDIM's."""
+    schedule = denoise.schedule
+    past: list[tuple[float, Tensor]] = []
+    for t, s in pairwise(times):
+        x0, eps = denoise(x, t)
+        if s == 0:
+            return ddim_step(schedule, x0, eps, s)
+        past = [*past, (t, eps)][-order:]
+        weights = exponential_weights(schedule, [u for u, _ in past], s)
+        step = torch.stack([w * e for w, (_, e) in zip(weights, past, strict=True)]).sum(0)
+        x = schedule.alpha(s) * (x / schedule.alpha(t) + step)
+    return x
+
+
+def common_grids(schedule: Schedule, n: int) -> dict[str, list[float]]:
+    """The grids of n steps that samplers commonly use, by name."""
+    return {
+        "uniform": uniform_times(n),
+        "quadratic": quadratic_times(n),
+        "log-SNR": log_snr_times(schedule, n),
+        "Karras": karras_times(schedule, n),
+        "shift 2": shift_times(uniform_times(n), 2.0),
+        "shift 1/2": shift_times(uniform_times(n), 0.5),
+    }
+
+
+@torch.no_grad()
+def best_grids(session: Session, solve: Callable[[Denoiser, Tensor, list[float]], Tensor]) -> dict[str, Tensor]:
+    """Of `common_grids`, for every rung, the one on which a solver ends nearest to the exact solution. For `prepare`.
+
+    solve(denoise, noise, times) gives samples. Nearest in mean square over 256 noises to 64 steps of Heun's method;
+    no image is looked at. Returns {"times_<rung>": float64 [rung + 1]}.
+    """
+    label = session.train["condition"].to(session.device)
+    n, device = session.scale(256, 16), session.device
+    condition = label[torch.randint(len(label), (n,), generator=session.rng, device=device)]
+    noise = torch.randn(n, *session.train["x0"].shape[1:], generator=session.rng, device=device)
+    denoise, exact = Denoiser(session.networks["teacher"], condition), noise
+    times = uniform_times(session.scale(64, 8))
+    for t, s in pairwise(times[:-1]):
+        exact = heun_step(denoise, exact, t, s)
+    exact = ddim_step(denoise.schedule, *denoise(exact, times[-2]), 0.0)
+    chosen = {}
+    for rung in session.progress(session.scale(session.task.rungs, session.task.smoke_rungs), "grids"):
+        candidates = list(common_grids(denoise.schedule, rung).values())
+        errors = [float((solve(denoise, noise, grid) - exact).square().mean()) for grid in candidates]
+        chosen[f"times_{rung}"] = torch.tensor(candidates[int(np.argmin(errors))], dtype=torch.float64)
+    return chosen
+
+
+def bridge_step(x0: Tensor, x: Tensor, t: Tensor, s: Tensor, epsilon: float, rng: torch.Generator) -> Tensor:
+    """x_s [B, ...] of the Brownian bridge that is at x0 at time 0 and at x at time t, for s < t, [B] each.
+
+    Normal with mean (1 - s/t) x0 + (s/t) x and variance epsilon s (t - s) / t; at s = 0 it is x0.
+    """
+    shape = (-1, *[1] * (x.dim() - 1))
+    ratio, spread = (s / t).view(shape), (epsilon * s * (t - s) / t).sqrt().view(shape)
+    return torch.lerp(x0, x, ratio) + spread * torch.randn(x.shape, generator=rng, device=x.device, dtype=x.dtype)
