@@ -20,10 +20,11 @@ from stepmark import run as runs
 from stepmark.method import Method
 from stepmark.task import load_split
 from stepmark.tracks import bayes
-from stepmark.tracks.bayes import abc, linear, noising, problems, scores, trials
+from stepmark.tracks.bayes import linear, noising, problems, trials
 
 TASKS = {task.id: task for task in bayes.TASKS}
 CPU = torch.device("cpu")
+composed: Any = importlib.import_module("stepmark.methods.bayes.compositional_score_sbi")
 METHODS = {name: info for name, info in plugins.methods().items() if info.track == "bayes"}
 
 
@@ -85,7 +86,7 @@ class ExactScore(nn.Module):
         super().__init__()
         self.encoder = encoder
         data = load_split(TASKS[task].dataset, "train")
-        self.covariance = scores._residual_covariance(data[f"theta_{subset}"], data[f"x_{subset}"].mean(1))
+        self.covariance = composed._residual_covariance(data[f"theta_{subset}"], data[f"x_{subset}"].mean(1))
         self.variances = torch.linalg.eigvalsh(self.covariance)
 
     def forward(self, theta: Tensor, t: Tensor, context: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ def exact_networks(task: str, subset: int = 1) -> tuple[ExactScore, Numbering]:
 def exact_run(name: str, task: str, rung: int, sets: int = 6, seed: int = 0) -> dict[str, float]:
     """Scores of a method's `run` with exact scores in place of its networks."""
     batch = bayes.inputs(TASKS[task], sets, generator(seed + 1), CPU)
-    score, encoder = exact_networks(task, getattr(method(name), "subset", 1))
+    score, encoder = exact_networks(task, getattr(method(name), "subset", 1) or 1)
     context = session(task, seed, score=score, encoder=encoder)
     return quality(task, batch, method(name).run(context, batch, rung))
 
@@ -131,12 +132,12 @@ def test_bridging_score_is_the_posteriors_at_zero(task: str, subset: int) -> Non
         wide = problems.GaussianMixture(law.log_weights[:, None], law.means[:, None], law.covariances[:, None])
         return wide.score(theta[:, :, None])
 
-    assert torch.allclose(scores.compose_scores(scores(0.0), prior, 0.0), exact, atol=1e-6, rtol=1e-5)
-    assert torch.allclose(scores.compose_scores(scores(1.0), prior, 1.0), -k * theta, atol=0.02 * k)
+    assert torch.allclose(composed.compose_scores(scores(0.0), prior, 0.0), exact, atol=1e-6, rtol=1e-5)
+    assert torch.allclose(composed.compose_scores(scores(1.0), prior, 1.0), -k * theta, atol=0.02 * k)
     # The stand-in for a network used below is that score too.
     score, encoder = exact_networks(task)
     numbers = encoder(x.reshape(4 * k, subset, d)).reshape(4, k, 1)
-    assert torch.allclose(scores.set_scores(score, theta, 0.3, numbers.double()), scores(0.3), atol=1e-8)
+    assert torch.allclose(composed.set_scores(score, theta, 0.3, numbers.double()), scores(0.3), atol=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -164,8 +165,8 @@ def test_reverse_sde_with_summed_exact_scores_does_not() -> None:
     batch = bayes.inputs(TASKS[task], 24, generator(), CPU)
     exact, encoder = exact_networks(task)
     context = encoder(batch["x"])[:, None]
-    alone = module("naive_sum_reverse_sde").reverse_sde(
-        lambda theta, t: scores.set_scores(exact, theta, t, context)[:, :, 0],
+    alone = composed.reverse_sde(
+        lambda theta, t: composed.set_scores(exact, theta, t, context)[:, :, 0],
         torch.randn(24, linear.DRAWS, 2, generator=generator(1)),
         300,
         float(exact.variances.mean()),
@@ -189,9 +190,9 @@ def test_a_wrong_prior_correction_is_noticed() -> None:
     batch = bayes.inputs(TASKS[task], 6, generator(1), CPU)
     exact, encoder = exact_networks(task)
     numbers = encoder(batch["x"].reshape(180, 1, 2)).reshape(6, 30, 1)
-    times, sizes, repeats = scores.bridging_schedule(200, exact.covariance, 30)
-    draws = scores.annealed_langevin(
-        lambda theta, t: scores.set_scores(exact, theta, t, numbers).sum(2),
+    times, sizes, repeats = composed.bridging_schedule(200, exact.covariance, 30)
+    draws = composed.annealed_langevin(
+        lambda theta, t: composed.set_scores(exact, theta, t, numbers).sum(2),
         torch.randn(6, linear.DRAWS, 2, generator=generator(2)) / 30**0.5,
         times,
         sizes,
@@ -205,9 +206,9 @@ def test_a_wrong_prior_correction_is_noticed() -> None:
 def test_schedules_keep_to_their_steps() -> None:
     covariance = torch.tensor([[0.4, 0.2], [0.2, 0.4]])
     for steps in (1, 3, 32, 96, 960):
-        times, sizes, repeats = scores.bridging_schedule(steps, covariance, 30)
+        times, sizes, repeats = composed.bridging_schedule(steps, covariance, 30)
         assert len(times) == len(sizes) and len(times) * repeats <= steps < (len(times) + 1) * repeats
-        assert times == sorted(times, reverse=True) and times[-1] == pytest.approx(scores.T_MIN)
+        assert times == sorted(times, reverse=True) and times[-1] == pytest.approx(composed.T_MIN)
         # Stable and short in every direction: below the covariance that 30 factors leave, at both ends of the path.
         for size, t in zip(sizes, times, strict=True):
             a = noising.alpha_bar(t)
@@ -227,7 +228,9 @@ def test_importance_weights_estimate_the_evidence_without_bias() -> None:
     log_likelihood = model.log_likelihood(theta.expand(10, 2), x[0].double()).sum()
     prior = model.prior.to(torch.float64).log_prob(theta)
     evidence = float(prior + log_likelihood - model.posterior(x).log_prob(theta))
-    _, log_weights = module("importance_sampling").weighted_proposals(session(task), x.expand(4_000, -1, -1), 200)
+    _, log_weights = module("baselines.importance_sampling").weighted_proposals(
+        session(task), x.expand(4_000, -1, -1), 200
+    )
     estimates = (log_weights.double() - evidence).exp().mean(-1)
     assert log_weights.shape == (4_000, 20)
     assert abs(float(estimates.mean()) - 1) < 4 * float(estimates.std()) / 4_000**0.5
@@ -236,7 +239,7 @@ def test_importance_weights_estimate_the_evidence_without_bias() -> None:
 
 def test_systematic_resampling_keeps_expected_counts() -> None:
     weights = torch.tensor([[0.503, 0.297, 0.2, 0.0], [0.0, 0.0, 1.0, 0.0]])
-    index = module("importance_sampling").systematic_resample(weights, 100, generator())
+    index = module("baselines.importance_sampling").systematic_resample(weights, 100, generator())
     counts = torch.stack([row.bincount(minlength=4) for row in index])
     assert bool(((counts - 100 * weights).abs() < 1).all())
     assert not torch.equal(index[0], index[0].sort().values)
@@ -297,9 +300,9 @@ def p_values(reference_of: Callable[[Tensor, Tensor, torch.Generator], Tensor], 
     task = TASKS["coverage/linear_gaussian"]
     rng, calls = generator(seed), bayes.handles(task, CPU)
     design = bayes.inputs(task, 64, rng, CPU)["design"]
-    theta, x = abc.simulate_pairs(calls, rng, design, 200)
+    theta, x = linear.simulate_pairs(calls, rng, design, 200)
     reference = reference_of(theta, x, rng)
-    return abc.ball_test(calls, rng, theta, x, design, reference, torch.ones(4), 49)["p_value"]
+    return module("tarp").ball_test(calls, rng, theta, x, design, reference, torch.ones(4), 49)["p_value"]
 
 
 @pytest.mark.parametrize("name", list(REFERENCES))

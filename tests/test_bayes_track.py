@@ -10,13 +10,14 @@ import pytest
 import torch
 from scipy import stats
 from stepmark.datasets import wearable
+from stepmark.methods.bayes import compositional_score_sbi as composed
 from torch import Tensor
 
 from stepmark import plugins
 from stepmark.meter.counts import BudgetExceeded, Ledger, watch_function
 from stepmark.task import BadOutput, Sealed, load_split, sealed
 from stepmark.tracks import bayes
-from stepmark.tracks.bayes import abc, linear, metrics, noising, problems, scores, trials
+from stepmark.tracks.bayes import linear, metrics, noising, problems, trials
 from stepmark.tracks.bayes.problems import GaussianMixture
 
 TASKS = {task.id: task for task in bayes.TASKS}
@@ -250,7 +251,7 @@ def test_likelihood_and_simulator_agree() -> None:
 def simulated(count: int, models: int = 4, seed: int = 0) -> SimpleNamespace:
     rng = generator(seed)
     design = bayes.inputs(TASKS["coverage/linear_gaussian"], models, rng, CPU)["design"]
-    theta, x = abc.simulate_pairs(bayes.handles(TASKS["coverage/linear_gaussian"], CPU), rng, design, count)
+    theta, x = linear.simulate_pairs(bayes.handles(TASKS["coverage/linear_gaussian"], CPU), rng, design, count)
     return SimpleNamespace(design=design, theta=theta, x=x, rng=rng)
 
 
@@ -349,7 +350,7 @@ def test_effect_metrics_read_bias_error_and_coverage() -> None:
 
 def test_set_encoder_ignores_order_and_padding() -> None:
     torch.manual_seed(0)
-    encoder = scores.SetEncoder(2)
+    encoder = composed.SetEncoder(2)
     x = torch.randn(3, 5, 2, generator=generator())
     size = torch.tensor([5, 3, 1])
     found = encoder(x, size)
@@ -363,7 +364,7 @@ def test_set_encoder_ignores_order_and_padding() -> None:
 
 def test_score_networks_are_small() -> None:
     for name in POSTERIORS:
-        networks = scores.score_networks(TASKS[name])
+        networks = composed.score_networks(TASKS[name])
         assert sum(p.numel() for net in networks.values() for p in net.parameters()) < 30_000
 
 
@@ -371,7 +372,7 @@ def test_score_matching_learns_the_exact_score() -> None:
     """After seconds of training the error is a fraction of the score; an untrained network's is not."""
     task = TASKS["posterior/gaussian_n1"]
     torch.manual_seed(0)
-    networks = scores.score_networks(task)
+    networks = composed.score_networks(task)
     network, encoder = networks["score"], networks["encoder"]
     data = load_split(task.dataset, "train")
     x = load_split(task.dataset, "test")["x"][:128, :1]
@@ -385,7 +386,7 @@ def test_score_matching_learns_the_exact_score() -> None:
         return float((found - exact).norm() / exact.norm())
 
     before = [error(t) for t in (0.02, 0.1, 0.4)]
-    scores.fit_score(network, encoder, data["theta_1"], data["x_1"], generator(1), range(200), 200)
+    composed.fit_score(network, encoder, data["theta_1"], data["x_1"], generator(1), range(200), 200)
     after = [error(t) for t in (0.02, 0.1, 0.4)]
     assert max(after) < 0.35, after
     assert all(b > 1.5 * a for a, b in zip(after, before, strict=True)), (before, after)

@@ -14,6 +14,8 @@ import pytest
 import torch
 from scipy import stats
 from stepmark.datasets import stories64
+from stepmark.methods.diffusion_lm import flashdlm, remdm, sdtt
+from stepmark.methods.diffusion_lm.baselines import forward_backward
 from torch import Tensor, nn
 
 from stepmark import backbones, plugins
@@ -22,7 +24,7 @@ from stepmark.backbones.lm import VOCABULARY, encode
 from stepmark.meter.counts import Ledger, watch
 from stepmark.task import BadOutput, load_split
 from stepmark.tracks import diffusion_lm as track
-from stepmark.tracks.diffusion_lm import MASK, blocks, sampling, training
+from stepmark.tracks.diffusion_lm import MASK, blocks, sampling
 
 TASKS = {task.id: task for task in track.TASKS}
 V = len(VOCABULARY)
@@ -179,9 +181,9 @@ def test_a_step_that_masks_again_keeps_the_forward_marginals(share: float) -> No
 def test_schedules_keep_the_marginals_along_the_whole_run(schedule: str) -> None:
     """Where the words are certain, each position is visible with probability 1 - t at every t; sampled and exact."""
     sigma = {
-        "cap": sampling.capped(0.2),
-        "rescale": sampling.rescaled(0.5),
-        "forward_backward": sampling.forward_backward,
+        "cap": remdm.capped(0.2),
+        "rescale": remdm.rescaled(0.5),
+        "forward_backward": forward_backward.corrected,
     }[schedule]
     grid, n = sampling.times(8), 1500
     denoise = exact_denoiser({(A, B, C, A): 1.0})
@@ -200,13 +202,13 @@ def test_schedules_keep_the_marginals_along_the_whole_run(schedule: str) -> None
 
 
 def test_without_remasking_the_sampler_is_mdlm_bit_for_bit() -> None:
-    denoise = training.denoiser(tiny(False))
+    denoise = sampling.denoiser(tiny(False))
     x = torch.full((3, 64), MASK)
     with torch.no_grad():
         for nucleus in (1.0, 0.9):
             plain = sampling.ancestral(denoise, x, 8, rng(4), nucleus)
-            assert torch.equal(plain, sampling.remask(denoise, x, 8, sampling.capped(0.0), rng(4), nucleus))
-            assert not torch.equal(plain, sampling.remask(denoise, x, 8, sampling.capped(0.1), rng(4), nucleus))
+            assert torch.equal(plain, sampling.remask(denoise, x, 8, remdm.capped(0.0), rng(4), nucleus))
+            assert not torch.equal(plain, sampling.remask(denoise, x, 8, remdm.capped(0.1), rng(4), nucleus))
 
 
 def test_the_ancestral_step_is_that_of_the_paper() -> None:
@@ -240,7 +242,7 @@ def test_remasking_repairs_a_wrong_word() -> None:
 
 
 def test_a_loop_holds_alpha_and_finishes() -> None:
-    plan = list(sampling.loop_schedule(100, 0.55, 0.05, 0.9))
+    plan = list(remdm.loop_schedule(100, 0.55, 0.05, 0.9))
     assert plan[0][0] == 0 and plan[-1][1] == pytest.approx(1)
     assert all(a[1] == pytest.approx(b[0]) for a, b in itertools.pairwise(plan))
     looping = [alpha for alpha, _, loop in plan if loop]
@@ -257,8 +259,8 @@ def test_a_loop_holds_alpha_and_finishes() -> None:
         return x
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(track, "remasking_step", spy)
-        x = sampling.remask_in_a_loop(denoise, torch.full((1500, 4), MASK), 100, 0.05, rng(2))
+        patch.setattr(remdm, "remasking_step", spy)
+        x = remdm.remask_in_a_loop(denoise, torch.full((1500, 4), MASK), 100, 0.05, rng(2))
     assert shares == pytest.approx([then for _, then, _ in plan], abs=0.03)  # as many words as alpha says, throughout
     assert sum(hidden) == pytest.approx(0.05 * 0.9 * len(looping), rel=0.05)  # eta of the visible words in each turn
     assert torch.equal(x, torch.tensor([A, B, C, A]).expand_as(x))
@@ -301,15 +303,15 @@ def test_a_pass_over_some_positions_is_exact_while_nothing_changes() -> None:
     x = texts()[:1].clone()
     x[:, 30:] = MASK
     with torch.no_grad():
-        cache = blocks.free_cache(model)
+        cache = flashdlm.free_cache(model)
         whole = mdlm.logits(model, x)
-        assert torch.allclose(blocks.run_from_clean(model, x, cache), whole, atol=1e-5)
-        again = blocks.run_from_clean(model, x, cache)
+        assert torch.allclose(flashdlm.run_from_clean(model, x, cache), whole, atol=1e-5)
+        again = flashdlm.run_from_clean(model, x, cache)
         assert torch.equal(again[:, :29], torch.zeros_like(again[:, :29]))
         assert torch.allclose(again[:, 29:], whole[:, 29:], atol=1e-4)
         y = x.clone()
         y[:, 30:40] = texts()[1, 30:40]
-        kept, fresh = blocks.run_from_clean(model, y, cache)[:, 39:], mdlm.logits(model, y)[:, 39:]
+        kept, fresh = flashdlm.run_from_clean(model, y, cache)[:, 39:], mdlm.logits(model, y)[:, 39:]
         assert float((kept - fresh).abs().max()) > 1e-3
         assert mdlm.logits(model, y)[:, :5].sub(whole[:, :5]).abs().max() > 1e-3  # it looks both ways
 
@@ -326,12 +328,12 @@ def test_the_causal_model_with_a_cache_is_the_one_without() -> None:
 
 
 def test_the_guide_decides_how_much_and_never_what() -> None:
-    assert [blocks.agreed([1, 2, 3], g) for g in ([1, 2, 3], [1, 2, 9], [9, 2, 3])] == [3, 2, 1]
+    assert [flashdlm.agreed([1, 2, 3], g) for g in ([1, 2, 3], [1, 2, 9], [9, 2, 3])] == [3, 2, 1]
     model, guide = tiny(False), tiny(True)
     x = torch.full((1, 64), MASK)
     x[:, :24] = texts()[:1, :24]
     steps: list[tuple[Tensor, Tensor]] = []
-    original = blocks.run_from_clean
+    original = flashdlm.run_from_clean
 
     def spy(network: Any, y: Tensor, cache: Any) -> Tensor:
         found = original(network, y, cache)
@@ -339,12 +341,12 @@ def test_the_guide_decides_how_much_and_never_what() -> None:
         return found
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(track, "run_from_clean", spy)
-        done = blocks.fill_guided(model, guide, x, 40, cached=False)
+        patch.setattr(flashdlm, "run_from_clean", spy)
+        done = flashdlm.fill_guided(model, guide, x, 40, cached=False)
     steps.append((done, done))
     assert len(steps) > 3
     for (y, draft), (after, _) in itertools.pairwise(steps):
-        start, stop = blocks.first_mask(y), blocks.first_mask(after)
+        start, stop = flashdlm.first_mask(y), flashdlm.first_mask(after)
         assert torch.equal(after[:, start:stop], draft[:, start:stop])  # the model's own words
         text = torch.where(y == MASK, draft, y)
         before = torch.cat([torch.full((1, 1), mdlm.START), text[:, :-1]], 1)
@@ -370,9 +372,10 @@ def test_an_agreeing_guide_ends_in_one_step_and_positions_are_saved() -> None:
     assert spent["flashdlm"]["positions"] < 0.6 * 64 * spent["flashdlm"]["evaluations"]
     assert spent["guided_diffusion"]["positions"] == 64 * spent["guided_diffusion"]["evaluations"]
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(track, "agreed", lambda draft, wished: len(draft))
+        method = load("flashdlm")
+        patch.setitem(method.run.__globals__, "agreed", lambda draft, wished: len(draft))
         session = session_of("completion/stories64", model=model, ar=guide)
-        load("flashdlm").run(session, batch, 40)
+        method.run(session, batch, 40)
     assert session.ledger.entries["model"].evaluations == 1
 
 
@@ -397,7 +400,7 @@ def test_targets_through_time_are_those_of_the_step_that_replaced_a_mask() -> No
 
     n = 3000
     x = torch.full((n, 2), MASK)
-    target = training.targets_through_time(denoise, x, torch.ones(n), 0.5, 2, rng(1))
+    target = sdtt.targets_through_time(denoise, x, torch.ones(n), 0.5, 2, rng(1))
     assert len(calls) == 2  # the student saves one of two evaluations
     early = (calls[1] != MASK)[..., None]
     first, second = (sampling.word_log_probabilities(exact(c)) for c in calls)
@@ -407,7 +410,7 @@ def test_targets_through_time_are_those_of_the_step_that_replaced_a_mask() -> No
     assert torch.allclose(target.exp().mean(0), first[0].exp(), atol=0.03)
     # At a later time and half the steps some masks remain; visible words have no target.
     y = torch.tensor([[A, MASK]]).expand(n, 2)
-    target = training.targets_through_time(exact, y, torch.full((n,), 0.5), 0.125, 2, rng(2))
+    target = sdtt.targets_through_time(exact, y, torch.full((n,), 0.5), 0.125, 2, rng(2))
     assert torch.equal(target[:, 0], torch.zeros(n, V, dtype=torch.float64))
     assert torch.allclose(target[:, 1, [A, B]].exp(), torch.tensor([5 / 7, 2 / 7]).double().expand(n, 2))
 

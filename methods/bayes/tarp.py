@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from stepmark import Claim, Method, Paper, Session
-from stepmark.tracks.bayes import abc
+from stepmark import Claim, Method, Paper, Session, Variant
+from stepmark.tracks.bayes import linear, metrics
 
 
 class TARP(Method):
@@ -31,6 +32,9 @@ class TARP(Method):
     is uniform on the box plus half a least-squares prediction of theta from x_i, fitted on a fifth of the simulations that
     takes no further part (so that r_i knows nothing of theta*_i). Differences: that pilot counts against the rung; the
     paper bootstraps an error band where this file has an exact p-value.
+
+    `tarp_uniform` takes the paper's plain choice, reference points that ignore x. It is valid for any estimator, but blind
+    to one that ignores x, such as the prior: then theta*_i and the draws have the same law whatever r_i is.
     """
 
     paper = Paper(
@@ -64,19 +68,27 @@ class TARP(Method):
     )
     draws = 99
     pilot = 0.2  # share of the simulations that the reference points are fitted on
-    pull = 0.5  # how far a reference point follows the prediction
+    pull = 0.5  # how far a reference point follows the prediction; 0: it ignores x, and nothing is fitted
+    variants = (
+        Variant(
+            "tarp_uniform", says="TARP with reference points that ignore x, uniform on the box", baselines=(), pull=0.0
+        ),
+    )
 
     def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> dict[str, Tensor]:
         """Statistic and p-value [B, E] of every estimator on the models design [B, 6, 4]."""
         design = batch["design"]
-        theta, x = abc.simulate_pairs(session.simulators, session.rng, design, rung)
-        pilot = max(8, round(self.pilot * rung))
-        prediction = fit_linear(theta[:, :pilot], x[:, :pilot])(x[:, pilot:])
-        theta, x = theta[:, pilot:], x[:, pilot:]
-        low, width = abc.unit_box(session.simulators, session.rng)
-        box = low + width * torch.rand(theta.shape, generator=session.rng, device=theta.device)
-        reference = box + self.pull * prediction
-        return abc.ball_test(session.simulators, session.rng, theta, x, design, reference, width, self.draws)
+        theta, x = linear.simulate_pairs(session.simulators, session.rng, design, rung)
+        prediction: Tensor | None = None
+        if self.pull:
+            pilot = max(8, round(self.pilot * rung))
+            prediction = fit_linear(theta[:, :pilot], x[:, :pilot])(x[:, pilot:])
+            theta, x = theta[:, pilot:], x[:, pilot:]
+        low, width = unit_box(session.simulators, session.rng)
+        reference = low + width * torch.rand(theta.shape, generator=session.rng, device=theta.device)
+        if prediction is not None:
+            reference = reference + self.pull * prediction
+        return ball_test(session.simulators, session.rng, theta, x, design, reference, width, self.draws)
 
 
 def fit_linear(theta: Tensor, x: Tensor) -> Callable[[Tensor], Tensor]:
@@ -85,3 +97,39 @@ def fit_linear(theta: Tensor, x: Tensor) -> Callable[[Tensor], Tensor]:
     gram = features.mT @ features + 1e-3 * torch.eye(features.shape[-1], device=x.device)
     beta = torch.linalg.solve(gram, features.mT @ theta)
     return lambda new: torch.cat([new, torch.ones_like(new[..., :1])], dim=-1) @ beta
+
+
+def unit_box(simulators: Mapping[str, Callable[..., Any]], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Lower corner and width [d] of the box that holds 1000 draws of the prior: what scales a parameter to [0, 1].
+
+    From draws of their own, not from the theta* under test, so that the test stays exact.
+    """
+    draws = simulators["prior"]((1_000,), generator)
+    low = draws.amin(0)
+    return low, draws.amax(0) - low
+
+
+def ball_test(
+    simulators: Mapping[str, Callable[..., Any]],
+    generator: torch.Generator,
+    theta: Tensor,
+    x: Tensor,
+    design: Tensor,
+    reference: Tensor,
+    width: Tensor,
+    draws: int,
+) -> dict[str, Tensor]:
+    """Test every estimator by the mass of balls around reference [B, N, d] that reach to theta [B, N, d] (see `TARP`).
+
+    Distances are Euclidean in units of width [d]. Returns statistic and p-value [B, len(linear.ESTIMATORS)].
+    """
+    radius = ((theta - reference) / width).norm(dim=-1, keepdim=True)
+    statistics, p_values = [], []
+    for name in linear.ESTIMATORS:
+        samples = simulators["estimator"](x, design, name, draws, generator)
+        inside = (((samples - reference[:, :, None]) / width).norm(dim=-1) < radius).sum(-1)
+        jitter = torch.rand(inside.shape, generator=generator, device=theta.device)
+        statistic, p_value = metrics.uniformity((inside + jitter) / (draws + 1))
+        statistics.append(statistic)
+        p_values.append(p_value)
+    return {"statistic": torch.stack(statistics, dim=-1), "p_value": torch.stack(p_values, dim=-1)}

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
-from stepmark.method import Claim, Method, Paper
-from stepmark.session import Session
-from stepmark.tracks.diffusion_lm.sampling import capped, continuations, masked_texts, remask, remask_in_a_loop
-from stepmark.tracks.diffusion_lm.training import denoiser
+import torch
+from torch import Tensor
 
-FEW, MANY, NUCLEUS = 0.04, 0.02, 0.9  # eta with fewer steps than words, and with as many or more
+from stepmark.backbones.mdlm import MASK
+from stepmark.method import Claim, Method, Paper, Variant
+from stepmark.session import Session
+from stepmark.tracks.diffusion_lm.sampling import (
+    Denoiser,
+    Sigma,
+    continuations,
+    denoiser,
+    greatest_sigma,
+    masked_texts,
+    remask,
+    remasking_step,
+    times,
+)
+
+NUCLEUS = 0.9
 
 
 class ReMDM(Method):
@@ -26,8 +40,14 @@ class ReMDM(Method):
     the last 5 % finish. These are the paper's settings for unconditional text (section 5.1, table 1), with its nucleus
     of 90 %. Steps in which no mask is filled need no evaluation.
 
+    `remdm_cap` stays with sigma = min(0.04, greatest) at every number of steps (section 4.1, table 6). `remdm_rescale` masks
+    with a fixed share of the greatest possible probability, sigma = eta x greatest, most while little is written; eta is
+    the paper's, 0.045 with fewer steps than words and 0.015 from one step a word on (table 6, appendix E.2.4).
+
     Differs from the official code: the time grid ends at 0 and its last step fills every mask by a draw, where the code
-    stops just before and takes the most likely words. The nucleus holds the word that crosses 90 %, the code drops it.
+    stops just before and takes the most likely words. The nucleus holds the word that crosses 90 %, the code drops it. From
+    one step a word on the paper lowers eta of ReMDM-cap to 0.008, for 1024 words; over the sixteenth of the steps that 64
+    words take, hardly a word would be masked again, so that eta stays.
     """
 
     paper = Paper(
@@ -65,11 +85,94 @@ class ReMDM(Method):
         ),
     )
 
+    schedule = "loop"  # from one step a word on; "cap" and "rescale" at any number of steps
+    few, many = 0.04, 0.02  # eta with fewer steps than words, and with as many or more
+    variants = (
+        Variant(
+            "remdm_cap",
+            says="ReMDM-cap: each word is masked again with the same small probability at every step",
+            schedule="cap",
+            many=0.04,
+            baselines=("mdlm_nucleus",),
+            claims=(
+                Claim(
+                    "gen_ppl[remdm_cap,256] < gen_ppl[mdlm_nucleus,256] "
+                    "and entropy[remdm_cap,256] >= 0.9 * entropy[mdlm_nucleus,256]",
+                    says="with four steps a word its texts are better than MDLM's, and as varied",
+                ),
+            ),
+        ),
+        Variant(
+            "remdm_rescale",
+            says="ReMDM-rescale: each word is masked again with a fixed share of the greatest possible probability",
+            schedule="rescale",
+            few=0.045,
+            many=0.015,
+            baselines=("mdlm_nucleus", "remdm_cap"),
+            claims=(
+                Claim(
+                    "gen_ppl[remdm_rescale,256] < gen_ppl[mdlm_nucleus,256] "
+                    "and entropy[remdm_rescale,256] >= 0.9 * entropy[mdlm_nucleus,256]",
+                    says="with four steps a word its texts are better than MDLM's, and as varied",
+                ),
+                Claim(
+                    "gen_ppl[remdm_rescale,16] > gen_ppl[remdm_cap,16] and gen_ppl[remdm_rescale,32] > gen_ppl[remdm_cap,32]",
+                    says="with fewer steps than words its texts are worse than with a capped probability",
+                ),
+            ),
+        ),
+    )
+
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
         """New token ids per text."""
         x, denoise = masked_texts(batch, session.device), denoiser(session.networks["model"])
-        if rung < batch["length"][0]:
-            x = remask(denoise, x, rung, capped(FEW), session.rng, NUCLEUS)
+        enough = rung >= batch["length"][0]
+        eta = self.many if enough else self.few
+        if self.schedule == "loop" and enough:
+            x = remask_in_a_loop(denoise, x, rung, eta, session.rng, NUCLEUS)
         else:
-            x = remask_in_a_loop(denoise, x, rung, MANY, session.rng, NUCLEUS)
+            sigma = rescaled(eta) if self.schedule == "rescale" else capped(eta)
+            x = remask(denoise, x, rung, sigma, session.rng, NUCLEUS)
         return continuations(batch, x)
+
+
+def capped(eta: float) -> Sigma:
+    """ReMDM-cap: sigma = min(eta, greatest)."""
+    return lambda visible, then: min(eta, greatest_sigma(visible, then))
+
+
+def rescaled(eta: float) -> Sigma:
+    """ReMDM-rescale: sigma = eta x greatest."""
+    return lambda visible, then: eta * greatest_sigma(visible, then)
+
+
+def loop_schedule(steps: int, on: float, off: float, plateau: float) -> Iterator[tuple[float, float, bool]]:
+    """(alpha_t, alpha_s, whether words are remasked) of ReMDM-loop: up to `plateau` while t > `on`, constant down to
+    `off`, then up to 1."""
+
+    def alpha(t: float) -> float:
+        if t > on:
+            return (1 - t) * plateau / (1 - on)
+        return plateau if t > off else 1 - t * (1 - plateau) / off
+
+    for t, s in pairwise(times(steps)):
+        yield alpha(t), alpha(s), alpha(t) == alpha(s)
+
+
+def remask_in_a_loop(
+    denoise: Denoiser,
+    x: Tensor,
+    steps: int,
+    eta: float,
+    rng: torch.Generator,
+    nucleus: float = 1.0,
+    on: float = 0.55,
+    off: float = 0.05,
+    plateau: float = 0.9,
+) -> Tensor:
+    """ReMDM-loop: write most of the text, then remask and write again at a constant number of words, then finish."""
+    fixed = x != MASK
+    for visible, then, loop in loop_schedule(steps, on, off, plateau):
+        sigma = min(eta, greatest_sigma(visible, then)) if loop else 0.0
+        x = remasking_step(denoise, x, visible, then, sigma, fixed, rng, nucleus)
+    return x

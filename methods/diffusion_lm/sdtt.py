@@ -12,16 +12,16 @@ from stepmark.backbones.lm import encode
 from stepmark.backbones.mdlm import MASK
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.diffusion_lm.sampling import ancestral, continuations, masked_texts, word_log_probabilities
-from stepmark.tracks.diffusion_lm.training import denoiser, targets_through_time
-
-
-def distillation_loss(student: Tensor, target: Tensor) -> Tensor:
-    """KL(student || target), mean over positions: log probabilities [N, V]; -inf in both is a word of no weight.
-
-    The target's least log probability is bounded, for a single rounded 0 would outweigh all else.
-    """
-    return (student.exp() * (student.clamp(min=-60) - target.clamp(min=-60))).sum(-1).mean()
+from stepmark.tracks.diffusion_lm.sampling import (
+    Denoiser,
+    ancestral,
+    continuations,
+    denoiser,
+    draw_words,
+    masked_texts,
+    uniforms,
+    word_log_probabilities,
+)
 
 
 class SDTT(Method):
@@ -94,3 +94,35 @@ class SDTT(Method):
         """New token ids per text."""
         x = masked_texts(batch, session.device)
         return continuations(batch, ancestral(denoiser(session.networks["student"]), x, rung, session.rng))
+
+
+def targets_through_time(
+    denoise: Denoiser, x: Tensor, t: Tensor, step: float, count: int, rng: torch.Generator
+) -> Tensor:
+    """What a student should predict at once where the teacher takes `count` ancestral steps: log p, [B, L, V].
+
+    Deschenaux and Gulcehre 2025, algorithm 1: at each mask the teacher's log probabilities of the step in which it was
+    replaced, for masks that remain those of its last step. Positions visible in x hold 0.
+
+    Args:
+        t: [B], the times of x. step: length of one teacher step.
+    """
+    masked = x == MASK
+    target = torch.zeros(*x.shape, 1, dtype=torch.float64, device=x.device)
+    for i in range(count):
+        now, then = (t - i * step).clamp(min=1e-6), (t - (i + 1) * step).clamp(min=0)
+        log_p = word_log_probabilities(denoise(x).double())
+        u, v = uniforms(x, rng)
+        moved = (x == MASK) & (u < ((now - then) / now)[:, None])
+        open_ = (x == MASK)[..., None]
+        target = torch.where(open_, log_p, target)  # stays, once the mask is gone
+        x = x.masked_scatter(moved, draw_words(log_p[moved].exp(), v[moved]))
+    return torch.where(masked[..., None], target, torch.zeros_like(target))
+
+
+def distillation_loss(student: Tensor, target: Tensor) -> Tensor:
+    """KL(student || target), mean over positions: log probabilities [N, V]; -inf in both is a word of no weight.
+
+    The target's least log probability is bounded, for a single rounded 0 would outweigh all else.
+    """
+    return (student.exp() * (student.clamp(min=-60) - target.clamp(min=-60))).sum(-1).mean()

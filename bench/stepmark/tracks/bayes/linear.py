@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,15 @@ def linear_simulator(theta: Tensor, design: Tensor, generator: torch.Generator) 
     grouped = theta.unflatten(0, (len(design), -1))
     x = grouped @ design.mT
     return (x + 0.5 * torch.randn(x.shape, generator=generator, device=x.device)).flatten(0, 1)
+
+
+def simulate_pairs(
+    simulators: Mapping[str, Callable[..., Any]], generator: torch.Generator, design: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """`count` simulated pairs for each model: theta* [B, N, 4], x [B, N, 6]."""
+    theta = simulators["prior"]((len(design), count), generator)
+    x = simulators["simulator"](theta.flatten(0, 1), design, generator)
+    return theta, x.unflatten(0, (len(design), count))
 
 
 def _estimator(design: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Decoding in blocks with caches: words are unmasked by confidence, and what is settled is kept."""
+"""Running the blocks of a network over some positions of a text on kept keys and values, and confident unmasking."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepmark.backbones.mdlm import LENGTH, MASK, logits
+from stepmark.backbones.mdlm import LENGTH, MASK
 from stepmark.tracks.decoding.decoder import KeyValueCache
 from stepmark.tracks.diffusion_lm.sampling import word_probabilities
 
@@ -43,65 +43,3 @@ def unmask_confident(found: Tensor, x: Tensor, count: int) -> Tensor:
     p, words = word_probabilities(found).max(-1)
     best = p.masked_fill(x != MASK, -1.0).topk(count, dim=1).indices
     return x.scatter(1, best, words.gather(1, best))
-
-
-def agreed(draft: list[int], guide: list[int]) -> int:
-    """How many leading words of a draft the guide would have written too; 1 if none, so that every step goes on."""
-    kept = 0
-    while kept < len(draft) and draft[kept] == guide[kept]:
-        kept += 1
-    return max(1, kept)
-
-
-def first_mask(x: Tensor) -> int:
-    """Position of the first mask of one text [1, L], L if there is none."""
-    masks = (x[0] == MASK).nonzero()
-    return int(masks[0]) if len(masks) else x.shape[1]
-
-
-def run_from_clean(network: nn.Module, x: Tensor, cache: KeyValueCache | None) -> Tensor:
-    """Logits [1, L, V] of one text, its clean beginning taken from the cache (FreeCache, Hu et al. 2025, section 4.1).
-
-    The first call runs over all positions. Later ones start at the last word of the clean beginning: keys and values
-    of the words before it stay as they were when they last ran, though the words behind have changed since. Logits of
-    positions that did not run are 0. Without a cache everything runs.
-    """
-    if cache is None:
-        return logits(network, x)
-    start = max(0, first_mask(x) - 1) if cache.start >= 0 else 0
-    found = run_blocks(network, x[:, start:], start, cache)
-    return torch.cat([found.new_zeros(1, start, found.shape[2]), found], 1)
-
-
-def free_cache(network: nn.Module) -> KeyValueCache:
-    """A cache for `run_from_clean`, which tells by its start whether a first pass has been."""
-    cache = new_cache(network)
-    cache.start = -1
-    return cache
-
-
-def fill_guided(network: nn.Module, guide: nn.Module, x: Tensor, budget: int, cached: bool) -> Tensor:
-    """One text [1, L] filled from the left by guided diffusion (Hu et al. 2025, section 4.2).
-
-    Each step the diffusion model drafts every mask by its most likely word, the autoregressive `guide` reads the draft
-    in one pass, and the words up to the first on which they differ are kept; the first one always. The guide only
-    agrees or not, it supplies no word. The last evaluation of the budget keeps the whole draft.
-    """
-    from stepmark.backbones.mdlm import START
-
-    own, guides = free_cache(network) if cached else None, new_cache(guide)
-    read = 0  # positions whose keys and values the guide holds, for words that stay
-    for left in range(budget, 0, -1):
-        start = first_mask(x)
-        if start == x.shape[1]:
-            break
-        words = word_probabilities(run_from_clean(network, x, own)).argmax(-1)
-        draft = torch.where(x == MASK, words, x)
-        kept = x.shape[1] - start
-        if left > 1:
-            before = torch.cat([torch.full_like(draft[:, :1], START), draft[:, :-1]], 1)
-            wished = word_probabilities(run_blocks(guide, before[:, read:], read, guides)).argmax(-1)
-            kept = agreed(draft[0, start:].tolist(), wished[0, start - read :].tolist())
-            read = start + kept
-        x = torch.cat([draft[:, : start + kept], x[:, start + kept :]], 1)
-    return x

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from stepmark.backbones.mdlm import MASK
+from stepmark.backbones.mdlm import MASK, logits
 
 # Texts outside the grammar have probability 0. Scored through a channel that replaces one word in a hundred by any
 # other, they have a finite figure, and each wrong word costs about ln(words / 0.01) nats.
 NOISE = 0.01
 
 
-Denoiser = Callable[[Tensor], Tensor]
+Denoiser = Callable[[Tensor], Tensor]  # from token ids [B, L] to logits [B, L, V]
+
+
+def denoiser(network: nn.Module) -> Denoiser:
+    """A masked-diffusion GPT-2 as a function from token ids to logits."""
+    return partial(logits, network)
 
 
 def masked_texts(batch: Mapping[str, Any], device: torch.device) -> Tensor:
@@ -140,24 +146,6 @@ def remasking_step(
 Sigma = Callable[[float, float], float]
 
 
-def capped(eta: float) -> Sigma:
-    """ReMDM-cap: sigma = min(eta, greatest)."""
-    return lambda visible, then: min(eta, greatest_sigma(visible, then))
-
-
-def rescaled(eta: float) -> Sigma:
-    """ReMDM-rescale: sigma = eta x greatest."""
-    return lambda visible, then: eta * greatest_sigma(visible, then)
-
-
-def forward_backward(visible: float, then: float) -> float:
-    """sigma of forward-backward correction: each step is followed by its own noising and taken again.
-
-    (alpha_s - alpha_t) / alpha_t (Wang et al. 2025, proposition 4.2), kept at the greatest possible near the end.
-    """
-    return min((then - visible) / visible, greatest_sigma(visible, then)) if visible > 0 else 0.0
-
-
 def remask(
     denoise: Denoiser, x: Tensor, steps: int, sigma: Sigma, rng: torch.Generator, nucleus: float = 1.0
 ) -> Tensor:
@@ -165,36 +153,4 @@ def remask(
     fixed = x != MASK
     for t, s in pairwise(times(steps)):
         x = remasking_step(denoise, x, 1 - t, 1 - s, sigma(1 - t, 1 - s), fixed, rng, nucleus)
-    return x
-
-
-def loop_schedule(steps: int, on: float, off: float, plateau: float) -> Iterator[tuple[float, float, bool]]:
-    """(alpha_t, alpha_s, whether words are remasked) of ReMDM-loop: up to `plateau` while t > `on`, constant down to
-    `off`, then up to 1."""
-
-    def alpha(t: float) -> float:
-        if t > on:
-            return (1 - t) * plateau / (1 - on)
-        return plateau if t > off else 1 - t * (1 - plateau) / off
-
-    for t, s in pairwise(times(steps)):
-        yield alpha(t), alpha(s), alpha(t) == alpha(s)
-
-
-def remask_in_a_loop(
-    denoise: Denoiser,
-    x: Tensor,
-    steps: int,
-    eta: float,
-    rng: torch.Generator,
-    nucleus: float = 1.0,
-    on: float = 0.55,
-    off: float = 0.05,
-    plateau: float = 0.9,
-) -> Tensor:
-    """ReMDM-loop: write most of the text, then remask and write again at a constant number of words, then finish."""
-    fixed = x != MASK
-    for visible, then, loop in loop_schedule(steps, on, off, plateau):
-        sigma = min(eta, greatest_sigma(visible, then)) if loop else 0.0
-        x = remasking_step(denoise, x, visible, then, sigma, fixed, rng, nucleus)
     return x

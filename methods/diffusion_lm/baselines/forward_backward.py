@@ -7,9 +7,7 @@ from typing import Any
 
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.diffusion_lm.sampling import continuations, masked_texts, remask
-from stepmark.tracks.diffusion_lm.sampling import forward_backward as schedule
-from stepmark.tracks.diffusion_lm.training import denoiser
+from stepmark.tracks.diffusion_lm.sampling import continuations, denoiser, greatest_sigma, masked_texts, remask
 
 NUCLEUS = 0.9
 
@@ -47,5 +45,13 @@ class ForwardBackward(Method):
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
         """New token ids per text."""
         x = masked_texts(batch, session.device)
-        x = remask(denoiser(session.networks["model"]), x, rung, schedule, session.rng, NUCLEUS)
+        x = remask(denoiser(session.networks["model"]), x, rung, corrected, session.rng, NUCLEUS)
         return continuations(batch, x)
+
+
+def corrected(visible: float, then: float) -> float:
+    """sigma of forward-backward correction: each step is followed by its own noising and taken again.
+
+    (alpha_s - alpha_t) / alpha_t (Wang et al. 2025, proposition 4.2), kept at the greatest possible near the end.
+    """
+    return min((then - visible) / visible, greatest_sigma(visible, then)) if visible > 0 else 0.0

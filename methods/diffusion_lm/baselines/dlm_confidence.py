@@ -10,8 +10,7 @@ from stepmark.backbones.mdlm import MASK
 from stepmark.method import Method
 from stepmark.session import Session
 from stepmark.tracks.diffusion_lm.blocks import unmask_confident
-from stepmark.tracks.diffusion_lm.sampling import continuations, masked_texts
-from stepmark.tracks.diffusion_lm.training import denoiser
+from stepmark.tracks.diffusion_lm.sampling import continuations, denoiser, masked_texts
 
 
 class DLMConfidence(Method):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stepmark import Method, Session
-from stepmark.tracks.bayes import abc, linear, metrics
+from stepmark.tracks.bayes import linear, metrics
 
 
 class SBC(Method):
@@ -27,7 +27,7 @@ class SBC(Method):
     def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> dict[str, Tensor]:
         """Statistic and p-value [B, E] of every estimator on the models design [B, 6, 4]."""
         design = batch["design"]
-        theta, x = abc.simulate_pairs(session.simulators, session.rng, design, rung)
+        theta, x = linear.simulate_pairs(session.simulators, session.rng, design, rung)
         statistics, p_values = [], []
         for name in linear.ESTIMATORS:
             samples = session.simulators["estimator"](x, design, name, self.draws, session.rng)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from stepmark.method import Claim, Method, Paper
+from stepmark.method import Claim, Method, Paper, Variant
 from stepmark.session import Session
-from stepmark.tracks.diffusion_lm.sampling import ancestral, continuations, masked_texts
-from stepmark.tracks.diffusion_lm.training import denoiser
+from stepmark.tracks.diffusion_lm.sampling import ancestral, continuations, denoiser, masked_texts
 
 
 class MDLMAncestral(Method):
@@ -19,6 +18,9 @@ class MDLMAncestral(Method):
     (section 3.2.3, the SUBS parameterisation). The model does not see t, so that a step in which no mask of a text moves needs
     no evaluation: the paper's cache. Which masks move is drawn first here, so that the evaluation is not only kept for
     later but never made; a text costs at most as many evaluations as it has words.
+
+    `mdlm_nucleus` draws each word from the smallest set of words with 90 % of the probability: what remasking samplers are
+    compared with, which do so as well (Wang et al. 2025, section 5.1).
 
     Differs from the paper: words are drawn in double precision, for rounding in single precision lowers the temperature
     (Zheng et al. 2025).
@@ -43,7 +45,17 @@ class MDLMAncestral(Method):
         Claim("nfe[mdlm_ancestral,256] <= 64", says="steps in which nothing changes cost no evaluation"),
     )
 
+    nucleus = 1.0
+    variants = (
+        Variant(
+            "mdlm_nucleus",
+            says="MDLM's ancestral sampler, each word drawn from the nucleus of 90 % of the probability",
+            nucleus=0.9,
+            baselines=("mdlm_ancestral",),
+        ),
+    )
+
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
         """New token ids per text."""
         x = masked_texts(batch, session.device)
-        return continuations(batch, ancestral(denoiser(session.networks["model"]), x, rung, session.rng))
+        return continuations(batch, ancestral(denoiser(session.networks["model"]), x, rung, session.rng, self.nucleus))
