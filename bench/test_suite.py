@@ -39,7 +39,7 @@ def test_cells(
         pytest.skip(str(made[0].message))
 
     info = plugins.methods()[method]
-    bench = run.bench(method, task, tier, device, run.source_digest(info.path))
+    bench = run.bench(method, task, tier, device, run.edition(info, task))
     rung = next(r.rung for r in reversed(made) if r.status == "ok") if made else bench.task.ladder(tier)[-1]
     batch = bench.inputs(min(bench.task.batch, bench.task.items(tier)), 0)
     call = partial(bench.call, batch, rung)

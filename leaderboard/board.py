@@ -38,7 +38,7 @@ from stepmark.stats import (
     standardised_differences,
     tie_groups,
 )
-from stepmark.task import CHECKPOINT, CHECKPOINT_METRICS, Task
+from stepmark.task import SCORED, Task
 from stepmark.verify import compare as repeat
 
 Trust = Literal["claimed", "measured", "reproduced", "disputed"]
@@ -908,12 +908,12 @@ def _printable(text: str) -> str:
 
 
 def from_folders(records: Sequence[Record]) -> dict[str, tuple[str, Task]]:
-    """What is known of the tasks made from checkpoint folders when the folders are not at hand: metrics and unit."""
+    """What is known of tasks that somebody brought, from their records alone: metrics and unit."""
     found: dict[str, tuple[str, Task]] = {}
     for r in records:
-        if r.task.startswith(CHECKPOINT) and r.track in CHECKPOINT_METRICS:
-            unit = "NFE" if r.track == "image" else "target forwards"
-            task = Task(r.task, 1, "", "checkpoint", unit, (), dict(CHECKPOINT_METRICS[r.track]), 0, 0)
+        if "checkpoint" in r.environment and r.track in SCORED:
+            origin = r.environment["checkpoint"]
+            task = Task(r.task, 1, "", "checkpoint", rungs=(), n=0, batch=0, origin=origin, **SCORED[r.track])
             found[r.task] = (r.track, task)
     return found
 
@@ -950,8 +950,8 @@ def show(records: Sequence[Record]) -> str:
         ]
         lines = _aligned(head, body, (1, 2, 9))
         title = f"{task_id} v{task.version} on {place}; rungs in {task.unit}"
-        if task.from_folder:
-            title += f"\n{_printable(mine[0].first.environment.get('checkpoint', ''))}"
+        if task.origin:
+            title += f"\n{_printable(mine[0].first.environment.get('checkpoint', task.origin))}"
         blocks.append(f"{title}\n" + "\n".join(lines))
     unknown = sorted({r.task for r in records if r.task not in known})
     if unknown:

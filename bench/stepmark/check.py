@@ -106,7 +106,8 @@ def running(info: MethodInfo, device: str = "cpu", every_task: bool = True, fres
 
 def _fresh_outputs(cell: object, device: str) -> str:
     code = (
-        "import json, sys; from stepmark.run import Cell, measure; c = json.loads(sys.argv[1]); "
+        "import json, sys; from stepmark import hub; from stepmark.run import Cell, measure; "
+        "hub.restore(); c = json.loads(sys.argv[1]); "
         "print(measure(Cell(**c), sys.argv[2], False, False).outputs)"
     )
     environment = dict(os.environ)

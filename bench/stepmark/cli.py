@@ -14,7 +14,7 @@ from stepmark import __version__, plugins
 from stepmark.places import results_folder
 
 if TYPE_CHECKING:
-    from stepmark.backbones.checkpoint import Choice
+    from stepmark.hub import Choice
     from stepmark.record import Record
 
 
@@ -277,7 +277,7 @@ def _tier(arguments: argparse.Namespace) -> str:
 
 def _choice(arguments: argparse.Namespace) -> Choice | None:
     """The checkpoint that was chosen, if one was."""
-    from stepmark.backbones.checkpoint import Choice
+    from stepmark.hub import Choice
 
     if arguments.backbone is None:
         names = ("prompts", "draft", "items", "new_tokens")
@@ -327,9 +327,9 @@ def _run(arguments: argparse.Namespace) -> int:
         return _run_lm_eval(arguments) if arguments.via == "lm-eval" else _run_cells(arguments)
     if arguments.via:
         raise ValueError("--via lm-eval runs Stepmark's own tasks; leave out --backbone")
-    from stepmark.backbones import checkpoint
+    from stepmark import hub
 
-    with checkpoint.using(choice) as made:
+    with hub.using(choice) as made:
         if any(task != made.task.id for task in arguments.task):
             raise ValueError(f"--backbone makes one task, {made.task.id}; leave out --task")
         arguments.task = [made.task.id]
@@ -338,7 +338,7 @@ def _run(arguments: argparse.Namespace) -> int:
             if info is not None and made.task.id not in info.tasks:
                 raise ValueError(
                     f"{name} does not apply to {made.task.id}: it names no task of the kind "
-                    f"{', '.join(sorted(made.family)[:3])} ..."
+                    f"{', '.join(made.family)} ..."
                 )
         print(f"{made.task.id}: {made.task.summary}", file=sys.stderr)
         return _run_cells(arguments)
@@ -472,9 +472,9 @@ def _verify(arguments: argparse.Namespace) -> int:
     choice = _choice(arguments)
     if choice is None:
         return _verified(arguments)
-    from stepmark.backbones import checkpoint
+    from stepmark import hub
 
-    with checkpoint.using(choice):
+    with hub.using(choice):
         return _verified(arguments)
 
 

@@ -311,9 +311,10 @@ def _serve(
     torch.set_num_threads(1)
     code = 1
     try:
-        from stepmark import plugins
+        from stepmark import hub, plugins
         from stepmark.run import Bench
 
+        hub.restore()
         bench = Bench(plugins.methods()[method], task, tier, device, show_progress=False, rank=rank)
         link.send(("ready", None))
         bench.session.group = Group(rank, size, _backend(bench.device, _store(size, port), rank, size), bench.ledger)

@@ -20,6 +20,7 @@ from itertools import groupby
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+from stepmark import hub
 from stepmark.places import cache_folder
 from stepmark.record import Record, parse
 from stepmark.run import Cell, measured
@@ -138,6 +139,7 @@ def _worker(line: Connection, device: str, core: int | None, timing: bool) -> No
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if core is not None:
         os.sched_setaffinity(0, {core})
+    hub.restore()
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             cells = line.recv()
@@ -168,9 +170,10 @@ def ray(
     nodes = [node["Resources"].get("CPU", 0.0) for node in cluster.nodes() if node["Alive"]]
     whole = max(1.0, min(nodes))
     gpus = 0 if device == "cpu" else 1
-    named = {name: value for name, value in os.environ.items() if name == "STEPMARK_BACKBONE"}
+    named = {name: value for name, value in os.environ.items() if name == hub.VARIABLE}
 
     def work(fields: dict[str, object], on: str, timed: bool) -> tuple[str, str | None]:
+        hub.restore()
         cell = Cell(**fields)  # type: ignore[arg-type]
         with device_lock(on) if timed else contextlib.nullcontext():
             record, shown = measured(cell, on, timed, show_progress=False)

@@ -21,17 +21,14 @@ from dataclasses import asdict, replace
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from stepmark import index, literals
 from stepmark.digests import code_digest, reach_digest
 from stepmark.literals import MethodInfo, PluginError
 from stepmark.method import Claim, Method, Variant
 from stepmark.places import PACKAGE, checkout
-from stepmark.task import CHECKPOINT, Dataset, Task
-
-if TYPE_CHECKING:
-    from stepmark.backbones.checkpoint import Made
+from stepmark.task import Dataset, Task
 
 MOUNTS = ("methods", "datasets", "kernels", "leaderboard")
 NAMED = ("tasks", "baselines", "claims")  # what a variant may name anew, beside the attributes of its class
@@ -185,10 +182,7 @@ def methods() -> dict[str, MethodInfo]:
         if info.id in found:
             raise PluginError(f"method id {info.id!r} stands in {found[info.id].path} and {info.path}; rename one")
         found[info.id] = info
-    made = _checkpoint()
-    if made is not None:
-        found |= {i: replace(m, tasks=(*m.tasks, made.task.id)) for i, m in found.items() if made.suits(m)}
-    return found
+    return _with_brought(found)
 
 
 _known: dict[
@@ -242,25 +236,54 @@ def fixed_tasks() -> dict[str, tuple[str, Task]]:
     return {name: (track, task) for name, (track, task, _) in _placed_tasks().items()}
 
 
+class Source(Protocol):
+    """Where tasks come from that are no literals of a track: somebody brings them while the program runs."""
+
+    def tasks(self) -> dict[str, tuple[str, Task]]:
+        """Task id -> (track, Task). Their `module` is set."""
+
+    def suits(self, info: MethodInfo) -> list[str]:
+        """Those of its tasks that a method can be run on, though it does not name them."""
+
+    def inputs_digest(self, task: Task) -> str:
+        """sha256 over what the items of a task are made from, in the place of a dataset's."""
+
+
+_sources: list[Source] = []
+
+
+def add_source(source: Source) -> None:
+    """From now on its tasks stand among the others, in this process."""
+    _sources.append(source)
+
+
+def remove_source(source: Source) -> None:
+    """Undo `add_source`."""
+    _sources.remove(source)
+
+
+def _brought() -> dict[str, tuple[str, Task]]:
+    return {name: placed for source in _sources for name, placed in source.tasks().items()}
+
+
+def _with_brought(found: dict[str, MethodInfo]) -> dict[str, MethodInfo]:
+    """The methods with the tasks that they gain."""
+    gained = {i: [task for source in _sources for task in source.suits(m)] for i, m in found.items() if _sources}
+    return found | {i: replace(found[i], tasks=(*found[i].tasks, *more)) for i, more in gained.items() if more}
+
+
 def tasks() -> dict[str, tuple[str, Task]]:
-    """As `fixed_tasks`, with the task of the checkpoint folder that the environment names, where it names one."""
-    made = _checkpoint()
-    return fixed_tasks() if made is None else fixed_tasks() | {made.task.id: (made.track, made.task)}
-
-
-def _checkpoint() -> Made | None:
-    """What is made of a checkpoint folder (`stepmark run --backbone FOLDER`)."""
-    if not os.environ.get("STEPMARK_BACKBONE"):
-        return None
-    from stepmark.backbones import checkpoint
-
-    return checkpoint.current()
+    """As `fixed_tasks`, with those that somebody brings."""
+    return fixed_tasks() | _brought()
 
 
 def track_file(task: str) -> Path:
-    """The module that holds a task's inputs, check and score."""
-    if task.startswith(CHECKPOINT):
-        return PACKAGE / "tracks" / tasks()[task][0] / "checkpoint.py"
+    """The module of a task's inputs, check and score."""
+    if task in (brought := _brought()):
+        spec = importlib.util.find_spec(brought[task][1].module)
+        assert spec is not None
+        assert spec.origin is not None
+        return Path(spec.origin)
     return _placed_tasks()[task][2]
 
 
@@ -305,10 +328,9 @@ def method_digest(info: MethodInfo) -> str:
 
 
 def _dataset_digest(task: Task) -> str:
-    if task.from_folder:
-        from stepmark.backbones import checkpoint
-
-        return checkpoint.digest_of_inputs()
+    for source in _sources:
+        if task.id in source.tasks():
+            return source.inputs_digest(task)
     return code_digest((checkout() or PACKAGE) / "datasets" / f"{task.dataset}.py")
 
 

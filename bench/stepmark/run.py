@@ -18,7 +18,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -30,16 +30,15 @@ from torch import Tensor, nn
 from stepmark import __version__, backbones, plugins, samples
 from stepmark import record as records
 from stepmark.audit import Guard
-from stepmark.backbones import checkpoint
 from stepmark.distributed import SENT, Pool, device_of
 from stepmark.meter import energy, latency, machine, memory
 from stepmark.meter.counts import BudgetExceeded, Flops, Ledger, Traffic, count_flops, watch, watch_function
-from stepmark.method import Method, Skip
+from stepmark.method import Method, Skip, skip
 from stepmark.places import cache_folder
 from stepmark.plugins import MethodInfo
 from stepmark.session import Session, derive_seed
 from stepmark.stats import bootstrap_indices
-from stepmark.task import CHECKPOINT, BadOutput, Sealed, Task, digest_of, sealed
+from stepmark.task import BadOutput, Sealed, Task, digest_of, sealed
 
 RESAMPLES = 100
 CONTRACT = "1"  # raised when the meaning of a cached prepared state changes
@@ -63,8 +62,8 @@ class Cell:
     @property
     def command(self) -> str:
         """The command that repeats this cell."""
-        made = checkpoint.current() if self.task.startswith(CHECKPOINT) else None
-        what = f"--task {self.task}" if made is None else made.choice.words
+        known = plugins.tasks()
+        what = (self.task in known and known[self.task][1].words) or f"--task {self.task}"
         return f"stepmark run --method {self.method} {what} --rung {self.rung} --seed {self.seed} --tier {self.tier}"
 
 
@@ -75,10 +74,11 @@ def track_of(task: str) -> tuple[ModuleType, Task]:
         KeyError: one line that lists the known tasks.
     """
     known = plugins.tasks()
-    if task not in known and task.startswith(CHECKPOINT):
-        raise KeyError(f"task {task!r} is made from a checkpoint folder: name it by --backbone FOLDER")
     if task not in known:
-        raise KeyError(f"no task {task!r}; known: {', '.join(sorted(known))}")
+        known_ones = ", ".join(sorted(known))
+        raise KeyError(
+            f"no task {task!r}; if a checkpoint folder makes it, name it by --backbone FOLDER; known: {known_ones}"
+        )
     return importlib.import_module(plugins.track_module(task)), known[task][1]
 
 
@@ -166,19 +166,18 @@ class Bench:
             raise KeyError(f"{info.id} does not name task {task_id!r}; it names {', '.join(info.tasks)}")
         self.tier, self.device = tier, torch.device(device)
         self.dtype = torch.float32
-        self.price = 1  # rows of a network that one evaluation of it takes
-        if self.task.from_folder:
-            checkpoint.admit(self._load())
-            self.price = checkpoint.current().price
+        self.price = self.task.price
+        if self.task.untrained and type(self._load()).networks is not Method.networks:
+            skip(f"trains a network of its own: {self.task.untrained}")
         self.ledger = Ledger(bounded=self.task.bounded)
         self.networks = {
             role: self._watched(role, backbones.load(name, self.device)) for role, name in self.task.backbones.items()
         }
-        if self.task.from_folder:
-            self.networks = checkpoint.Roles(self.networks)
+        if self.task.absent:
+            self.networks = Roles(self.networks, self.task.absent)
         handles = self.track.handles(self.task, self.device)
         simulators = {name: watch_function(self.ledger, name, function) for name, function in handles.items()}
-        told = checkpoint.seen(self.task) if self.task.from_folder else self.task
+        told = replace(self.task, dataset=self.task.follows or self.task.dataset)
         self.session = Session(
             told, tier, self.device, self.dtype, self.networks, simulators, self.ledger, show_progress
         )
@@ -418,12 +417,30 @@ class Bench:
 
     def judges(self) -> dict[str, nn.Module]:
         """Uncounted copies of the task's backbones and judges, for the metrics."""
-        return {role: _judge(name, str(self.device)) for role, name in (self.task.backbones | self.task.judges).items()}
+        named = (self.task.backbones | self.task.judges).items()
+        return {role: _judge(name, str(self.device), self.task.checkpoint) for role, name in named}
 
 
 @lru_cache(maxsize=16)
-def _judge(backbone: str, device: str) -> nn.Module:
+def _judge(backbone: str, device: str, checkpoint: str) -> nn.Module:
+    """`checkpoint`: what a backbone's name stands for, where somebody brought it."""
     return backbones.load(backbone, device)
+
+
+class Roles(dict[str, nn.Module]):
+    """Networks by role; a method that asks for one that the task lacks is skipped, with the reason by role or by "*"."""
+
+    def __init__(self, networks: Mapping[str, nn.Module], absent: Mapping[str, str]) -> None:
+        super().__init__(networks)
+        self.absent = absent
+
+    def __missing__(self, role: str) -> nn.Module:
+        skip(self.absent.get(role, self.absent["*"]))
+
+
+def edition(info: MethodInfo, task: str) -> str:
+    """What a kept `Bench` is of: a plugin's source, and a task, of which there may be two of one name."""
+    return f"{source_digest(info.path)} {track_of(task)[1]}"
 
 
 @lru_cache(maxsize=4)
@@ -453,13 +470,13 @@ def _time(
     for name in mine.info.baselines:
         if cell.task not in plugins.methods()[name].tasks:
             continue
-        source = source_digest(plugins.methods()[name].path)
+        source = edition(plugins.methods()[name], cell.task)
         try:
             other = bench(name, cell.task, cell.tier, str(mine.device), source)
-            if mine.task.from_folder:  # where a method may need what the folder does not bring
+            if mine.task.absent:  # a method may need what is lacking
                 other.run(batch, cell.rung, cell.seed)
         except Skip:
-            if mine.task.from_folder:
+            if mine.task.absent:
                 continue
             raise
         baseline, benches["baseline"] = name, other
@@ -532,7 +549,7 @@ def measured(
         "digests": digests(info, task),
         "environment": machine.environment()
         | {"device": torch.device(device).type, "threads": "1"}
-        | ({"checkpoint": task.summary} if task.from_folder else {}),
+        | ({"checkpoint": task.origin} if task.origin else {}),
         "command": cell.command,
         "created": dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": commit(),
@@ -557,7 +574,7 @@ def measured(
 def _passes(
     cell: Cell, info: MethodInfo, device: str, timing: bool, show_progress: bool
 ) -> tuple[dict[str, Any], samples.Shown | None]:
-    mine = bench(cell.method, cell.task, cell.tier, device, source_digest(info.path), show_progress)
+    mine = bench(cell.method, cell.task, cell.tier, device, edition(info, cell.task), show_progress)
     why = "run without timing"
     if mine.ranks > (cores := machine.usable_cores()) and mine.device.type == "cpu":
         timing, why = False, f"{mine.ranks} processes on {cores} core: their times would say nothing"
@@ -621,8 +638,7 @@ def _passes(
     if flags:
         bench.cache_clear()  # whatever the plugin left behind must not reach the next cell
     found |= {"counts": counts, "reasons": reasons, "flags": flags, "status": "flagged" if flags else "ok"}
-    shown = cell.seed == 0 and not task.from_folder  # of a checkpoint: latents, or words of another vocabulary
-    if not shown:
+    if cell.seed or not task.shown:
         return found, None
     return found, samples.marked(samples.of_outputs(inputs, outputs), mine, inputs, cell.rung, cell.seed)
 

@@ -284,7 +284,7 @@ def remake(record: Record, device: str = "cpu", prepare: bool = False) -> Shown 
     if not prepare and not path.exists() and _prepares(info):
         return "its prepared state is not in the cache (give --prepare to make it)"
     torch.set_num_threads(1)
-    bench = run.bench(record.method, record.task, record.tier, device, run.source_digest(info.path))
+    bench = run.bench(record.method, record.task, record.tier, device, run.edition(info, record.task))
     inputs = run.cut(bench.inputs(task.items(record.tier), record.seed), 0, task.batch)
     outputs = bench.run(inputs, record.rung, record.seed)
     shown = of_outputs(inputs, outputs)

@@ -73,8 +73,8 @@ class Session:
         """The dataset's train split. Only `prepare` may look at it."""
         if self._stage != "prepare":
             raise Sealed("session.train is for prepare; run gets its inputs as batch and its state as session.state")
-        if self.task.from_folder:
-            skip("needs training data, and a checkpoint folder brings none")
+        if self.task.untrained:
+            skip(self.task.untrained)
         return load_split(self.task.dataset, "train")
 
     @property

@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-CHECKPOINT = "checkpoint/"  # begins the ids of tasks that are made from a folder at run time, and of their backbones
-# Their metrics by track. They stand here because a board shows such records without the folder that they came from.
-CHECKPOINT_METRICS = {
-    "image": {"endpoint_error": "lower", "reference_error": "lower"},
-    "decoding": {"first_divergence": "higher", "exact_match": "higher", "tokens": "higher"},
+# By track, how tasks are scored that somebody brings: a board shows their records without what was brought.
+SCORED: dict[str, dict[str, Any]] = {
+    "image": {"unit": "NFE", "metrics": {"endpoint_error": "lower", "reference_error": "lower"}},
+    "decoding": {
+        "unit": "target forwards",
+        "metrics": {"first_divergence": "higher", "exact_match": "higher", "tokens": "higher"},
+    },
 }
 
 
@@ -63,7 +65,8 @@ class Task:
     Tasks that are not literals of a track, but made from what somebody brings (`stepmark.hub`), say how they differ:
         module: the module of inputs, check and score; "": the one whose TASKS holds the task.
         words: options of the command line that choose it; "": --task ID.
-        checkpoint: sha256 of the networks that were brought: figures of two checkpoints are never compared. "": none.
+        checkpoint: sha256 of all that was brought (networks, guidance, prompts ...): figures of two checkpoints are never
+            compared. "": none.
         origin: what was brought, in a line.
         price: rows of a network that one evaluation takes.
         absent: role -> why a method that asks for it is skipped, "*" for any other; {}: asking is a fault.
@@ -108,11 +111,6 @@ class Task:
     def items(self, tier: str) -> int:
         """How many items are scored at this tier."""
         return self.smoke_n if tier == "smoke" else self.n
-
-    @property
-    def from_folder(self) -> bool:
-        """Whether it was made from a checkpoint folder (`stepmark.backbones.checkpoint`)."""
-        return self.id.startswith(CHECKPOINT)
 
 
 @dataclass(frozen=True)

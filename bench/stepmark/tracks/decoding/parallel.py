@@ -24,11 +24,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from stepmark.backbones.lm import rotate_by
 from stepmark.task import BadOutput, Score, Task, harness_only, load_split
 from stepmark.tracks.decoding import handles as handles
 from stepmark.tracks.decoding import layers as layers
 from stepmark.tracks.decoding import reference_call as reference_call
-from stepmark.tracks.decoding.recall import HeldCache, HeldDecoder, rotate_by
+from stepmark.tracks.decoding.recall import HeldCache, HeldDecoder
 
 TASKS = (
     Task(

@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from stepmark.backbones.lm import rotate_by
 from stepmark.task import Task, harness_only, load_split
 from stepmark.tracks.decoding import check as check
 from stepmark.tracks.decoding import handles as handles
@@ -87,17 +88,6 @@ def attend(
         logits = logits.masked_fill(~seen.unsqueeze(-3), float("-inf"))
     weights = logits.softmax(-1)
     return (weights @ values.unsqueeze(-3)).reshape(queries.shape), weights.flatten(-4, -3)
-
-
-def rotate_by(states: Tensor, amounts: Tensor, rotary: nn.Module) -> Tensor:
-    """Rotated states [.., S, d] moved on by `amounts` positions, which broadcast to [.., S] and may be negative.
-
-    Rotary embeddings add up: what stood at position p stands at p + amount, as if it had been written there.
-    """
-    cos, sin = rotary(states, amounts.reshape(1, -1))
-    cos, sin = (part.reshape(*amounts.shape, states.shape[-1]) for part in (cos, sin))
-    first, second = states.chunk(2, -1)
-    return states * cos + torch.cat((-second, first), -1) * sin
 
 
 def attend_band(

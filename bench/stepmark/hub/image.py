@@ -20,8 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from stepmark.backbones import checkpoint
-from stepmark.backbones.checkpoint_image import conditions
+from stepmark.hub import digests
+from stepmark.hub.image_tasks import conditions
+from stepmark.hub.source import current
 from stepmark.places import cache_folder
 from stepmark.task import Score, Task, harness_only
 from stepmark.tracks.image import check as check
@@ -34,7 +35,7 @@ STEPS = 96  # of Heun's method, two evaluations each
 def inputs(task: Task, n: int, generator: torch.Generator, device: torch.device) -> dict[str, Tensor]:
     """{"noise": [n, ...] standard normal, "condition": spread over all conditions}, drawn on the CPU."""
     harness_only("the test inputs")
-    made = checkpoint.current()
+    made = current()
     kinds = conditions(made)
     noise = torch.randn(n, *made.shape, generator=generator)
     index = torch.arange(n)
@@ -48,14 +49,14 @@ def handles(task: Task, device: torch.device) -> dict[str, Callable[..., Any]]:
 
 def layers(task: Task, role: str, network: nn.Module) -> list[nn.Module]:
     """The model inside the wrapper, whose rows are counted: with guidance two for each item."""
-    inside: nn.Module = network.model
-    return [inside]
+    assert isinstance(network.model, nn.Module)
+    return [network.model]
 
 
 def reference_call(task: Task, networks: Mapping[str, nn.Module], batch: Mapping[str, Tensor]) -> int:
     """One evaluation for every item of the batch; returns how many rows of the model it takes."""
     Denoiser(networks["teacher"], batch["condition"]).output(batch["noise"], 1.0)
-    return len(batch["noise"]) * checkpoint.current().price
+    return len(batch["noise"]) * task.price
 
 
 def solution_times(schedule: Schedule, steps: int) -> list[float]:
@@ -79,8 +80,8 @@ def solutions(task: Task, network: nn.Module, batch: Mapping[str, Tensor]) -> tu
     from safetensors.torch import load_file, save_file
 
     noise, condition = batch["noise"], batch["condition"]
-    backbone = task.backbones["teacher"]
-    sources = (checkpoint.digest(backbone), checkpoint.digest_of_inputs(), str(STEPS), noise.device.type)
+    made = current()
+    sources = (digests.of_network(made, "teacher"), digests.of_inputs(made), str(STEPS), noise.device.type)
     sha = hashlib.sha256(" ".join(sources).encode())
     for part in (noise, condition):
         sha.update(part.cpu().contiguous().numpy().tobytes())

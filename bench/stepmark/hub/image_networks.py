@@ -7,24 +7,18 @@ needed), t float [B] and condition int64 [B]: a class, or a row of a table of te
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import sys
-import warnings
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stepmark.hub.choice import Made, Part
+from stepmark.hub.folders import read_json
+from stepmark.hub.image_tasks import PROMPTS, classes_of, encoders, text_width
+from stepmark.hub.pretrained import first_line, opened, whole
 from stepmark.method import Skip, skip
 
-if TYPE_CHECKING:
-    from stepmark.backbones.checkpoint import Made, Part
-
-TOKENS, PROMPTS = 77, 16  # length and number of the embeddings that stand in for prompts
+TOKENS = 77  # length of the embeddings that stand in for prompts
 LEAST_ABAR = 2.0**-24  # of schedules that end in pure noise: x0 must not be divided by nought
 # What methods written for Stepmark's own UNet look for in a teacher.
 OWN_PARTS = ("unet", "table", "embed", "kinds", "patch", "coordinates")
@@ -141,80 +135,6 @@ class Network(nn.Module):
 # -- conditions -----------------------------------------------------------------------------------------------------
 
 
-def encoders(folder: Path) -> list[tuple[Path, Path]]:
-    """(tokenizer, text encoder) folders of a pipeline."""
-    pairs = [(folder / f"tokenizer{n}", folder / f"text_encoder{n}") for n in ("", "_2")]
-    return [pair for pair in pairs if all(each.is_dir() for each in pair)]
-
-
-def text_width(part: Part) -> int:
-    """Width of the text embeddings that a network takes; 0 where it takes none."""
-    config = part.config
-    if part.kind == "PixArtTransformer2DModel":
-        width = config.get("caption_channels") or config.get("cross_attention_dim")
-    elif part.kind == "UNet2DConditionModel":
-        width = config.get("cross_attention_dim", 1280)
-        width = width[0] if isinstance(width, list) and len(set(width)) == 1 else width
-    else:
-        return 0
-    if not isinstance(width, int):
-        raise ValueError(f"{part}: text embeddings of several widths ({width}) cannot be measured")
-    return width
-
-
-def classes_of(part: Part) -> int:
-    """Rows of a network's table of classes, the null condition among them; 0 where it takes none."""
-    if part.kind == "DiTTransformer2DModel":
-        return int(part.config.get("num_embeds_ada_norm") or 1000) + 1
-    return int(part.config.get("num_class_embeds") or 0) if part.kind == "UNet2DModel" else 0
-
-
-def conditions(made: Made) -> int:
-    """How many conditions there are beside the null one, which is the last; 1 where the network takes none."""
-    part = made.parts["teacher"]
-    return (len(made.lines()) or PROMPTS) if text_width(part) else max(classes_of(part) - 1, 1)
-
-
-def _refuse(part: Part, guidance: float) -> None:
-    """Say of a network what cannot be given to it."""
-    given = {
-        "encoder_hid_dim_type": (None,),
-        "class_embed_type": (None,),
-        "addition_embed_type": (None, "text_time"),
-    }
-    for key, known in given.items():
-        if part.kind.startswith("UNet") and part.config.get(key) not in known:
-            raise ValueError(f"{part}: {key} {part.config[key]!r} asks for conditions that cannot be made up")
-    if part.kind == "UNet2DConditionModel" and part.config.get("num_class_embeds"):
-        raise ValueError(f"{part}: classes beside text (num_class_embeds) cannot be made up")
-    if guidance != 1 and not text_width(part) and not classes_of(part):
-        raise ValueError(f"{part} takes no condition; leave out --guidance")
-
-
-def summary(made: Made) -> str:
-    """The task in one line: network, prediction, guidance and conditions."""
-    part, choice = made.parts["teacher"], made.choice
-    _refuse(part, choice.guidance)
-    lines = made.lines()
-    if text_width(part):
-        what = f"{PROMPTS} made-up conditions, standard-normal embeddings"
-        if lines:
-            if not encoders(made.folder):
-                raise ValueError(
-                    f"{made.folder} has no tokenizer/ and text_encoder/ to read --prompts with; give the folder of the "
-                    "whole pipeline, or leave --prompts out: standard-normal embeddings take their place"
-                )
-            what = f"{len(lines)} prompts of {Path(str(choice.prompts)).name}"
-    elif lines:
-        raise ValueError(f"{part} takes no text; leave out --prompts")
-    else:
-        rows = classes_of(part)
-        what = f"{rows - 1} classes" if rows else "no condition"
-    guided = f" guided by {choice.guidance:g}" if choice.guidance != 1 else ""
-    said = {"flow": "flow", "epsilon": "noise prediction", "v": "v prediction", "sample": "data prediction"}[made.kind]
-    return f"Follow {part.kind} in {made.folder.name} ({said}){guided} to where its own ODE leads, {what}"
-
-
 def made_up(part: Part) -> dict[str, Tensor]:
     """Standard-normal embeddings in the place of prompts, always the same; zeros are the null condition."""
     draw = torch.Generator().manual_seed(0)
@@ -235,13 +155,13 @@ def encoded(made: Made, lines: list[str], device: str) -> dict[str, Tensor]:
 
     part = made.parts["teacher"]
     index = made.folder / "model_index.json"
-    pipeline = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+    pipeline = read_json(index) if index.is_file() else {}
     texts = [*lines, ""]
     states, found = [], {}
     both = part.config.get("addition_embed_type") == "text_time"
     for words, encoder in encoders(made.folder):
         tokenizer = opened(transformers.AutoTokenizer, words, trust_remote_code=False)
-        name = (json.loads((encoder / "config.json").read_text()).get("architectures") or [""])[0]
+        name = (read_json(encoder / "config.json").get("architectures") or [""])[0]
         if name not in ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"):
             raise ValueError(f"{encoder}: {name or 'no class'} cannot be used; leave out --prompts")
         model = opened(getattr(transformers, name), encoder, use_safetensors=True, dtype=torch.float32)
@@ -269,65 +189,6 @@ def encoded(made: Made, lines: list[str], device: str) -> dict[str, Tensor]:
 
 
 # -- loading --------------------------------------------------------------------------------------------------------
-
-
-def opened(kind: Any, folder: Path, **options: Any) -> Any:
-    """from_pretrained of a folder, offline and without code of its own; failures in one line."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        with _quiet():
-            return kind.from_pretrained(folder, local_files_only=True, **options)
-    except Exception as error:  # many libraries, many kinds: a folder that cannot be read is the user's to mend
-        raise ValueError(
-            f"{folder} cannot be loaded ({_first_line(error)}); its files must be whole and of one model, and ask for no "
-            "code of their own"
-        ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """What the libraries have to say about a folder is said by us, or not at all."""
-    names = ("diffusers.utils.logging", "transformers.utils.logging")
-    loggings: list[Any] = [sys.modules[name] for name in names if name in sys.modules]
-    before = [(each, each.get_verbosity(), each.is_progress_bar_enabled()) for each in loggings]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for each in loggings:
-                each.set_verbosity_error()
-                each.disable_progress_bar()
-            yield
-    finally:
-        for each, verbosity, bars in before:
-            each.set_verbosity(verbosity)
-            if bars:
-                each.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
-    return f"{type(error).__name__}: {line.split('. ')[0][:250]}"
-
-
-def whole(folder: Path, info: dict[str, Any]) -> None:
-    """Raise ValueError, in one line, where the weights of a folder are not those that its configuration asks for."""
-    names = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    found = {name: sorted(map(str, info.get(name) or [])) for name in names}
-    computed = ("inv_freq", "position_ids")  # old files hold tables that models now compute
-    found["unexpected_keys"] = [key for key in found["unexpected_keys"] if not key.endswith(computed)]
-    if found["mismatched_keys"]:
-        raise ValueError(
-            f"{folder}: {found['mismatched_keys'][0]}: other shapes than config.json asks for; they belong to different models"
-        )
-    if found["missing_keys"]:
-        raise ValueError(
-            f"{folder}: the weights lack {found['missing_keys'][0]} and {len(found['missing_keys']) - 1} more that "
-            "config.json asks for; download them again"
-        )
-    if found["unexpected_keys"]:
-        raise ValueError(
-            f"{folder}: the weights hold {found['unexpected_keys'][0]}, of which config.json knows nothing"
-        )
 
 
 def load_model(part: Part) -> nn.Module:
@@ -364,7 +225,7 @@ def betas(config: dict[str, Any]) -> Tensor:
         made: Any = DDPMScheduler(**given)
         return made.betas.double()
     except Exception as error:
-        raise ValueError(f"scheduler_config.json: {_first_line(error)}") from error
+        raise ValueError(f"scheduler_config.json: {first_line(error)}") from error
 
 
 def build(made: Made, device: str) -> Network:
@@ -372,7 +233,7 @@ def build(made: Made, device: str) -> Network:
     part = made.parts["teacher"]
     table: dict[str, Tensor] = {}
     if text_width(part):
-        lines = made.lines()
+        lines = made.choice.lines()
         table = encoded(made, lines, device) if lines else made_up(part)
     abar, steps = None, int(made.scheduler.get("num_train_timesteps") or 1000)
     if made.kind != "flow":
@@ -392,7 +253,7 @@ def _try(network: Network, made: Made, device: str) -> None:
     try:
         out = network(x, torch.full((1,), 0.5, device=device), first)
     except Exception as error:
-        raise ValueError(f"{made.folder}: the network cannot be called: {_first_line(error)}") from error
+        raise ValueError(f"{made.folder}: the network cannot be called: {first_line(error)}") from error
     if out.shape != x.shape or not bool(out.isfinite().all()):
         raise ValueError(
             f"{made.folder}: the network gives {tuple(out.shape)} for {tuple(x.shape)}, or no finite numbers"

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from stepmark.backbones import checkpoint
-from stepmark.backbones.checkpoint_text import RANDOM_PROMPT, end, new_tokens, prompts, vocabulary
+from stepmark.hub.source import current
+from stepmark.hub.text_tasks import RANDOM_PROMPT, end, prompts, vocabulary
 from stepmark.task import BadOutput, Score, Task, harness_only
 from stepmark.tracks.decoding import handles as handles
 from stepmark.tracks.decoding import layers as layers
@@ -26,7 +26,7 @@ from stepmark.tracks.decoding.metrics import agreement
 def inputs(task: Task, n: int, generator: torch.Generator, device: torch.device) -> dict[str, list[Any]]:
     """`n` of the prompts in random order, or as many of random tokens."""
     harness_only("the prompts")
-    made = checkpoint.current()
+    made = current()
     given = prompts(made)
     if given:
         chosen = [given[i] for i in torch.randperm(len(given), generator=generator)[:n].tolist()]
@@ -35,12 +35,12 @@ def inputs(task: Task, n: int, generator: torch.Generator, device: torch.device)
         stop = end(made.parts["target"])
         chosen = [[token if token != stop else (stop + 1) % vocabulary(made) for token in row] for row in chosen]
     n = len(chosen)
-    return {"prompt": chosen, "max_new_tokens": [new_tokens(made)] * n, "temperature": [0.0] * n}
+    return {"prompt": chosen, "max_new_tokens": [made.new_tokens] * n, "temperature": [0.0] * n}
 
 
 def check(task: Task, batch: Mapping[str, Any], outputs: Any) -> None:
     """One list of valid token ids per prompt, not empty, not too long, nothing after the end of the sequence."""
-    made = checkpoint.current()
+    made = current()
     size, stop = vocabulary(made), end(made.parts["target"])
     if not isinstance(outputs, list) or len(outputs) != len(batch["prompt"]):
         raise BadOutput(f"run must return a list of {len(batch['prompt'])} lists of token ids")

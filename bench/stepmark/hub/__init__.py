@@ -1,0 +1,75 @@
+"""A user's own checkpoint folder as a source of tasks, for `stepmark run --backbone FOLDER`.
+
+The folder is one of Hugging Face's formats, already on this machine: nothing is downloaded, no code of the folder is
+run, weights are read from safetensors only. Images: diffusers' UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel
+and PixArtTransformer2DModel, alone or in a pipeline. Texts: causal language models of transformers whose layers are
+called like Llama's.
+
+Nothing else in Stepmark knows of folders. While one is open, its task stands among the others, and what is different
+about it stands in the fields of `Task`: its module, its words on the command line, the price of a row, what it lacks.
+
+    choice.py, folders.py      what was chosen; what lies in a folder
+    image_tasks.py, text_tasks.py, tasks.py, digests.py      the task that is made of it, from configurations alone
+    image_networks.py, text_networks.py, pretrained.py       the networks
+    image.py, decoding.py      inputs, check and score of the tasks, as a track has them
+    source.py                  the one that is open
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+
+from stepmark.hub import source, tasks, text_tasks
+from stepmark.hub.choice import Choice, Made
+
+__all__ = ["VARIABLE", "Choice", "Made", "restore", "using"]
+
+VARIABLE = "STEPMARK_BACKBONE"  # tells the processes that this one starts what is open
+
+
+@contextlib.contextmanager
+def using(choice: Choice) -> Iterator[Made]:
+    """Inside, there is the task of a checkpoint; processes that are started inside have it by `restore`.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder cannot be used. One line that names the mend.
+    """
+    here = {name: os.path.abspath(path) for name in ("folder", "prompts", "draft") if (path := getattr(choice, name))}
+    choice = replace(choice, **here)
+    said, before = os.environ.get(VARIABLE), source.opened()
+    made = tasks.made_from(choice)
+    try:
+        os.environ[VARIABLE] = json.dumps(asdict(choice))
+        source.switch(made)
+        for backbone in made.task.backbones.values():  # faults are told before anything is measured
+            source.load(backbone)
+        if made.track == "decoding":
+            text_tasks.prompts(made)
+        yield made
+    finally:
+        os.environ.pop(VARIABLE)
+        os.environ |= {VARIABLE: said} if said is not None else {}
+        source.switch(before)
+
+
+def restore() -> None:
+    """Open what the process that started this one has open; nothing where it has none.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder cannot be used here.
+    """
+    value = os.environ.get(VARIABLE)
+    if not value:
+        return
+    try:
+        fields = json.loads(value)
+        choice = Choice(**{**fields, "rungs": tuple(fields["rungs"])})
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"${VARIABLE} is for Stepmark itself; unset it and give --backbone FOLDER") from None
+    opened = source.opened()
+    if opened is None or opened.choice != choice:
+        source.switch(tasks.made_from(choice))

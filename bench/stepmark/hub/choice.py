@@ -1,0 +1,120 @@
+"""What somebody chose on the command line, and what was made of it: data that the rest of the package passes around."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stepmark.task import Task
+
+PREFIX = "checkpoint/"  # begins the ids of tasks that are made from a folder, and of their backbones
+NEW_TOKENS = 64  # written to a prompt at most, where nothing else is said
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the command line said of a checkpoint. None: not said.
+
+    Attributes:
+        folder, draft: the checkpoint, and the draft model beside it (texts).
+        guidance: scale of classifier-free guidance (images); 1 is none.
+        prompts: a file with one prompt a line.
+        items, new_tokens: items scored; tokens written to a prompt at most.
+        rungs: the ladder.
+    """
+
+    folder: str
+    guidance: float = 1.0
+    prompts: str | None = None
+    draft: str | None = None
+    items: int | None = None
+    new_tokens: int | None = None
+    rungs: tuple[int, ...] = ()
+
+    @property
+    def words(self) -> str:
+        """The options of the command line that say the same; folders and files by their names only."""
+        named = {"backbone": self.folder, "prompts": self.prompts, "draft": self.draft}
+        said = [f"--{option} {Path(path).name}" for option, path in named.items() if path]
+        said += [f"--guidance {self.guidance:g}"] if self.guidance != 1 else []
+        said += [f"--items {self.items}"] if self.items else []
+        return " ".join([*said, *([f"--new-tokens {self.new_tokens}"] if self.new_tokens else [])])
+
+    @property
+    def id(self) -> str:
+        """Of the task: readable, unique only together with its checkpoint. Names in other scripts end in a digest."""
+        said = Path(self.folder).name
+        name = re.sub(r"[^a-z0-9]+", "_", said.lower()).strip("_")[:48]
+        if not name or not said.isascii():
+            name = f"{name[:39]}_{hashlib.sha256(said.encode()).hexdigest()[:8]}".strip("_")
+        scale = f"{self.guidance:g}".replace(".", "p").replace("-", "m").replace("+", "")
+        guided = f"_w{scale}" if self.guidance != 1 else ""
+        long = f"_t{self.new_tokens}" if self.new_tokens not in (None, NEW_TOKENS) else ""
+        return f"{PREFIX}{name}{guided}{long}"
+
+    def lines(self) -> list[str]:
+        """The prompts of the file; [] where none was given.
+
+        Raises:
+            FileNotFoundError, ValueError: there is no such file, or nothing in it.
+        """
+        if self.prompts is None:
+            return []
+        path = Path(self.prompts)
+        if not path.is_file():
+            raise FileNotFoundError(f"--prompts {path} is no file; give a text file with one prompt a line")
+        found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not found:
+            raise ValueError(f"--prompts {path} is empty; write one prompt a line")
+        return found
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network of a checkpoint: its folder, class, configuration and weights."""
+
+    folder: Path
+    kind: str
+    config: dict[str, Any]
+    weights: tuple[Path, ...]
+    variant: str | None = None
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What was made of a choice: a task of a track, and the networks behind its backbones.
+
+    Attributes:
+        parts: role -> network. scheduler: the configuration of the noise schedule (images).
+        kind: what an image network predicts: "flow", "epsilon", "v" or "sample"; "text" of a language model.
+        family: how the ids begin of tasks of Stepmark's own whose methods apply.
+        new_tokens: tokens written to a prompt at most; 0 of images.
+    """
+
+    choice: Choice
+    track: str
+    task: Task
+    parts: dict[str, Part]
+    scheduler: dict[str, Any]
+    kind: str
+    family: tuple[str, ...]
+    new_tokens: int = 0
+
+    @property
+    def folder(self) -> Path:
+        """The folder that was named."""
+        return Path(self.choice.folder)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of an image, or of the latents that stand for it: channels, height, width."""
+        config = self.parts["teacher"].config
+        size = config["sample_size"]
+        height, width = size if isinstance(size, list) else (size, size)
+        return config["in_channels"], height, width

@@ -1,0 +1,62 @@
+"""What figures on a checkpoint hang on, as digests: its networks, and what items are made from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import lru_cache
+from pathlib import Path
+
+from stepmark import plugins
+from stepmark.hub.choice import Made
+
+ENCODERS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
+
+
+def of_network(made: Made, role: str) -> str:
+    """sha256 over configuration, weights and noise schedule of a network, and the guidance."""
+    part = made.parts[role]
+    sha = hashlib.sha256(json.dumps([part.config, made.scheduler, made.choice.guidance], sort_keys=True).encode())
+    for path in (*part.weights, part.folder / "generation_config.json"):
+        if path.is_file():
+            sha.update(f"{path.name} {_of_file(path)}".encode())
+    return sha.hexdigest()
+
+
+def of_prompts(made: Made) -> str:
+    """sha256 over the prompts and what encodes them, and how many tokens are written to each."""
+    sha = hashlib.sha256(f"{made.new_tokens}".encode())
+    if made.choice.prompts:
+        sha.update(_of_file(Path(made.choice.prompts)).encode())
+        inside = [p for name in ENCODERS for p in sorted((made.folder / name).glob("*")) if p.is_file()]
+        for path in [*inside, *sorted(made.folder.glob("tokenizer*.json"))]:
+            sha.update(f"{path.name} {_of_file(path)}".encode())
+    return sha.hexdigest()
+
+
+def of_inputs(made: Made) -> str:
+    """sha256 over what the items are made from: the code of this package and the prompts."""
+    code = plugins.code_digest(Path(__file__).with_name("__init__.py"))  # of a package: all of its files
+    return hashlib.sha256(f"{code} {of_prompts(made)}".encode()).hexdigest()
+
+
+def of_checkpoint(made: Made) -> str:
+    """sha256 over all that was brought: networks of every role, guidance, prompts and length of the texts.
+
+    Figures under two of these are never compared, whatever the folders are called.
+    """
+    networks = {role: of_network(made, role) for role in made.parts}
+    said = json.dumps([networks, of_prompts(made)], sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
+def _of_file(path: Path) -> str:
+    state = path.stat()
+    return _kept(path, (state.st_mtime_ns, state.st_size, state.st_ino))
+
+
+@lru_cache(maxsize=256)
+def _kept(path: Path, state: tuple[int, ...]) -> str:
+    """`state` stands for the bytes of the file."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,0 +1,97 @@
+"""The checkpoint that is open in this process, as a source of tasks (`stepmark.plugins`) and of networks.
+
+Tasks and networks are looked up by name where they are needed; here the names of an open checkpoint are entered, and
+taken out again. One checkpoint is open at a time.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from functools import lru_cache
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from stepmark import backbones, plugins
+from stepmark.hub import digests
+from stepmark.hub.choice import PREFIX, Made
+from stepmark.plugins import MethodInfo
+from stepmark.task import Task
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+class Checkpoint:
+    """A `plugins.Source` of one task."""
+
+    def __init__(self, made: Made) -> None:
+        self.made = made
+
+    def tasks(self) -> dict[str, tuple[str, Task]]:
+        """The task by its id, with its track."""
+        return {self.made.task.id: (self.made.track, self.made.task)}
+
+    def suits(self, info: MethodInfo) -> list[str]:
+        """The task, where a method names one of the same family."""
+        apt = info.track == self.made.track and any(task.startswith(self.made.family) for task in info.tasks)
+        return [self.made.task.id] if apt else []
+
+    def inputs_digest(self, task: Task) -> str:
+        """sha256 over what the items are made from."""
+        return digests.of_inputs(self.made)
+
+
+_open: Checkpoint | None = None
+
+
+def switch(made: Made | None) -> None:
+    """Close the checkpoint that is open, let go of its networks, and open another (None: none)."""
+    global _open
+    if _open is not None:
+        plugins.remove_source(_open)
+        backbones.remove_source(PREFIX)
+        _whole.cache_clear()
+    _open = None if made is None else Checkpoint(made)
+    if _open is not None:
+        plugins.add_source(_open)
+        backbones.add_source(PREFIX, load, digest)
+
+
+def opened() -> Made | None:
+    """What is open; None: nothing."""
+    return None if _open is None else _open.made
+
+
+def current() -> Made:
+    """What is open.
+
+    Raises:
+        KeyError: nothing is.
+    """
+    if _open is None:
+        raise KeyError("this task is made from a checkpoint folder: name it by --backbone FOLDER")
+    return _open.made
+
+
+def load(backbone: str, device: torch.device | str = "cpu") -> nn.Module:
+    """The network behind `checkpoint/<role>`: a new module each time, with the same tensors, which are loaded once."""
+    whole = _whole(backbone.removeprefix(PREFIX), str(device))
+    return deepcopy(whole, {id(tensor): tensor for tensor in chain(whole.parameters(), whole.buffers())})
+
+
+@lru_cache(maxsize=4)
+def _whole(role: str, device: str) -> nn.Module:
+    made = current()
+    if made.track == "image":  # imported here: torch and the libraries of models take seconds
+        from stepmark.hub import image_networks
+
+        return image_networks.build(made, device)
+    from stepmark.hub import text_networks
+
+    return text_networks.build(made, role, device)
+
+
+def digest(backbone: str) -> str:
+    """sha256 of the network behind `checkpoint/<role>`."""
+    return digests.of_network(current(), backbone.removeprefix(PREFIX))

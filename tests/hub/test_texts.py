@@ -1,0 +1,143 @@
+"""Every way of decoding that needs no training on language models that somebody brings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from stepmark import hub, plugins, record, run
+from stepmark.hub import Choice, decoding, source
+from stepmark.method import Method
+from stepmark.tracks.decoding.decoder import Decoder
+from stepmark.tracks.decoding.metrics import agreement
+
+
+def measured(method: str, task: str, rung: int, seed: int = 0) -> record.Record:
+    """Without timing; at a seed above 0 without the audit too, which calls a method six times."""
+    return run.measure(run.Cell(method, task, rung, seed, "smoke"), timing=False, show_progress=False)
+
+
+def training_free(track: str, *kinds: str) -> list[str]:
+    """Methods of one process that name a task of these kinds, add no network and prepare nothing."""
+    found = []
+    for info in plugins.methods().values():
+        if info.track == track and any(t.startswith(kinds) for t in info.tasks):
+            kind = plugins.load_class(info)
+            if kind.networks is Method.networks and kind.prepare is Method.prepare and kind.ranks == 1:
+                found.append(info.id)
+    return sorted(found)
+
+
+def change(**values: Any) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return apply
+
+
+LOSSLESS = ["autoregressive", "jacobi", "lookahead_decoding", "prompt_lookup", "speculative"]
+
+
+def greedy(network: nn.Module, prompt: list[int], room: int, stop: set[int]) -> list[int]:
+    """Plain greedy decoding by whole forwards, one for each token."""
+    text = list(prompt)
+    while len(text) < len(prompt) + room and (len(text) == len(prompt) or text[-1] not in stop):
+        with torch.no_grad():
+            text.append(int(network(torch.tensor([text])).logits[0, -1].argmax()))
+    return text[len(prompt) :]
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen2"])
+def test_decoding_is_lossless(made: Path, opened: Callable[..., hub.Made], name: str) -> None:
+    """Grouped queries, tied and untied heads, two families: texts are those of the model's own forward."""
+    from transformers import AutoModelForCausalLM
+
+    target = opened(name, draft=str(made / "draft"), items=2, new_tokens=12, rungs=(12,))
+    own = AutoModelForCausalLM.from_pretrained(made / name).eval()
+    inputs = run.Bench(plugins.methods()["autoregressive"], target.task.id, "smoke").inputs(2, 0)
+    stops = [5, 2, 60] if name == "llama_tied" else [2]
+    texts = [greedy(own, prompt, 12, set(stops)) for prompt in inputs["prompt"]]
+    expected = [[stops[0] if token in stops else token for token in text] for text in texts]
+    for method in LOSSLESS:
+        bench = run.Bench(plugins.methods()[method], target.task.id, "smoke", show_progress=False)
+        assert bench.run(inputs, 12, 0) == expected, method
+    found = measured("speculative", target.task.id, 12, 0 if name == "llama" else 1)
+    assert (found.status, found.message, found.flags) == ("ok", None, [])
+    assert found.quality["exact_match"].value == 1
+    assert name != "llama" or found.counts["nfe_equivalent"] > 0
+
+
+def test_any_of_several_ends_ends_a_text(made: Path, tmp_path: Path, alone: None) -> None:
+    """A method knows one end-of-sequence token: the network writes that one where it would write any of them."""
+    shutil.copytree(made / "llama", tmp_path / "llama")
+    (tmp_path / "llama" / "generation_config.json").unlink()
+
+    def written(ends: int | list[int] | None) -> tuple[list[int], list[int], record.Record]:
+        change(eos_token_id=ends)(tmp_path / "llama")
+        with hub.using(Choice(str(tmp_path / "llama"), items=1, new_tokens=12, rungs=(12,))) as target:
+            bench = run.Bench(plugins.methods()["autoregressive"], target.task.id, "smoke", show_progress=False)
+            inputs = bench.inputs(1, 1)
+            return inputs["prompt"][0], bench.run(inputs, 12, 1)[0], measured("jacobi", target.task.id, 12, 1)
+
+    prompt, text, found = written(None)
+    assert len(text) == 12 and found.quality["exact_match"].value == 1
+    other = next(token for token in range(96) if token not in [*prompt, *text])
+    place = next(i for i in range(3, 12) if text[i] not in text[:i])
+    _, cut, found = written([other, text[place]])
+    assert cut == [*text[:place], other]
+    assert (found.status, found.quality["exact_match"].value) == ("ok", 1)
+    assert found.quality["tokens"].value == place + 1
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen2"])
+def test_drafting_without_sublayers_is_lossless(opened: Callable[..., hub.Made], name: str) -> None:
+    """Self-speculative decoding searches its mask on training data; with any mask its texts are greedy decoding's."""
+    target = opened(name, items=2, new_tokens=20)
+    network = source.load("checkpoint/target")
+    inputs = decoding.inputs(target.task, 2, torch.Generator().manual_seed(3), torch.device("cpu"))
+    method = plugins.load_class(plugins.methods()["self_speculative_decoding"])()
+    skipped = torch.tensor([[False, False], [True, True], [True, False]])
+    for prompt in inputs["prompt"]:
+        decoder = Decoder(network, len(prompt) + 20)
+        with torch.no_grad():
+            text = method.decode(decoder, prompt, 20, 0.0, 200.0, skipped, torch.Generator().manual_seed(0))
+        assert agreement(network, prompt, text) == len(text)
+        assert len(text) == 20 or text[-1] == decoder.eos
+
+
+@pytest.mark.parametrize("method", training_free("decoding", "greedy/", "recall/"))
+def test_every_training_free_decoding_method_runs(opened: Callable[..., hub.Made], method: str) -> None:
+    target = opened("llama", items=2, new_tokens=8, rungs=(4,))
+    found = measured(method, target.task.id, 4, 0 if method in {"h2o", "lookahead_decoding"} else 1)
+    if method in {"speculative", "llmcad"}:
+        assert (found.status, found.message) == ("skipped", "needs a draft model: give one with --draft FOLDER")
+        return
+    assert (found.status, found.message, found.flags) == ("ok", None, [])
+    assert found.counts["nfe"] <= 4
+    assert (found.quality["exact_match"].value == 1) or method not in LOSSLESS
+
+
+def test_a_prompt_file_needs_the_tokenizer_of_the_folder(made: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate("<pad> <unk> once upon a time".split())}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    shutil.copytree(made / "llama", tmp_path / "llama")
+    (tmp_path / "prompts.txt").write_text("once upon\na time\nupon a time\n")
+    choice = Choice(str(tmp_path / "llama"), prompts=str(tmp_path / "prompts.txt"))
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json to read --prompts with"), hub.using(choice):
+        pass
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(tmp_path / "llama")
+    with hub.using(choice) as target:
+        batch = decoding.inputs(target.task, 9, torch.Generator().manual_seed(0), torch.device("cpu"))
+    assert sorted(batch["prompt"]) == [[2, 3], [3, 4, 5], [4, 5]]
+    assert target.task.n == 3
