@@ -169,7 +169,7 @@ class {name}(Method):
 
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> {returns}:
         """One call of the track: at most `rung` {unit} per item of `batch`."""
-        raise ValueError("fill in run; the inputs and outputs of the track are described in tracks/{track}.py")
+        raise ValueError("fill in run; the inputs and outputs of the track are described in tracks/{track}/__init__.py")
 '''
 
 
@@ -182,7 +182,7 @@ def scaffold(target: Path) -> Path:
     import datetime
 
     target = target if target.suffix == ".py" else target.with_name(target.name + ".py")
-    track, name = target.parent.name, target.stem
+    track, name = plugins.track_above(target.resolve()), target.stem
     if track not in plugins.tracks():
         raise ValueError(
             f"{target}: the folder must be a track ({', '.join(plugins.tracks())}), such as methods/image/{name}"

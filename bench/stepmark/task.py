@@ -1,6 +1,6 @@
 """Tasks and datasets: frozen, versioned literals, and the one door through which data is loaded.
 
-`Task`s stand as literals in `tracks/<track>.py`, `Dataset`s in `datasets/<id>.py`; both are read with `ast` for
+`Task`s stand as literals in `tracks/<track>/`, `Dataset`s in `datasets/<id>.py`; both are read with `ast` for
 listings. `load_split` is sealed while a method's code runs, so that a plugin cannot reach the test split.
 """
 
