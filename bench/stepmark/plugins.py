@@ -325,19 +325,23 @@ def code_digest(path: Path, roots: Iterable[str] | None = None) -> str:
     for file in files:
         state = file.stat()
         definitions = _definitions(file, (state.st_mtime_ns, state.st_size, state.st_ino))
-        wanted = set(range(len(definitions)))
-        if roots is not None:
-            open_names, seen, wanted = set(roots), set(), set()
-            while open_names:
-                name = open_names.pop()
-                seen.add(name)
-                for index, (defined, used, _) in enumerate(definitions):
-                    if name in defined and index not in wanted:
-                        wanted.add(index)
-                        open_names |= used - seen
+        wanted = range(len(definitions)) if roots is None else _reached(definitions, roots)
         for index in sorted(wanted):
             sha.update(definitions[index][2].encode())
     return sha.hexdigest()
+
+
+def _reached(definitions: list[tuple[frozenset[str], frozenset[str], str]], roots: Iterable[str]) -> set[int]:
+    """Which definitions of a file these names come to, directly or not."""
+    open_names, seen, wanted = set(roots), set(), set()
+    while open_names:
+        name = open_names.pop()
+        seen.add(name)
+        for index, (defined, used, _) in enumerate(definitions):
+            if name in defined and index not in wanted:
+                wanted.add(index)
+                open_names |= used - seen
+    return wanted
 
 
 @lru_cache(maxsize=4096)
@@ -429,11 +433,12 @@ def _dataset_digest(task: Task) -> str:
     return code_digest((checkout() or PACKAGE) / "datasets" / f"{task.dataset}.py")
 
 
-def identifiers(path: Path) -> frozenset[str]:
-    """Every name that a source file mentions."""
+def identifiers(path: Path, roots: Iterable[str] | None = None) -> frozenset[str]:
+    """Every name that a source file mentions; with `roots`, that these definitions and what they use mention."""
     state = path.stat()
     parts = _definitions(path, (state.st_mtime_ns, state.st_size, state.st_ino))
-    return frozenset().union(*(defined | used for defined, used, _ in parts))
+    wanted = range(len(parts)) if roots is None else _reached(parts, roots)
+    return frozenset().union(*(parts[index][0] | parts[index][1] for index in wanted))
 
 
 def load_class(info: MethodInfo) -> type[Method]:

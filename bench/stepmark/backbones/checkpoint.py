@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +24,6 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepmark.method import Method, skip
 from stepmark.task import CHECKPOINT, CHECKPOINT_METRICS, Task
 
 if TYPE_CHECKING:
@@ -103,12 +101,9 @@ def using(choice: Choice) -> Iterator[Made]:
 
 
 def _forget() -> None:
-    """Let go of networks, and of what other modules keep under the name of a task: another folder may have it too."""
+    """Let go of networks."""
     for cached in (_made, _whole, _file_digest):
         cached.cache_clear()
-    if (run := sys.modules.get("stepmark.run")) is not None:
-        run.bench.cache_clear()
-        run._judge.cache_clear()
 
 
 # -- from a folder to a task ----------------------------------------------------------------------------------------
@@ -311,7 +306,7 @@ def _image(choice: Choice, part: Part) -> Made:
         smoke_rungs=rungs[1:2] or rungs,
     )
     made = Made(choice, track, task, {"teacher": part}, scheduler, kind, family, price)
-    return replace(made, task=replace(task, summary=summary(made)))
+    return replace(made, task=replace(_described(made), summary=summary(made), origin=summary(made)))
 
 
 def _schedule(folder: Path, part: Part) -> tuple[dict[str, Any], str]:
@@ -375,7 +370,25 @@ def _text(choice: Choice, part: Part) -> Made:
         smoke_n=min(items, 2),
         smoke_rungs=(choice.rungs or TEXT_RUNGS)[:1],
     )
-    return replace(made, task=task)
+    made = replace(made, task=task)
+    return replace(made, task=replace(_described(made), origin=task.summary))
+
+
+def _described(made: Made) -> Task:
+    """How the task differs from those of tracks."""
+    return replace(
+        made.task,
+        module=f"stepmark.tracks.{made.track}_checkpoint",
+        words=made.choice.words,
+        price=made.price,
+        absent={
+            "draft": "needs a draft model: give one with --draft FOLDER",
+            "*": "needs a network that a checkpoint folder does not bring",
+        },
+        untrained="needs training data, and a checkpoint folder brings none",
+        follows="stories" if made.track == "decoding" else "",
+        shown=False,
+    )
 
 
 _UNKNOWN = Task(f"{CHECKPOINT}unknown", 1, "", "checkpoint", "", (), {}, 0, 0)
@@ -439,28 +452,3 @@ def _file_digest(path: Path, state: tuple[int, ...]) -> str:
     """`state` stands for the bytes of the file."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-# -- what methods meet ----------------------------------------------------------------------------------------------
-
-
-class Roles(dict[str, Any]):
-    """Networks by role; a method that asks for one that the checkpoint lacks is skipped."""
-
-    def __missing__(self, role: str) -> nn.Module:
-        skip(
-            "needs a draft model: give one with --draft FOLDER"
-            if role == "draft"
-            else f"needs a network {role!r}, which a checkpoint folder does not bring"
-        )
-
-
-def admit(method: Method) -> None:
-    """Skip a method that adds networks: they would have to be trained, and a folder brings no training data."""
-    if type(method).networks is not Method.networks:
-        skip("trains a network of its own, and a checkpoint folder brings no training data")
-
-
-def seen(task: Task) -> Task:
-    """The task as methods see it: settings that they keep by dataset are those of stories, which are free text too."""
-    return replace(task, dataset="stories") if current().track == "decoding" else task
