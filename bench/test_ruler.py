@@ -14,11 +14,14 @@ import pytest
 import torch
 from torch import nn
 
-from stepmark import plugins, run
+from stepmark import plugins, runner
+from stepmark.cell import Cell
+from stepmark.judge import Judge
 from stepmark.meter import latency
 from stepmark.meter.counts import BudgetExceeded, Ledger, count_flops, watch, watch_function
 from stepmark.record import Record
-from stepmark.run import Bench, Cell, measure
+from stepmark.run import measure
+from stepmark.runner import Runner
 
 TASK = "sampling/mixtures_flow"
 DIGITS = "class_to_image/digits_flow"
@@ -46,8 +49,8 @@ class Cheat(Method):
 
 
 @pytest.fixture
-def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Bench]]:
-    """Write a plugin with the given body outside the tree and return its prepared Bench."""
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Write a plugin with the given body outside the tree and forget what was prepared of an earlier one."""
     monkeypatch.setenv("STEPMARK_METHODS", str(tmp_path))
     monkeypatch.setenv("STEPMARK_CACHE", str(tmp_path / "cache"))
     (tmp_path / "image").mkdir()
@@ -55,10 +58,10 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
     def make(body: str, task: str = TASK) -> None:
         text = HEAD.format(task=task) + textwrap.indent(textwrap.dedent(body), "    ")
         (tmp_path / "image" / "cheat.py").write_text(text)
-        run.bench.cache_clear()
+        runner.forget()
 
     yield make
-    run.bench.cache_clear()
+    runner.forget()
 
 
 def record_of(rung: int = 4, seed: int = 0, task: str = TASK, timing: bool = False) -> Record:
@@ -321,7 +324,7 @@ def test_cheat_is_caught(name: str, plugin: Callable[..., None]) -> None:
 
 def test_answers_memorised_for_the_published_inputs_are_caught(plugin: Callable[..., None]) -> None:
     plugin(HONEST)
-    known = float(Bench(plugins.methods()["cheat"], TASK, "smoke").inputs(64, 0)["noise"].flatten()[0])
+    known = float(Judge(TASK).inputs(64, 0)["noise"].flatten()[0])
     plugin(f"""
         def run(self, session, batch, rung):
             if abs(float(batch["noise"].flatten()[0]) - {known!r}) < 1e-6:
@@ -353,8 +356,8 @@ def test_a_cheaper_network_does_not_hide_behind_the_count(plugin: Callable[..., 
     assert record.counts["nfe"] == 2
     flops = 2 * 2 * (2 * 64 * 4096)
     assert record.counts["flops"] == pytest.approx(flops)
-    bench = Bench(plugins.methods()["cheat"], DIGITS, "smoke")
-    assert record.counts["nfe_equivalent"] == pytest.approx(flops / bench.reference_flops(bench.inputs(2, 0)))
+    mine = Runner(plugins.methods()["cheat"], DIGITS, "smoke")
+    assert record.counts["nfe_equivalent"] == pytest.approx(flops / mine.reference_flops(Judge(DIGITS).inputs(2, 0)))
 
 
 NULL = """
@@ -371,15 +374,15 @@ def test_floor_of_the_timer() -> None:
 
 def test_floor_of_a_null_method(plugin: Callable[..., None]) -> None:
     plugin(NULL)
-    bench = Bench(plugins.methods()["cheat"], TASK, "smoke")
-    batch = bench.inputs(64, 0)
-    call: Callable[[], object] = lambda: bench.call(batch, 4)  # noqa: E731
-    begin: Callable[[], object] = lambda: bench.begin(batch, 4, 0)  # noqa: E731
+    mine = Runner(plugins.methods()["cheat"], TASK, "smoke")
+    batch = Judge(TASK).inputs(64, 0)
+    call: Callable[[], object] = lambda: mine.call(batch, 4)  # noqa: E731
+    begin: Callable[[], object] = lambda: mine.begin(batch, 4, 0)  # noqa: E731
     read = latency.measure({"null": call}, "cpu", 10, 2000, 0.0, setups={"null": begin})["null"]
     overheads = []
     for index in range(200):
         start = time.perf_counter_ns()
-        bench.run(batch, 4, 0, index)
+        mine.run(batch, 4, 0, index)
         overheads.append(time.perf_counter_ns() - start)
     bookkeeping = sorted(overheads)[len(overheads) // 2] / 1e6
     print(f"\nnull method: {read.median_ns:.0f} ns per run, {bookkeeping:.3f} ms of bookkeeping per call")
@@ -389,10 +392,10 @@ def test_floor_of_a_null_method(plugin: Callable[..., None]) -> None:
 
 def test_a_baseline_against_itself_reads_one(plugin: Callable[..., None]) -> None:
     plugin(HONEST)
-    bench = Bench(plugins.methods()["cheat"], TASK, "smoke")
-    batch = bench.inputs(512, 0)
-    call: Callable[[], object] = lambda: bench.call(batch, 8)  # noqa: E731
-    begin: Callable[[], object] = lambda: bench.begin(batch, 8, 0)  # noqa: E731
+    mine = Runner(plugins.methods()["cheat"], TASK, "smoke")
+    batch = Judge(TASK).inputs(512, 0)
+    call: Callable[[], object] = lambda: mine.call(batch, 8)  # noqa: E731
+    begin: Callable[[], object] = lambda: mine.begin(batch, 8, 0)  # noqa: E731
     for _ in range(3):  # a neighbour that wakes up in between can spoil one reading, not three
         read = latency.measure({"a": call, "b": call}, "cpu", 3, 60, 0.2, setups={"a": begin, "b": begin})
         ratio = latency.ratio(read["a"], read["b"])

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from stepmark import plugins, run, suite
+from stepmark import plugins, runner, suite
+from stepmark.judge import Judge
 from stepmark.meter import latency
 from stepmark.task import sealed
 
@@ -38,13 +39,12 @@ def test_cells(
     if made and all(record.status == "skipped" for record in made):
         pytest.skip(str(made[0].message))
 
-    info = plugins.methods()[method]
-    bench = run.bench(method, task, tier, device, run.edition(info, task))
-    rung = next(r.rung for r in reversed(made) if r.status == "ok") if made else bench.task.ladder(tier)[-1]
-    batch = bench.inputs(min(bench.task.batch, bench.task.items(tier)), 0)
-    call = partial(bench.call, batch, rung)
-    bench.begin(batch, rung, 0)
-    bench.ledger.limit = float("inf")  # the fixture repeats the call without a fresh budget
+    mine, judge = runner.ready(plugins.methods()[method], task, tier, device), Judge(task, device)
+    rung = next(r.rung for r in reversed(made) if r.status == "ok") if made else judge.task.ladder(tier)[-1]
+    batch = judge.inputs(min(judge.task.batch, judge.task.items(tier)), 0)
+    call = partial(mine.call, batch, rung)
+    mine.begin(batch, rung, 0)
+    mine.ledger.limit = float("inf")  # the fixture repeats the call without a fresh budget
     with sealed(), torch.no_grad():
-        latency.with_pytest_benchmark(benchmark, call, rounds=2, device=bench.device, warmup=1)
+        latency.with_pytest_benchmark(benchmark, call, rounds=2, device=mine.device, warmup=1)
     benchmark.extra_info.update(method=method, task=task, rung=rung)

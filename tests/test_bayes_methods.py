@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from stepmark import plugins
 from stepmark import run as runs
+from stepmark.cell import Cell
 from stepmark.method import Method
 from stepmark.task import load_split
 from stepmark.tracks import bayes
@@ -462,7 +463,7 @@ def test_smoke_cell_is_ok_and_keeps_to_its_rung(name: str, tmp_path: Path, monke
     monkeypatch.setenv("STEPMARK_CACHE", str(tmp_path))
     task = TASKS[METHODS[name].tasks[0]]
     rung = task.ladder("smoke")[0]
-    record = runs.measure(runs.Cell(name, task.id, rung, 0, "smoke"), timing=False, show_progress=False)
+    record = runs.measure(Cell(name, task.id, rung, 0, "smoke"), timing=False, show_progress=False)
     assert (record.status, record.message, record.flags) == ("ok", None, [])
     assert set(record.quality) == set(task.metrics)
     assert record.counts["nfe"] <= rung
@@ -472,7 +473,5 @@ def test_rows_of_the_score_network_are_what_the_rung_says(tmp_path: Path, monkey
     """F-NPSE at 9600 evaluations per 100 draws and 30 observations: three Langevin steps, 9000 rows for each set."""
     monkeypatch.setenv("STEPMARK_CACHE", str(tmp_path))
     task = "posterior/gaussian_n30"
-    record = runs.measure(
-        runs.Cell("compositional_score_sbi", task, 9_600, 0, "smoke"), timing=False, show_progress=False
-    )
+    record = runs.measure(Cell("compositional_score_sbi", task, 9_600, 0, "smoke"), timing=False, show_progress=False)
     assert record.counts["nfe"] == 9_000

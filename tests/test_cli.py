@@ -8,6 +8,7 @@ import pytest
 
 from stepmark import plugins, run
 from stepmark import record as records
+from stepmark.cell import Cell
 from stepmark.check import check, scaffold, static
 from stepmark.cli import main
 from stepmark.verify import compare
@@ -144,7 +145,7 @@ def test_verify_agrees_with_a_true_record_and_not_with_a_forged_one(
 
 
 def test_elsewhere_quality_must_lie_in_the_interval_and_counts_must_agree() -> None:
-    cell = run.Cell("euler", "sampling/mixtures_flow", 2, 0, "smoke")
+    cell = Cell("euler", "sampling/mixtures_flow", 2, 0, "smoke")
     record = run.measure(cell, timing=False, show_progress=False)
     other = record.model_copy(update={"machine": "other-4c-00000000"})
     assert compare(other, record).differs == []

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from stepmark import backbones, plugins
 from stepmark.backbones.dit import ConditionalDiT
+from stepmark.cell import track_of
 from stepmark.distributed import SENT, Group, RankFailed
+from stepmark.judge import Judge
 from stepmark.meter.counts import BudgetExceeded, Ledger, Traffic, watch
-from stepmark.run import Bench, track_of
+from stepmark.runner import Runner
 from stepmark.session import Session
 from stepmark.tracks.image.patches import Bands
 from stepmark.tracks.image.schedules import uniform_times
@@ -385,108 +387,110 @@ class Faulty(Method):
 
 
 @pytest.fixture
-def bench_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Bench]]:
-    """Benches at tier smoke, with a faulty method among the known ones; their processes end with the test."""
+def runner_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Runner]]:
+    """Runners at tier smoke, with a faulty method among the known ones; their processes end with the test."""
     (tmp_path / "m" / "image").mkdir(parents=True)
     (tmp_path / "m" / "image" / "faulty.py").write_text(FAULTY)
     monkeypatch.setenv("STEPMARK_METHODS", str(tmp_path / "m"))
     monkeypatch.setenv("STEPMARK_CACHE", str(tmp_path / "cache"))
-    made: list[Bench] = []
+    made: list[Runner] = []
 
-    def make(name: str) -> Bench:
-        made.append(Bench(plugins.methods()[name], DIGITS, "smoke", show_progress=False))
+    def make(name: str) -> Runner:
+        made.append(Runner(plugins.methods()[name], DIGITS, "smoke", show_progress=False))
         return made[-1]
 
     yield make
-    for bench in made:
-        bench.pool.close()
+    for runner in made:
+        runner.pool.close()
     assert multiprocessing.active_children() == []
 
 
-def test_processes_give_what_threads_in_step_give_and_their_work_is_counted(bench_of: Any) -> None:
-    bench = bench_of("distrifusion")
-    batch = bench.inputs(6, 0)
-    found = bench.run(batch, 3, seed=0)
+def test_processes_give_what_threads_in_step_give_and_their_work_is_counted(runner_of: Any) -> None:
+    runner = runner_of("distrifusion")
+    batch = Judge(DIGITS).inputs(6, 0)
+    found = runner.run(batch, 3, seed=0).outputs
     method, ledgers = method_of("distrifusion"), ledgers_of(2)
     expected = in_step(2, lambda group: method.run(session_of(DIGITS, group), batch, 3), ledgers)
     assert torch.equal(found, expected[0])
     assert torch.equal(expected[0], expected[1])
-    counts = bench.ledger.snapshot()
+    counts = runner.ledger.snapshot()
     assert counts["teacher"] == {"calls": 3, "evaluations": 18, "positions": 18}
     assert counts[SENT]["bytes"] == sum(ledger.snapshot()[SENT]["bytes"] for ledger in ledgers)
-    flops, guard = bench.counted(batch, 3, seed=0)
-    alone = bench.reference_flops(batch)
-    assert guard.flags == [] and len(flops.ranks) == 2
+    call = runner.counted(batch, 3, seed=0)
+    flops = call.flops
+    alone = runner.reference_flops(batch)
+    assert call.flags == [] and len(flops.ranks) == 2
     assert flops.total == sum(flops.ranks)
     assert 3 * alone * 6 <= flops.total < 3.3 * alone * 6
-    assert torch.equal(bench.run(batch, 3, seed=0), found)
+    assert torch.equal(runner.run(batch, 3, seed=0).outputs, found)
 
 
-def test_a_rank_that_fails_or_dies_is_named_and_the_next_call_starts_afresh(bench_of: Any) -> None:
-    bench = bench_of("faulty")
-    batch = bench.inputs(4, 0)
+def test_a_rank_that_fails_or_dies_is_named_and_the_next_call_starts_afresh(runner_of: Any) -> None:
+    runner = runner_of("faulty")
+    batch = Judge(DIGITS).inputs(4, 0)
     with pytest.raises(RankFailed, match=r"^rank 1 of 2: ValueError: on purpose$"):
-        bench.run(batch, 2, seed=0)
+        runner.run(batch, 2, seed=0)
     assert multiprocessing.active_children() == []
-    assert torch.equal(bench.run(batch, 3, seed=0), batch["noise"])
-    assert bench.ledger.spent == 8  # four images in each of two ranks
+    assert torch.equal(runner.run(batch, 3, seed=0).outputs, batch["noise"])
+    assert runner.ledger.spent == 8  # four images in each of two ranks
     with pytest.raises(BudgetExceeded):
-        bench.run(batch, 1, seed=0)
-    bench.begin(batch, 1, 0)
-    bench.pool._processes[0].kill()
+        runner.run(batch, 1, seed=0)
+    runner.begin(batch, 1, 0)
+    runner.pool._processes[0].kill()
     with pytest.raises(RankFailed, match=r"rank 1 of 2: died \(exit code -9\)"):
-        bench.call(batch, 1)
+        runner.call(batch, 1)
     assert multiprocessing.active_children() == []
 
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, ValueError])
-def test_no_process_outlives_a_fault_of_the_measuring_rank(bench_of: Any, fault: type[BaseException]) -> None:
-    bench = bench_of("distrifusion")
-    batch = bench.inputs(2, 0)
-    bench.begin(batch, 2, 0)
-    started = [process.pid for process in bench.pool._processes]
+def test_no_process_outlives_a_fault_of_the_measuring_rank(runner_of: Any, fault: type[BaseException]) -> None:
+    runner = runner_of("distrifusion")
+    batch = Judge(DIGITS).inputs(2, 0)
+    runner.begin(batch, 2, 0)
+    started = [process.pid for process in runner.pool._processes]
 
     def fail(*_: Any) -> None:
         raise fault("on purpose")
 
-    bench.method.run = fail  # the other rank waits for an exchange with this one
+    runner.method.run = fail  # the other rank waits for an exchange with this one
     with pytest.raises(fault):
-        bench.call(batch, 2)
+        runner.call(batch, 2)
     assert started and multiprocessing.active_children() == []
     assert gone(started)
 
 
-def test_no_process_outlives_a_group_that_cannot_be_joined(bench_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = bench_of("faulty")
+def test_no_process_outlives_a_group_that_cannot_be_joined(runner_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = runner_of("faulty")
 
     def refuse(*_: Any) -> None:
         raise RuntimeError("no network")
 
     monkeypatch.setattr("stepmark.distributed._backend", refuse)
     with pytest.raises(RuntimeError, match="no network"):
-        bench.begin(bench.inputs(2, 0), 3, 0)
+        runner.begin(Judge(DIGITS).inputs(2, 0), 3, 0)
     assert multiprocessing.active_children() == []
-    assert gone([process.pid for process in bench.pool._processes])
+    assert gone([process.pid for process in runner.pool._processes])
     monkeypatch.undo()
-    bench.pool.close()  # of nothing
+    runner.pool.close()  # of nothing
 
 
 KILLED = """
 import os, signal
 from stepmark import plugins
-from stepmark.run import Bench
+from stepmark.judge import Judge
+from stepmark.runner import Runner
 
-benches = [Bench(plugins.methods()[name], task, "smoke", show_progress=False) for name in names]
-for bench in benches:
-    bench.begin(bench.inputs(2, 0), 2, 0)
-benches[0].pool._links[0].send(False)  # the first worker is in the middle of an exchange, the second has nothing to do
-link.send([process.pid for bench in benches for process in bench.pool._processes])
+runners = [Runner(plugins.methods()[name], task, "smoke", show_progress=False) for name in names]
+for runner in runners:
+    runner.begin(Judge(task).inputs(2, 0), 2, 0)
+runners[0].pool._links[0].send(False)  # the first worker is in the middle of an exchange, the second has nothing to do
+link.send([process.pid for runner in runners for process in runner.pool._processes])
 link.recv()
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_no_process_outlives_a_killed_harness(bench_of: Any) -> None:
+def test_no_process_outlives_a_killed_harness(runner_of: Any) -> None:
     context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe()
     given = {"task": DIGITS, "link": theirs, "names": ("distrifusion", "synchronous_patches")}

@@ -12,8 +12,8 @@ from stepmark.datasets import shapes16, shapes32
 from torch import Tensor, nn
 
 from stepmark import backbones
+from stepmark.cell import track_of
 from stepmark.meter.counts import Ledger, watch
-from stepmark.run import track_of
 from stepmark.session import Session
 from stepmark.task import digest_of
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from stepmark import backbones, samples
 from stepmark.backbones import rgbd
+from stepmark.cell import track_of
 from stepmark.meter.counts import Ledger, watch
-from stepmark.run import track_of
 from stepmark.session import Session
 from stepmark.task import BadOutput, digest_of, load_split
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from stepmark import backbones, plugins
 from stepmark.backbones.dit import ConditionalDiT
+from stepmark.cell import track_of
 from stepmark.meter.counts import Ledger, count_flops, watch
-from stepmark.run import track_of
 from stepmark.session import Session
 from stepmark.tracks import image
 from stepmark.tracks.image import decoupled, solvers

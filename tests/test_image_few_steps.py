@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from stepmark import backbones
+from stepmark.cell import track_of
 from stepmark.meter.counts import Ledger, watch
-from stepmark.run import track_of
 from stepmark.session import Session
 from stepmark.tracks.image import schedules, solvers
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from stepmark import backbones, plugins
+from stepmark.cell import track_of
 from stepmark.meter.counts import Ledger, watch
-from stepmark.run import track_of
 from stepmark.session import Session
 from stepmark.tracks.image.metrics import exact_endpoints, sliced_w2
 from stepmark.tracks.image.schedules import Schedule, add_noise, uniform_times

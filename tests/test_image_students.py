@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from stepmark import backbones, plugins
+from stepmark.cell import track_of
 from stepmark.meter.counts import Ledger, watch
 from stepmark.method import Skip
-from stepmark.run import track_of
 from stepmark.session import Session
 from stepmark.tracks.image import fusing, schedules, solvers, training
 from stepmark.tracks.image import guided as image_guided

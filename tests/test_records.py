@@ -172,9 +172,9 @@ import os, random, signal, sys
 os.environ["STEPMARK_CACHE"] = {str(cache)!r}
 import torch
 torch.set_num_threads(1)
-from stepmark import suite, run
+from stepmark import backbones, suite
 import stepmark.tracks.image
-run.backbones.recipes()  # imported once here instead of in every victim
+backbones.recipes()  # imported once here instead of in every victim
 def walk(results, delay):
     pid = os.fork()
     if pid == 0:

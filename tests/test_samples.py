@@ -14,11 +14,13 @@ from PIL import Image
 from stepmark.leaderboard import ledger, sample_pages
 from stepmark.leaderboard.pages import Board
 
-from stepmark import plugins, run, samples
+from stepmark import cell, plugins, samples
 from stepmark import record as records
 from stepmark.backbones.lm import encode
 from stepmark.cli import main
+from stepmark.judge import Judge
 from stepmark.record import Record, RecordError
+from stepmark.runner import Runner
 from stepmark.verify import draw
 
 
@@ -119,11 +121,11 @@ def test_drafts_are_marked_as_the_decoder_judged_them(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STEPMARK_CACHE", str(tmp_path))
-    bench = run.Bench(plugins.methods()[method], "greedy/sums", "smoke", show_progress=False)
-    inputs, rung = bench.inputs(1, 0), 16
-    outputs = bench.run(inputs, rung, 0)
+    runner = Runner(plugins.methods()[method], "greedy/sums", "smoke", show_progress=False)
+    inputs, rung = Judge("greedy/sums").inputs(1, 0), 16
+    outputs = runner.run(inputs, rung, 0).outputs
     plain = samples.of_outputs(inputs, outputs)
-    shown = samples.marked(plain, bench, inputs, rung, 0)
+    shown = samples.marked(plain, runner, inputs, rung, 0)
     assert isinstance(shown, samples.Texts)
     (pieces,) = shown.marks
     assert " ".join(words for words, mark in pieces if mark != "rejected") == shown.pairs[0][1]
@@ -137,11 +139,11 @@ def test_drafts_are_marked_as_the_decoder_judged_them(
 
 def test_a_method_that_drafts_nothing_has_no_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEPMARK_CACHE", str(tmp_path))
-    bench = run.Bench(plugins.methods()["autoregressive"], "greedy/sums", "smoke", show_progress=False)
-    inputs = bench.inputs(1, 0)
-    plain = samples.of_outputs(inputs, bench.run(inputs, 8, 0))
-    assert samples.marked(plain, bench, inputs, 8, 0) == plain
-    assert samples.marked(None, bench, inputs, 8, 0) is None
+    runner = Runner(plugins.methods()["autoregressive"], "greedy/sums", "smoke", show_progress=False)
+    inputs = Judge("greedy/sums").inputs(1, 0)
+    plain = samples.of_outputs(inputs, runner.run(inputs, 8, 0).outputs)
+    assert samples.marked(plain, runner, inputs, 8, 0) == plain
+    assert samples.marked(None, runner, inputs, 8, 0) is None
 
 
 def test_a_run_leaves_samples_and_making_them_again_gives_the_same(
@@ -170,7 +172,7 @@ def test_a_run_leaves_samples_and_making_them_again_gives_the_same(
 def test_nothing_is_trained_for_a_picture_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEPMARK_CACHE", str(tmp_path))
     task = plugins.tasks()["sampling/mixtures_flow"][1]
-    found = record(method="reflow", task=task.id, digests=run.digests(plugins.methods()["reflow"], task))
+    found = record(method="reflow", task=task.id, digests=cell.digests(plugins.methods()["reflow"], task))
     assert "not in the cache" in str(samples.remake(found))
     assert "sources have changed" in str(samples.remake(record(method="reflow", task=task.id)))
 

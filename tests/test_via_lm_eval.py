@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
 from stepmark import plugins
 from stepmark.backbones.lm import decode, encode
-from stepmark.run import Bench
+from stepmark.judge import Judge
+from stepmark.runner import Runner
 from stepmark.task import load_split
 from stepmark.tracks.decoding import MAX_NEW_TOKENS
 
@@ -25,26 +25,26 @@ def test_lm_eval_gives_the_harness_answers(tmp_path: object, monkeypatch: pytest
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     found = evaluate("speculative", "greedy/hops", rung=24, n=6)
     data = load_split("hops", "test")
-    bench = Bench(plugins.methods()["speculative"], "greedy/hops", show_progress=False)
+    runner = Runner(plugins.methods()["speculative"], "greedy/hops", show_progress=False)
     batch = {
         "prompt": [encode(text) for text in data["prompt"][:6]],
         "max_new_tokens": [MAX_NEW_TOKENS["hops"]] * 6,
         "temperature": [0.0] * 6,
     }
-    texts = [decode(ids) for ids in bench.run(batch, 24, seed=0)]
+    texts = [decode(ids) for ids in runner.run(batch, 24, seed=0).outputs]
     samples = sorted(found["samples"]["hops"], key=lambda sample: sample["doc_id"])
     assert [sample["resps"][0][0] for sample in samples] == texts
     right = [text.rpartition("ans ")[2] == answer for text, answer in zip(texts, data["answer"], strict=False)]
     assert found["results"]["hops"]["exact_match,answer"] == sum(right) / 6 > 0
-    assert found["counts"]["target"] == bench.ledger.entries["target"].evaluations
+    assert found["counts"]["target"] == runner.ledger.entries["target"].evaluations
 
-    model = StepmarkLM(bench, 24)
+    model = StepmarkLM(runner, 24)
     context, continuation = data["prompt"][0], texts[0]
     request = SimpleNamespace(args=(context, continuation))
     (total, greedy), *_ = model.loglikelihood([request])
     whole = encode(f"{context} {continuation}")
     with torch.no_grad():
-        logp = bench.judges()["target"](torch.tensor([whole])).logits[0].double().log_softmax(-1)
+        logp = Judge("greedy/hops").networks()["target"](torch.tensor([whole])).logits[0].double().log_softmax(-1)
     start = len(encode(context))
     expected = sum(float(logp[i - 1, whole[i]]) for i in range(start, len(whole)))
     assert greedy
@@ -59,7 +59,7 @@ def test_stop_strings_and_lengths_are_kept(tmp_path: object, monkeypatch: pytest
     from stepmark.via_lm_eval import StepmarkLM
 
     monkeypatch.setenv("STEPMARK_CACHE", str(tmp_path))
-    model = StepmarkLM(Bench(plugins.methods()["autoregressive"], "greedy/hops", show_progress=False), 24)
+    model = StepmarkLM(Runner(plugins.methods()["autoregressive"], "greedy/hops", show_progress=False), 24)
     context = load_split("hops", "test")["prompt"][0]
     whole, stopped, short = model.generate_until(
         [
@@ -112,12 +112,13 @@ def test_the_tracks_own_metrics_come_out(tmp_path: object, monkeypatch: pytest.M
     monkeypatch.setenv("STEPMARK_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     n = 3
-    bench = Bench(plugins.methods()["mdlm_nucleus"], "generation/stories64", show_progress=False)
-    inputs = bench.inputs(n, 0)
+    runner = Runner(plugins.methods()["mdlm_nucleus"], "generation/stories64", show_progress=False)
+    judge = Judge("generation/stories64")
+    inputs = judge.inputs(n, 0)
     figures = []
     for rung in (4, 32):
         results = evaluate("mdlm_nucleus", "generation/stories64", rung, n)["results"]["generation/stories64"]
-        expected = bench.track.score(bench.task, inputs, bench.run(inputs, rung, 0), bench.judges(), np.arange(n)[None])
+        expected = judge.score(inputs, runner.run(inputs, rung, 0).outputs, 0)
         assert {name: results[f"{name},none"] for name in expected} == {k: v.value for k, v in expected.items()}
         figures.append(results["gen_ppl,none"])
     assert figures[0] != figures[1]

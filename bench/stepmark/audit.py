@@ -1,7 +1,7 @@
 """Catching plugins that look better than they are, on purpose or by accident.
 
 `Guard` watches one `run` call from outside the plugin: threads, processes, files, sockets and random numbers. The
-other audits compare calls with each other (`run.Bench.audit`): same seed same bits, nothing carried over between
+other audits compare calls with each other (`stepmark.judge`): same seed same bits, nothing carried over between
 calls or rungs, the same work on inputs that nobody has seen. `static_findings` reads the source.
 
 This finds honest mistakes and the known cheats, not arbitrary native code: pull requests are read by people too.
@@ -124,6 +124,9 @@ def _global_random_state() -> tuple[bytes, str, str]:
     )
 
 
+HARNESS = (
+    "stepmark.datasets", "sklearn.datasets", "stepmark.run", "stepmark.judge", "stepmark.passes", "stepmark.audit",
+)  # fmt: skip
 FORBIDDEN = {
     "subprocess": "run must not start processes",
     "multiprocessing": "run must not start processes",
@@ -153,7 +156,7 @@ def static_findings(path: Path) -> list[str]:
             root = name.split(".")[0]
             if root in FORBIDDEN:
                 findings.append(f"line {line}: imports {name}: {FORBIDDEN[root]}")
-            if name.startswith(("stepmark.datasets", "sklearn.datasets", "stepmark.run", "stepmark.audit")):
+            if name.startswith(HARNESS):
                 findings.append(f"line {line}: imports {name}: data come from session.train and batch alone")
         if isinstance(node, ast.Global):
             findings.append(f"line {node.lineno}: global {', '.join(node.names)}: run keeps no state between calls")

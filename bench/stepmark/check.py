@@ -85,7 +85,8 @@ def _handles(task: str) -> tuple[str, ...]:
 
 def running(info: MethodInfo, device: str = "cpu", every_task: bool = True, fresh: bool = True) -> Iterator[str]:
     """Faults that show when the plugin runs at tier smoke: failures, wrong outputs, and what the audit flags."""
-    from stepmark.run import Cell, measure
+    from stepmark.cell import Cell
+    from stepmark.run import measure
 
     for task_id in info.tasks if every_task else info.tasks[:1]:
         task = plugins.tasks()[task_id][1]
@@ -106,7 +107,7 @@ def running(info: MethodInfo, device: str = "cpu", every_task: bool = True, fres
 
 def _fresh_outputs(cell: object, device: str) -> str:
     code = (
-        "import json, sys; from stepmark import hub; from stepmark.run import Cell, measure; "
+        "import json, sys; from stepmark import hub; from stepmark.cell import Cell; from stepmark.run import measure; "
         "hub.restore(); c = json.loads(sys.argv[1]); "
         "print(measure(Cell(**c), sys.argv[2], False, False).outputs)"
     )

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import importlib
 import multiprocessing
 import os
 import signal
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
     from stepmark.meter.counts import Flops
-    from stepmark.run import Bench
 
 START_SECONDS, EXCHANGE_SECONDS, END_SECONDS, GRACE_SECONDS = 300.0, 60.0, 5.0, 1.0
 SENT = "sent"  # handle of the traffic: its figures stand in a record as sent_bytes and sent_messages per item
@@ -142,6 +142,21 @@ class Report:
     flags: list[str] = field(default_factory=list)
 
 
+class Worker(Protocol):
+    """What a rank does its part with; `stepmark.runner.Runner` is one."""
+
+    device: torch.device
+    ledger: Ledger
+    session: Any
+
+    def begin(self, batch: Mapping[str, Any], rung: int, seed: int, index: int = 0) -> None:
+        """Take a job."""
+
+    def take_part(self, batch: Mapping[str, Any], rung: int, counting: bool) -> Report:
+        """Do it."""
+        ...
+
+
 def device_of(device: torch.device, rank: int) -> torch.device:
     """The device of a rank: on CUDA one each."""
     return torch.device(device.type, rank) if device.type == "cuda" else device
@@ -168,12 +183,18 @@ def _backend(device: torch.device, store: dist.TCPStore, rank: int, size: int) -
 
 
 class Pool:
-    """The processes of ranks 1, 2, ... of one method on one task. `start` makes rank 0 a member too."""
+    """The processes of ranks 1, 2, ... of one method on one task. `start` makes rank 0 a member too.
 
-    def __init__(self, method: str, task: str, tier: str, device: torch.device, ranks: int) -> None:
+    `make(device=, rank=, show_progress=)` makes a `Worker`, in the process of that rank, after `restore()` of the modules
+    `sources` has been called there: what stands in this process besides the plugins.
+    """
+
+    def __init__(
+        self, make: Callable[..., Worker], device: torch.device, ranks: int, sources: Sequence[str] = ()
+    ) -> None:
         if device.type == "cuda" and torch.cuda.device_count() < ranks:
             skip(f"needs {ranks} CUDA devices, there are {torch.cuda.device_count()}")
-        self.what, self.device, self.ranks = (method, task, tier), device, ranks
+        self.make, self.device, self.ranks, self.sources = make, device, ranks, sources
         self.reports: list[Report] = []
         self._group: Group | None = None  # while the processes run
         self._closer: Callable[[], Any] = lambda: None
@@ -188,7 +209,7 @@ class Pool:
             "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         )
         if context.get_start_method() == "forkserver":  # seconds of imports once, not in every process
-            context.set_forkserver_preload(["stepmark.run", "diffusers.models.unets.unet_2d"])
+            context.set_forkserver_preload(["stepmark.runner", "diffusers.models.unets.unet_2d"])
         links: list[Connection] = []
         processes: list[BaseProcess] = []
         self._links, self._processes = links, processes
@@ -200,7 +221,7 @@ class Pool:
                 ours, theirs = context.Pipe()
                 links.append(ours)
                 device = str(device_of(self.device, rank))
-                arguments = (theirs, *self.what, device, rank, self.ranks, store.port, environment)
+                arguments = (theirs, self.make, device, rank, self.ranks, store.port, environment, self.sources)
                 process = context.Process(target=_serve, args=arguments, name=f"stepmark rank {rank}", daemon=True)
                 process.start()
                 theirs.close()
@@ -221,7 +242,7 @@ class Pool:
         self._group = None
 
     def give(self, *job: Any) -> None:
-        """Hand every worker the arguments of `Bench.begin` for the next call, outside the clock."""
+        """Hand every worker the arguments of `Worker.begin` for the next call, outside the clock."""
         batch, *rest = job
         plain = {key: value.cpu().numpy() if isinstance(value, Tensor) else value for key, value in batch.items()}
         for link in self._links:
@@ -296,14 +317,13 @@ def _end(links: list[Connection], processes: list[BaseProcess]) -> None:
 
 def _serve(
     link: Connection,
-    method: str,
-    task: str,
-    tier: str,
+    make: Callable[..., Worker],
     device: str,
     rank: int,
     size: int,
     port: int,
     environment: dict[str, str],
+    sources: Sequence[str],
 ) -> None:
     """A worker's life. It leaves without clean-up: nothing of it is worth saving, and a broken group would wait."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the process that started this one
@@ -311,14 +331,13 @@ def _serve(
     torch.set_num_threads(1)
     code = 1
     try:
-        from stepmark import hub, plugins
-        from stepmark.run import Bench
-
-        hub.restore()
-        bench = Bench(plugins.methods()[method], task, tier, device, show_progress=False, rank=rank)
+        for module in sources:
+            importlib.import_module(module).restore()
+        worker = make(device=device, rank=rank, show_progress=False)
         link.send(("ready", None))
-        bench.session.group = Group(rank, size, _backend(bench.device, _store(size, port), rank, size), bench.ledger)
-        _work(link, bench)
+        backend = _backend(worker.device, _store(size, port), rank, size)
+        worker.session.group = Group(rank, size, backend, worker.ledger)
+        _work(link, worker)
         code = 0
     except (EOFError, KeyboardInterrupt):
         pass
@@ -329,18 +348,17 @@ def _serve(
         os._exit(code)
 
 
-def _work(link: Connection, bench: Bench) -> None:
+def _work(link: Connection, worker: Worker) -> None:
     """Take jobs and do them, until told to end. A job that is followed by another was called off."""
     batch: dict[str, Any] = {}
     while (message := link.recv()) is not None:
         if isinstance(message, tuple):
             plain, *rest = message
             batch = {
-                key: torch.from_numpy(value).to(bench.device) if hasattr(value, "dtype") else value
+                key: torch.from_numpy(value).to(worker.device) if hasattr(value, "dtype") else value
                 for key, value in plain.items()
             }
-            bench.begin(batch, *rest)
+            worker.begin(batch, *rest)
             rung = rest[0]
         else:
-            flops, flags = bench.take_part(batch, rung, counting=message)
-            link.send(("done", Report(dict(bench.ledger.entries), flops, flags)))
+            link.send(("done", worker.take_part(batch, rung, counting=message)))

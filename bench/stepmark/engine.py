@@ -21,9 +21,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from stepmark import hub
+from stepmark.cell import Cell
 from stepmark.places import cache_folder
 from stepmark.record import Record, parse
-from stepmark.run import Cell, measured
+from stepmark.run import measured
 from stepmark.samples import SHOWN, Shown
 
 

@@ -237,7 +237,12 @@ def fixed_tasks() -> dict[str, tuple[str, Task]]:
 
 
 class Source(Protocol):
-    """Where tasks come from that are no literals of a track: somebody brings them while the program runs."""
+    """Where tasks come from that are no literals of a track: somebody brings them while the program runs.
+
+    `restorer`: the module whose `restore()` adds the same source in a process that this one starts.
+    """
+
+    restorer: str
 
     def tasks(self) -> dict[str, tuple[str, Task]]:
         """Task id -> (track, Task). Their `module` is set."""
@@ -260,6 +265,11 @@ def add_source(source: Source) -> None:
 def remove_source(source: Source) -> None:
     """Undo `add_source`."""
     _sources.remove(source)
+
+
+def restorers() -> list[str]:
+    """Modules whose `restore()` a started process calls, to know the tasks that this one knows."""
+    return [source.restorer for source in _sources]
 
 
 def _brought() -> dict[str, tuple[str, Task]]:

@@ -95,11 +95,15 @@ class Energy(_Strict):
 
 
 class Offline(_Strict):
-    """What `prepare` cost: wall seconds, evaluations by handle, whether this run loaded it from the cache."""
+    """What `prepare` cost: wall seconds, evaluations by handle, size of what it left, shared trainings included.
+
+    `seed`: the seed of the training; None where no random numbers were drawn, so that all seeds share it.
+    """
 
     seconds: Figure
     evaluations: dict[Name, Figure]
     state_mib: Figure
+    seed: Annotated[int, Field(ge=0, le=10**6)] | None = None
 
 
 class Record(_Strict):

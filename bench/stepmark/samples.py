@@ -14,7 +14,6 @@ import io
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -26,7 +25,7 @@ from stepmark.record import Digest, Figure, MachineId, Name, Record, RecordError
 
 if TYPE_CHECKING:
     from stepmark.plugins import MethodInfo
-    from stepmark.run import Bench
+    from stepmark.runner import Runner
 
 IMAGES, TEXTS, POINTS = 10, 2, 100  # how many items of a cell are kept
 LONGEST_FILE = 5_000_000
@@ -145,18 +144,19 @@ def of_outputs(inputs: Mapping[str, Any], outputs: Any) -> Shown | None:
     return None
 
 
-def marked(shown: Shown | None, bench: Bench, inputs: Mapping[str, Any], rung: int, seed: int) -> Shown | None:
+def marked(shown: Shown | None, runner: Runner, inputs: Mapping[str, Any], rung: int, seed: int) -> Shown | None:
     """Texts with their drafts marked, where the method drafts: its first items are decoded once more and listened to."""
     from stepmark.backbones.lm import decode
-    from stepmark.run import cut
+    from stepmark.cell import cut
 
-    steps_of = getattr(bench.track, "steps_of", None)
-    if steps_of is None or not isinstance(shown, Texts):
+    if not isinstance(shown, Texts):
         return shown
     marks: list[list[tuple[str, Mark]]] = []
     for i, (_, text) in enumerate(shown.pairs):
-        one = cut(inputs, i, i + 1)
-        written, steps = steps_of(partial(bench.run, one, rung, seed), bench.method, lambda: bench.ledger.spent)
+        heard = runner.drafts(cut(inputs, i, i + 1), rung, seed)
+        if heard is None:
+            return shown
+        written, steps = heard
         if decode(written) != text or not any(draft for draft, _ in steps):
             return shown  # another text, where the random stream is shared by a batch; or nothing is drafted
         pieces: list[tuple[str, Mark]] = []
@@ -272,23 +272,26 @@ def remake(record: Record, device: str = "cpu", prepare: bool = False) -> Shown 
     """
     import torch
 
-    from stepmark import plugins, run
+    from stepmark import cell, plugins, prepared
+    from stepmark.judge import Judge
+    from stepmark.runner import prepared_path, ready
 
     info = plugins.methods().get(record.method)
     if info is None or record.task not in plugins.tasks():
         return "its method or task is not in this checkout"
     task = plugins.tasks()[record.task][1]
-    if run.digests(info, task) != record.digests:
+    if cell.digests(info, task) != record.digests:
         return "its sources have changed since the record was written"
-    path = run.prepared_path(info, task, record.tier, torch.device(device))
-    if not prepare and not path.exists() and _prepares(info):
+    path = prepared_path(info, task, record.tier, torch.device(device))
+    if not prepare and prepared.find(path, record.seed) is None and _prepares(info):
         return "its prepared state is not in the cache (give --prepare to make it)"
     torch.set_num_threads(1)
-    bench = run.bench(record.method, record.task, record.tier, device, run.edition(info, record.task))
-    inputs = run.cut(bench.inputs(task.items(record.tier), record.seed), 0, task.batch)
-    outputs = bench.run(inputs, record.rung, record.seed)
+    runner, judge = ready(info, record.task, record.tier, device, record.seed), Judge(record.task, device)
+    inputs = cell.cut(judge.inputs(task.items(record.tier), record.seed), 0, task.batch)
+    outputs = runner.run(inputs, record.rung, record.seed).outputs
+    judge.check(inputs, outputs)
     shown = of_outputs(inputs, outputs)
-    return marked(shown, bench, inputs, record.rung, record.seed) or "there is nothing to look at"
+    return marked(shown, runner, inputs, record.rung, record.seed) or "there is nothing to look at"
 
 
 def _prepares(info: MethodInfo) -> bool:

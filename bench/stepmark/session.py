@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from stepmark import prepared
 from stepmark.distributed import Group
 from stepmark.meter.counts import Ledger
 from stepmark.method import skip
-from stepmark.task import Sealed, Task, load_split
+from stepmark.task import Sealed, Task, digest_of, load_split
 
 T = TypeVar("T")
 
@@ -32,10 +35,20 @@ class Session:
         networks: role -> counted `nn.Module`, the task's backbones and those the method declared.
         simulators: name -> counted callable (simulators, likelihoods, verifiers), where the track has them.
         state: the tensors that `prepare` returned.
-        rng, seed: the stage's `torch.Generator` on `device`, and an integer for numpy and scikit-learn.
+        rng, seed: the stage's `torch.Generator` on `device`, and an integer for numpy and scikit-learn. Where `prepare`
+            uses them, every seed of a cell is another training; where not, all seeds share one.
         device, dtype: where tensors live.
         group: the processes that run the method together, as this one sees them; a single one unless the method sets
             `ranks`.
+
+    Trainings that several methods or variants share stand in a function of their own, and `once` runs it for all:
+
+        def trained(session: Session, updates: int) -> dict[str, Tensor]:
+            network = Student()              # built here, so that its first weights hang on nothing else
+            fit(network, session.train, updates, session.rng)
+            return network.state_dict()
+        ...
+            session.networks["student"].load_state_dict(session.once(trained, session.scale(3000, 20)))  # in prepare
     """
 
     def __init__(
@@ -48,25 +61,65 @@ class Session:
         simulators: dict[str, Callable[..., Any]],
         ledger: Ledger,
         show_progress: bool = True,
+        training: int = 0,
+        sources: Mapping[str, str] | None = None,
     ) -> None:
+        """Harness only. `training`: the seed of this training. `sources`: digests of what every training on the task
+        hangs on; without them `once` keeps nothing."""
         self.task, self.tier, self.device, self.dtype = task, tier, device, dtype
         self.networks, self.simulators = networks, simulators
         self.state: dict[str, Tensor] = {}
         self.group = Group()
         self.rng = torch.Generator(device=device)
-        self.seed = 0
+        self._seed = 0
+        self._seed_read = False
+        self._training, self._sources = training, sources
+        self._running: list[str] = []  # what `once` runs, the innermost last
         self._ledger = ledger
         self._show_progress = show_progress
-        self._stage = ""
+        self._stage, self._stage_seed = "", 0
         self.reported: dict[str, float] = {}
+        self.drew = False
+        self.shared: dict[str, prepared.Cost] = {}
+        self.shared_seconds = 0.0
+
+    @property
+    def seed(self) -> int:
+        """The stage's seed for numpy and scikit-learn, below 2**32. Reading it counts as drawing a random number."""
+        self._seed_read = True
+        return self._seed
 
     def begin(self, stage: str, seed: int, limit: float = float("inf")) -> None:
-        """Harness only: start a stage with its own random stream and budget."""
-        self._stage = stage
-        self.seed = seed % (2**32)
-        self.rng.manual_seed(seed)
+        """Harness only: start a stage with its own random stream and budget.
+
+        From here on `drew` says whether random numbers were drawn inside `drawing`, `shared` what the trainings that
+        `once` was asked for cost, `shared_seconds` how long they took or took to load here.
+        """
+        self._stage, self._stage_seed = stage, seed
+        self._reseed(seed)
         self._ledger.reset(limit)
         self.reported = {}
+        self.drew, self.shared, self.shared_seconds = False, {}, 0.0
+
+    def _reseed(self, seed: int) -> None:
+        self._seed, self._seed_read = seed % (2**32), False
+        self.rng.manual_seed(seed)
+
+    @contextlib.contextmanager
+    def drawing(self, seed: int) -> Iterator[None]:
+        """Harness only: torch's global generator starts at `seed` inside and is put back afterwards; `drew` learns
+        whether a number was drawn from it or from `rng`, or `seed` was read."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            before = self._streams()
+            yield
+            self.drew = self.drew or self._seed_read or self._streams() != before
+
+    def _streams(self) -> list[bytes]:
+        states = [self.rng.get_state(), torch.random.get_rng_state()]
+        if self.device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(self.device))
+        return [state.numpy().tobytes() for state in states]
 
     @property
     def train(self) -> Mapping[str, Any]:
@@ -76,6 +129,66 @@ class Session:
         if self.task.untrained:
             skip(self.task.untrained)
         return load_split(self.task.dataset, "train")
+
+    def once(self, function: Callable[..., Mapping[str, Tensor]], *literals: Any) -> Mapping[str, Tensor]:
+        """What `function(session, *literals)` returns, tensors by name, run once for all who ask for the same. In
+        `prepare` only; it may ask for others in turn.
+
+        The same is: the function's name and source and what it uses of its file and of tracks, the literals, the task
+        with its data and networks, the tier, the kind of device, the training seed (unless it draws no random numbers)
+        and the weights of the method's own networks as they stand. Its random streams begin where
+        those of `prepare` begin, and streams and networks are afterwards as they were before, so that nothing hangs on
+        who asks first. Its cost is part of the offline
+        cost of everyone who asks.
+
+        Raises:
+            Sealed: outside `prepare`. TypeError: no function at the top level of a file, literals that are not plain,
+            or a function that asks for itself.
+        """
+        if self._stage != "prepare":
+            raise Sealed("session.once is for prepare; what it returned can be kept in session.state")
+        said = prepared.as_literals(literals)
+        source = prepared.code_of(function)
+        name = f"{function.__name__}{said}"
+        if name in self._running:
+            raise TypeError(f"session.once: {name} asks for itself")
+        own = {role: net.state_dict() for role, net in self.networks.items() if role not in self.task.backbones}
+        parts = {"function": function.__name__, "source": source, "literals": said, "networks": digest_of(own)}
+        start = time.perf_counter()
+
+        def make() -> prepared.State:
+            return self._made(name, lambda: function(self, *literals))
+
+        if self._sources is None:
+            state = make()
+        else:
+            path = prepared.path_of("once", function.__name__, parts | dict(self._sources))
+            state = prepared.kept(path, self._training, make)
+        self.shared_seconds += time.perf_counter() - start
+        self.shared |= state.costs
+        self.drew = self.drew or state.drew
+        return {key: value.to(self.device) for key, value in state.tensors.items()}
+
+    def _made(self, name: str, function: Callable[[], Mapping[str, Tensor]]) -> prepared.State:
+        """Run a shared training with random streams and counts of its own, and put back the caller's."""
+        stream, numbers = self.rng.get_state(), (self._seed, self._seed_read)
+        tallies, entries = (self.drew, self.shared, self.shared_seconds), dict(self._ledger.entries)
+        self.drew, self.shared, self.shared_seconds = False, {}, 0.0
+        self._reseed(self._stage_seed)
+        self._ledger.reset()
+        self._running.append(name)
+        try:
+            start = time.perf_counter()
+            with _unchanged(self.networks), self.drawing(self._seed):
+                tensors = {key: value.detach().clone() for key, value in function().items()}
+            own = prepared.Cost(time.perf_counter() - start - self.shared_seconds, self._ledger.asked())
+            return prepared.State(tensors, self.drew, own, self.shared)
+        finally:
+            self._running.pop()
+            self.rng.set_state(stream)
+            self._seed, self._seed_read = numbers
+            self.drew, self.shared, self.shared_seconds = tallies
+            self._ledger.entries.update(entries)
 
     @property
     def spent(self) -> float:
@@ -111,3 +224,22 @@ class Session:
         """Counts the method took itself, per batch: kept beside the harness's, which they must match."""
         for name, value in counts.items():
             self.reported[name] = self.reported.get(name, 0.0) + float(value)
+
+
+@contextlib.contextmanager
+def _unchanged(networks: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Weights, gradients wanted and modes of networks are afterwards as they were before."""
+    weights = {role: deepcopy(network.state_dict()) for role, network in networks.items()}
+    parts = [part for network in networks.values() for part in network.modules()]
+    modes = [part.training for part in parts]
+    wanted = [(p, p.requires_grad) for network in networks.values() for p in network.parameters()]
+    try:
+        yield
+    finally:
+        for role, network in networks.items():
+            network.load_state_dict(weights[role])
+        for part, mode in zip(parts, modes, strict=True):
+            part.training = mode
+        for parameter, want in wanted:
+            parameter.requires_grad_(want)
+            parameter.grad = None

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from stepmark import __version__, engine, plugins, samples
 from stepmark import record as records
+from stepmark.cell import Cell, digests
 from stepmark.meter import machine
-from stepmark.run import Cell, digests
 
 
 @dataclass(frozen=True)

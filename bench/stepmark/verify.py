@@ -83,7 +83,8 @@ def compare(record: Record, again: Record, intervals: Mapping[str, tuple[float, 
 
 def verify(record: Record, device: str = "cpu", timing: bool = False) -> Agreement:
     """Run the record's cell again here and compare."""
-    from stepmark.run import Cell, measure  # imports torch, which those who only compare need not wait for
+    from stepmark.cell import Cell
+    from stepmark.run import measure  # imports torch, which those who only compare need not wait for
 
     cell = Cell(record.method, record.task, record.rung, record.seed, record.tier)
     return compare(record, measure(cell, device, timing, show_progress=False))

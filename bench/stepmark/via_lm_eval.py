@@ -16,14 +16,14 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from lm_eval.api.model import LM
 from torch import nn
 
 from stepmark import plugins
 from stepmark.backbones.lm import EOS, decode, encode
-from stepmark.run import Bench
+from stepmark.judge import Judge
+from stepmark.runner import Runner
 from stepmark.task import load_split
 from stepmark.tracks.decoding import MAX_NEW_TOKENS
 
@@ -36,16 +36,17 @@ class StepmarkLM(LM):
     items: the inputs of the harness; a request whose document has an "item" is answered for that one of them.
     """
 
-    def __init__(self, bench: Bench, rung: int, seed: int = 0, items: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, runner: Runner, rung: int, seed: int = 0, items: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        self.bench, self.rung, self.seed, self.items = bench, rung, seed, items or {}
+        self.runner, self.rung, self.seed, self.items = runner, rung, seed, items or {}
+        self.judge = Judge(runner.task.id, runner.device)
         self.counts: dict[str, float] = {}
         self.outputs: dict[int, list[int]] = {}
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Continuations of the contexts, up to the first stop string of each request."""
         texts: list[str] = []
-        size = self.bench.task.batch
+        size = self.runner.task.batch
         for index, start in enumerate(range(0, len(requests), size)):
             asked = requests[start : start + size]
             arguments = [request.args for request in asked]
@@ -53,7 +54,7 @@ class StepmarkLM(LM):
             if self.items:
                 batch = {key: [values[i] for i in chosen] for key, values in self.items.items()}
             else:
-                most = MAX_NEW_TOKENS[self.bench.task.dataset]
+                most = MAX_NEW_TOKENS[self.runner.task.dataset]
                 batch = {
                     "prompt": [encode(context) for context, _ in arguments],
                     "max_new_tokens": [min(most, options.get("max_gen_toks") or most) for _, options in arguments],
@@ -69,15 +70,16 @@ class StepmarkLM(LM):
         return texts
 
     def _run(self, batch: dict[str, Any], index: int) -> Any:
-        outputs = self.bench.run(batch, self.rung, self.seed, index)
-        for name, figures in self.bench.ledger.snapshot().items():
+        call = self.runner.run(batch, self.rung, self.seed, index)
+        self.judge.check(batch, call.outputs)
+        for name, figures in call.handles.items():
             self.counts[name] = self.counts.get(name, 0.0) + figures["evaluations"]
-        return outputs
+        return call.outputs
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log p(continuation | context), is it the greedy one): of the target, which a lossless method does not change;
         of the method itself where it tells next words or chooses between labels."""
-        if self.bench.task.id.startswith("learning/"):
+        if self.runner.task.id.startswith("learning/"):
             return [self._next_words(index, *request.args) for index, request in enumerate(requests)]
         if self.items:
             return self._choices(requests)
@@ -89,8 +91,8 @@ class StepmarkLM(LM):
         found = []
         for index, request in enumerate(requests):
             ids = encode(request.args[0])
-            if self.bench.task.id.startswith("likelihood/"):
-                tokens = torch.tensor([ids], device=self.bench.device)
+            if self.runner.task.id.startswith("likelihood/"):
+                tokens = torch.tensor([ids], device=self.runner.device)
                 found.append(-float(self._run({"tokens": tokens}, index)[0]))
             else:
                 found.append(self._loglikelihood(ids[:1], ids[1:])[0])
@@ -118,8 +120,8 @@ class StepmarkLM(LM):
     def _loglikelihood(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
         if not continuation:
             return 0.0, True
-        target: nn.Module = self.bench.judges()["target"]
-        ids = torch.tensor([[*(context or [EOS]), *continuation]], device=self.bench.device)
+        target: nn.Module = self.judge.networks()["target"]
+        ids = torch.tensor([[*(context or [EOS]), *continuation]], device=self.runner.device)
         with torch.no_grad():
             logp = target(ids[:, :-1], use_cache=False).logits[0, -len(continuation) :].double().log_softmax(-1)
         taken = logp.gather(1, ids[0, -len(continuation) :, None])[:, 0]
@@ -148,15 +150,15 @@ def track_task(model: StepmarkLM) -> dict[str, Any]:
     """lm-eval's description of the items of a model, scored by the metrics of the track over all of them."""
     from datasets import Dataset  # type: ignore[attr-defined]
 
-    task = model.bench.task
+    task = model.runner.task
     rows = [{"item": i, "text": decode(list(ids))} for i, ids in enumerate(model.items["prompt"])]
     found: dict[str, float] = {}
 
     def value(name: str, chosen: Sequence[int]) -> float:
         if not found:
             batch = {key: [values[i] for i in chosen] for key, values in model.items.items()}
-            outputs, whole = [model.outputs[i] for i in chosen], np.arange(len(chosen))[None]
-            scores = model.bench.track.score(task, batch, outputs, model.bench.judges(), whole)
+            outputs = [model.outputs[i] for i in chosen]
+            scores = model.judge.score(batch, outputs, model.seed)
             found.update({name: score.value for name, score in scores.items()})
         return found[name]
 
@@ -194,7 +196,7 @@ def choice_task(model: StepmarkLM) -> dict[str, Any]:
     """lm-eval's description of the items of a model that are questions with labels to choose from."""
     from datasets import Dataset  # type: ignore[attr-defined]
 
-    data, items = load_split(model.bench.task.dataset, "test"), model.items
+    data, items = load_split(model.runner.task.dataset, "test"), model.items
     answers = dict(zip(data["text"], data["answer"], strict=True))
     rows = [
         {"item": i, "text": "".join([*lines, text]), "labels": labels, "answer": answers[text]}
@@ -202,7 +204,7 @@ def choice_task(model: StepmarkLM) -> dict[str, Any]:
             zip(items["demonstrations"], items["text"], items["labels"], strict=True)
         )
     ]
-    return _described(model.bench.task.id, Dataset.from_list(rows), "multiple_choice", "{{text}}", "answer") | {
+    return _described(model.runner.task.id, Dataset.from_list(rows), "multiple_choice", "{{text}}", "answer") | {
         "doc_to_choice": "labels",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
@@ -240,11 +242,11 @@ def evaluate(
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    bench = Bench(plugins.methods()[method], task, tier, device, show_progress=False)
-    items = bench.inputs(n, 0)
-    model = StepmarkLM(bench, rung)
-    if task.startswith("greedy/") and bench.task.dataset in ANSWERED:
-        described = local_task(bench.task.dataset, n)
+    runner = Runner(plugins.methods()[method], task, tier, device, show_progress=False)
+    model = StepmarkLM(runner, rung)
+    items = model.judge.inputs(n, 0)
+    if task.startswith("greedy/") and runner.task.dataset in ANSWERED:
+        described = local_task(runner.task.dataset, n)
     elif "prompt" in items:
         model.items = items
         described = track_task(model)
@@ -252,9 +254,9 @@ def evaluate(
         model.items = items
         described = choice_task(model)
     elif task.startswith("learning/"):
-        described = next_word_task(task, bench.task.dataset, n)
+        described = next_word_task(task, runner.task.dataset, n)
     elif task.startswith("likelihood/"):
-        described = whole_text_task(task, bench.task.dataset, n)
+        described = whole_text_task(task, runner.task.dataset, n)
     else:
         raise ValueError(f"{task} neither writes nor scores texts: lm-eval has nothing to ask")
     found = lm_eval.simple_evaluate(

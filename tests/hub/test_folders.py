@@ -16,15 +16,19 @@ import pytest
 import torch
 
 from stepmark import engine, hub, plugins, record, run
+from stepmark.cell import Cell
+from stepmark.cell import digests as digests_of
 from stepmark.check import _fresh_outputs
 from stepmark.cli import main
 from stepmark.hub import Choice, image_tasks, source, tasks, text_tasks
+from stepmark.judge import Judge
 from stepmark.method import Skip
+from stepmark.runner import Networks, Runner
 
 
 def measured(method: str, task: str, rung: int, seed: int = 0) -> record.Record:
     """Without timing; at a seed above 0 without the audit too, which calls a method six times."""
-    return run.measure(run.Cell(method, task, rung, seed, "smoke"), timing=False, show_progress=False)
+    return run.measure(Cell(method, task, rung, seed, "smoke"), timing=False, show_progress=False)
 
 
 def command(made: Path, name: str, results: Path, *more: str) -> int:
@@ -74,13 +78,13 @@ def test_the_site_leaves_out_what_the_table_shows(made: Path, tmp_path: Path, al
 
 
 IN_A_WORKER = """
-from stepmark import hub, plugins, run
+from stepmark import cell, hub, plugins
 assert "checkpoint/llama_t4" not in plugins.tasks()
 hub.restore()
 task = plugins.tasks()["checkpoint/llama_t4"][1]
-print(sorted(run.digests(plugins.methods()["jacobi"], task).items()))
-print(run.Cell("jacobi", task.id, 2, 0, "smoke").command)
-print(run.track_of(task.id)[0].__name__, task.rungs)
+print(sorted(cell.digests(plugins.methods()["jacobi"], task).items()))
+print(cell.Cell("jacobi", task.id, 2, 0, "smoke").command)
+print(cell.track_of(task.id)[0].__name__, task.rungs)
 """
 
 
@@ -88,8 +92,8 @@ def test_processes_that_are_started_know_the_checkpoint(made: Path, alone: None)
     """Workers get the same task by the environment that they inherit."""
     with hub.using(Choice(str(made / "llama"), items=2, new_tokens=4, rungs=(2,))) as target:
         done = subprocess.run([sys.executable, "-c", IN_A_WORKER], capture_output=True, text=True, check=False)
-        digests = sorted(run.digests(plugins.methods()["jacobi"], target.task).items())
-        command = run.Cell("jacobi", target.task.id, 2, 0, "smoke").command
+        digests = sorted(digests_of(plugins.methods()["jacobi"], target.task).items())
+        command = Cell("jacobi", target.task.id, 2, 0, "smoke").command
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == [str(digests), command, "stepmark.hub.decoding (2,)"]
 
@@ -180,7 +184,7 @@ def test_networks_share_their_weights_but_not_their_counts(opened: Callable[...,
     first.model.layers[0].forward = None
     assert callable(second.model.layers[0].forward)
     with pytest.raises(Skip, match="--draft FOLDER"):
-        run.Roles({}, target.task.absent)["draft"]
+        Networks({}, target.task.absent)["draft"]
     assert plugins.tasks()[target.task.id][1] == target.task
 
 
@@ -197,10 +201,7 @@ def test_two_folders_of_one_name_are_two_checkpoints(made: Path, tmp_path: Path,
             assert target.task.id == "checkpoint/dit"
             checkpoints.append(target.task.checkpoint)
             outputs.append(measured("ddim", target.task.id, 2, 1).outputs)
-            bench = run.bench(
-                "ddim", target.task.id, "smoke", "cpu", run.edition(plugins.methods()["ddim"], target.task.id)
-            )
-            judged.append(type(bench.judges()["teacher"].model).__name__)
+            judged.append(type(Judge(target.task.id).networks()["teacher"].model).__name__)
     for found in (checkpoints, outputs, judged):
         assert found[0] == found[2] != found[1]
     assert judged == ["DiTTransformer2DModel", "PixArtTransformer2DModel", "DiTTransformer2DModel"]
@@ -261,7 +262,7 @@ def test_a_method_that_needs_training_is_skipped_with_the_reason(opened: Callabl
 def test_started_processes_measure_the_same_checkpoint(made: Path, alone: None) -> None:
     """An engine's worker, and the fresh process of `stepmark check`."""
     with hub.using(Choice(str(made / "llama"), items=1, new_tokens=4, rungs=(2,))) as target:
-        cell = run.Cell("autoregressive", target.task.id, 2, 0, "smoke")
+        cell = Cell("autoregressive", target.task.id, 2, 0, "smoke")
         here = run.measure(cell, timing=False, show_progress=False)
         there = [record for record, _ in engine.pool([cell], "cpu", False, 1)]
         assert (here.status, here.message) == ("ok", None)
@@ -297,12 +298,13 @@ def test_the_ranks_of_a_method_have_the_checkpoint(
     (tmp_path / "image" / "both.py").write_text(ON_TWO)
     monkeypatch.setenv("STEPMARK_METHODS", str(tmp_path))
     with hub.using(Choice(str(made / "dit"), items=2, rungs=(2,))) as target:
-        bench = run.Bench(plugins.methods()["both"], target.task.id, "smoke", show_progress=False)
+        runner = Runner(plugins.methods()["both"], target.task.id, "smoke", show_progress=False)
+        assert runner.pool is not None
         try:
-            batch = bench.inputs(2, 0)
-            found = bench.run(batch, 2, 0)
+            batch = Judge(target.task.id).inputs(2, 0)
+            found = runner.run(batch, 2, 0).outputs
         finally:
-            bench.pool.close()
+            runner.pool.close()
         with torch.no_grad():
             expected = source.load("checkpoint/teacher")(batch["noise"], torch.full((2,), 500.0), batch["condition"])
     assert torch.equal(found, expected)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stepmark import hub, plugins, record, run, suite
+from stepmark.cell import Cell
 from stepmark.hub import Choice, image, source
 from stepmark.method import Method
 from stepmark.tracks.image.schedules import schedule_of, uniform_times
@@ -23,7 +24,7 @@ from stepmark.tracks.image.solvers import Denoiser, ddim_step, euler_step
 
 def measured(method: str, task: str, rung: int, seed: int = 0) -> record.Record:
     """Without timing; at a seed above 0 without the audit too, which calls a method six times."""
-    return run.measure(run.Cell(method, task, rung, seed, "smoke"), timing=False, show_progress=False)
+    return run.measure(Cell(method, task, rung, seed, "smoke"), timing=False, show_progress=False)
 
 
 def training_free(track: str, *kinds: str) -> list[str]:

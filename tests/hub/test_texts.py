@@ -13,15 +13,18 @@ import torch
 from torch import nn
 
 from stepmark import hub, plugins, record, run
+from stepmark.cell import Cell
 from stepmark.hub import Choice, decoding, source
+from stepmark.judge import Judge
 from stepmark.method import Method
+from stepmark.runner import Runner
 from stepmark.tracks.decoding.decoder import Decoder
 from stepmark.tracks.decoding.metrics import agreement
 
 
 def measured(method: str, task: str, rung: int, seed: int = 0) -> record.Record:
     """Without timing; at a seed above 0 without the audit too, which calls a method six times."""
-    return run.measure(run.Cell(method, task, rung, seed, "smoke"), timing=False, show_progress=False)
+    return run.measure(Cell(method, task, rung, seed, "smoke"), timing=False, show_progress=False)
 
 
 def training_free(track: str, *kinds: str) -> list[str]:
@@ -62,13 +65,13 @@ def test_decoding_is_lossless(made: Path, opened: Callable[..., hub.Made], name:
 
     target = opened(name, draft=str(made / "draft"), items=2, new_tokens=12, rungs=(12,))
     own = AutoModelForCausalLM.from_pretrained(made / name).eval()
-    inputs = run.Bench(plugins.methods()["autoregressive"], target.task.id, "smoke").inputs(2, 0)
+    inputs = Judge(target.task.id).inputs(2, 0)
     stops = [5, 2, 60] if name == "llama_tied" else [2]
     texts = [greedy(own, prompt, 12, set(stops)) for prompt in inputs["prompt"]]
     expected = [[stops[0] if token in stops else token for token in text] for text in texts]
     for method in LOSSLESS:
-        bench = run.Bench(plugins.methods()[method], target.task.id, "smoke", show_progress=False)
-        assert bench.run(inputs, 12, 0) == expected, method
+        runner = Runner(plugins.methods()[method], target.task.id, "smoke", show_progress=False)
+        assert runner.run(inputs, 12, 0).outputs == expected, method
     found = measured("speculative", target.task.id, 12, 0 if name == "llama" else 1)
     assert (found.status, found.message, found.flags) == ("ok", None, [])
     assert found.quality["exact_match"].value == 1
@@ -83,9 +86,9 @@ def test_any_of_several_ends_ends_a_text(made: Path, tmp_path: Path, alone: None
     def written(ends: int | list[int] | None) -> tuple[list[int], list[int], record.Record]:
         change(eos_token_id=ends)(tmp_path / "llama")
         with hub.using(Choice(str(tmp_path / "llama"), items=1, new_tokens=12, rungs=(12,))) as target:
-            bench = run.Bench(plugins.methods()["autoregressive"], target.task.id, "smoke", show_progress=False)
-            inputs = bench.inputs(1, 1)
-            return inputs["prompt"][0], bench.run(inputs, 12, 1)[0], measured("jacobi", target.task.id, 12, 1)
+            runner = Runner(plugins.methods()["autoregressive"], target.task.id, "smoke", show_progress=False)
+            inputs = Judge(target.task.id).inputs(1, 1)
+            return inputs["prompt"][0], runner.run(inputs, 12, 1).outputs[0], measured("jacobi", target.task.id, 12, 1)
 
     prompt, text, found = written(None)
     assert len(text) == 12 and found.quality["exact_match"].value == 1

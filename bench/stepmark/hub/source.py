@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 class Checkpoint:
     """A `plugins.Source` of one task."""
 
+    restorer = "stepmark.hub"
+
     def __init__(self, made: Made) -> None:
         self.made = made
 

@@ -134,6 +134,10 @@ class Ledger:
         """Evaluations by handle."""
         return {name: entry.evaluations for name, entry in self.entries.items()}
 
+    def asked(self) -> dict[str, float]:
+        """Evaluations by handle, handles never called left out."""
+        return {name: figures["evaluations"] for name, figures in self.snapshot().items() if "evaluations" in figures}
+
     def snapshot(self) -> dict[str, dict[str, float]]:
         """Counts by handle, handles never called left out."""
         asked = {n: e for n, e in self.entries.items() if e.calls or e.layer_calls or isinstance(e, Traffic)}

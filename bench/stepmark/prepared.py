@@ -1,0 +1,145 @@
+"""What is prepared is prepared once: tensors in the cache, under a digest of all that they hang on.
+
+A state into which no random number went is the same for every training seed and is kept once; any other is kept for its
+seed. Which it is, the session watches while the state is made; the file says it from then on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepmark.digests import reach_digest
+from stepmark.places import cache_folder
+
+CONTRACT = "2"  # raised when the meaning of a cached state changes
+EMPTY = "empty"  # stands for no tensors at all, of which safetensors makes no file
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What making a state took: wall seconds, and evaluations by handle."""
+
+    seconds: float
+    evaluations: dict[str, float]
+
+
+@dataclass(frozen=True)
+class State:
+    """Tensors by name; whether random numbers went into them; what they cost.
+
+    `costs`: of the state itself and of every shared training that it used, by the name of its file: whoever uses a
+    training pays for it once, whether it was found or made.
+    """
+
+    tensors: dict[str, Tensor]
+    drew: bool
+    own: Cost
+    costs: dict[str, Cost] = field(default_factory=dict)
+
+
+def path_of(kind: str, name: str, parts: Mapping[str, str]) -> Path:
+    """Where a state lies that hangs on `parts`, where no random numbers went into it."""
+    digest = hashlib.sha256(json.dumps(dict(parts) | {"contract": CONTRACT}, sort_keys=True).encode()).hexdigest()
+    return cache_folder() / kind / f"{name}-{digest[:32]}.safetensors"
+
+
+def find(path: Path, seed: int) -> Path | None:
+    """The file of a state for a training seed, if it has been made."""
+    return next((place for place in (path, _of_seed(path, seed)) if place.exists()), None)
+
+
+def kept(path: Path, seed: int, make: Callable[[], State]) -> State:
+    """The state at `path` for a training seed: loaded, or made and stored by one process while others wait."""
+    with contextlib.ExitStack() as held:
+        if not any(path.parent.glob(f"{path.stem}-*.safetensors")):  # else it is known that every seed has its own
+            held.enter_context(_locked(path.with_suffix(".lock")))
+        own = _of_seed(path, seed)
+        held.enter_context(_locked(own.with_suffix(".lock")))
+        found = find(path, seed)
+        if found is None:
+            state = make()
+            found = own if state.drew else path
+            _write(found, state)
+        return _read(found)
+
+
+def _of_seed(path: Path, seed: int) -> Path:
+    return path.with_name(f"{path.stem}-{seed}{path.suffix}")
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _write(path: Path, state: State) -> None:
+    from safetensors.torch import save_file
+
+    said = {"drew": state.drew, "own": asdict(state.own), "costs": {k: asdict(v) for k, v in state.costs.items()}}
+    temporary = path.with_suffix(f".{os.getpid()}")
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.tensors.items()}
+    save_file(tensors or {EMPTY: torch.zeros(0)}, temporary, metadata={"state": json.dumps(said)})
+    temporary.replace(path)
+
+
+def _read(path: Path) -> State:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as handle:
+        said = json.loads(handle.metadata()["state"])
+        tensors = {name: handle.get_tensor(name) for name in handle.keys() if name != EMPTY}  # noqa: SIM118
+    own = Cost(**said["own"])
+    return State(tensors, said["drew"], own, {path.stem: own} | {k: Cost(**v) for k, v in said["costs"].items()})
+
+
+# what a shared training hangs on ----------------------------------------------------------------
+
+
+def as_literals(literals: tuple[Any, ...]) -> str:
+    """Plain literals as text.
+
+    Raises:
+        TypeError: something else, whose text would not say what it is.
+    """
+    for value in literals:
+        if not _plain(value):
+            raise TypeError(
+                f"session.once takes plain literals after the function, not {type(value).__name__}; "
+                "give numbers, strings, None, and tuples, lists or dicts of them"
+            )
+    return repr(literals)
+
+
+def _plain(value: Any) -> bool:
+    if type(value) in {tuple, list}:
+        return all(map(_plain, value))
+    if type(value) is dict:
+        return all(_plain(key) and _plain(each) for key, each in value.items())
+    return type(value) in {type(None), bool, int, float, str}
+
+
+def code_of(function: Callable[..., Any]) -> str:
+    """sha256 of what a function at the top level of a file makes happen: its source and what it reaches from there, in
+    that file and in the tracks.
+
+    Raises:
+        TypeError: a lambda, a method, a function within another.
+    """
+    name, code = getattr(function, "__name__", ""), getattr(function, "__code__", None)
+    if code is None or function.__qualname__ != name or name == "<lambda>":
+        raise TypeError("session.once takes a function that stands at the top level of a method's file or of a track")
+    return f"{name} {reach_digest([(Path(code.co_filename), [name])])}"
