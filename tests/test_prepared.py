@@ -131,9 +131,7 @@ def test_streams_of_the_caller_go_on_and_seed_0_is_derived_as_ever(plugin: Plugi
     assert made.offline.seed == 2
 
 
-def test_it_is_the_same_whoever_asks_first(
-    plugin: Plugin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_is_the_same_whoever_asks_first(plugin: Plugin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = state_of(plugin(USES))[0]["w"]
     monkeypatch.setenv("STEPMARK_CACHE", str(tmp_path / "other"))
     second = state_of(plugin(ASKS, "toy_variant"))[0]["w"]
