@@ -10,11 +10,12 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -334,9 +335,17 @@ def forget() -> None:
     _ready.clear()
 
 
-@lru_cache(maxsize=1)
+_settled = 0  # modules there were
+
+
 def _settle() -> None:
-    """Spare the garbage collector what the libraries hold for good: it runs before every measurement, 0.3 s each."""
+    """Spare the garbage collector what the libraries hold for good, again whenever more of them have been loaded: it runs
+    before every measurement, tenths of a second each."""
+    global _settled
+    if len(sys.modules) < _settled + 50:
+        return
+    if not _settled:
+        atexit.register(gc.unfreeze)  # the libraries' own clean-up expects to be collected
     gc.collect()
     gc.freeze()
-    atexit.register(gc.unfreeze)  # the libraries' own clean-up expects to be collected
+    _settled = len(sys.modules)
