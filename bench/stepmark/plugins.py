@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from stepmark.backbones.checkpoint import Made
 
 MOUNTS = ("methods", "datasets", "kernels", "leaderboard")
+DIGITS = 16  # of a digest, as records keep it
 METADATA = ("paper", "claims", "tasks")  # of a method: what is said about it, not what runs
 TRACK_CALLS = ("handles", "layers", "inputs", "check", "reference_call", "score")  # what the harness asks of a track
 
@@ -413,12 +414,13 @@ def source_digests(info: MethodInfo, task: Task) -> dict[str, str]:
     more = {"summary", "rungs", "smoke_rungs", "seeds", "module", "words", "checkpoint", "origin", "shown"}
     more |= {"price", "absent", "untrained", "follows"}  # which the digests of the networks and inputs hold
     asked = {name: value for name, value in asdict(task).items() if name not in more}
-    return {
+    found = {
         "method": code_digest(info.path),
         "track": track,
         "task": hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest(),
         "dataset": _dataset_digest(task),
     }
+    return {name: digest[:DIGITS] for name, digest in found.items()}
 
 
 def _dataset_digest(task: Task) -> str:

@@ -57,7 +57,7 @@ class Cell:
 
     @property
     def key(self) -> tuple[str, str, int, int, str]:
-        """As `Record.key`."""
+        """Of `Record.key` what hangs on neither device nor checkpoint."""
         return (self.method, self.task, self.rung, self.seed, self.tier)
 
     @property
@@ -119,7 +119,7 @@ def digests(info: MethodInfo, task: Task) -> dict[str, str]:
     """Everything that can move a figure, by name."""
     found = plugins.source_digests(info, task)
     for role, backbone in sorted((task.backbones | task.judges).items()):
-        found[f"backbone_{role}"] = backbones.digest(backbone)
+        found[f"backbone_{role}"] = backbones.digest(backbone)[: plugins.DIGITS]
     return found
 
 
@@ -529,9 +529,11 @@ def measured(
         "seed": cell.seed,
         "tier": cell.tier,
         "machine": machine.machine_id(),
+        "device": torch.device(device).type,
+        "checkpoint": task.checkpoint[: plugins.DIGITS],
         "digests": digests(info, task),
         "environment": machine.environment()
-        | {"device": torch.device(device).type, "threads": "1"}
+        | {"threads": "1"}
         | ({"checkpoint": task.summary} if task.from_folder else {}),
         "command": cell.command,
         "created": dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -558,7 +560,7 @@ def _passes(
     cell: Cell, info: MethodInfo, device: str, timing: bool, show_progress: bool
 ) -> tuple[dict[str, Any], samples.Shown | None]:
     mine = bench(cell.method, cell.task, cell.tier, device, source_digest(info.path), show_progress)
-    why = "run without timing"
+    why = records.UNTIMED
     if mine.ranks > (cores := machine.usable_cores()) and mine.device.type == "cpu":
         timing, why = False, f"{mine.ranks} processes on {cores} core: their times would say nothing"
     mine.method = mine._load()  # globals that an earlier rung left in the module are gone
