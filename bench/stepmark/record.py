@@ -40,6 +40,7 @@ from stepmark.plugins import DIGITS
 SCHEMA_VERSION = 2
 LONGEST_LINE = 2_000_000
 LONGEST_ENVIRONMENT = 100_000  # bytes
+MOST_DIGITS = 22  # the largest power of ten that a floating-point number holds
 LARGEST = 2**53  # up to here a floating-point number holds every integer
 UNTIMED = "run without timing"  # the reason of a latency that was not asked for
 
@@ -75,7 +76,7 @@ def short(values: Sequence[float]) -> list[Any]:
     same floating-point numbers; as they are where no number of digits does.
     """
     numbers = np.array(values, dtype=np.float64)
-    for digits in range(16 if numbers.size else 0):
+    for digits in range(MOST_DIGITS + 1 if numbers.size else 0):
         scaled = np.rint(numbers * 10.0**digits)
         if np.abs(scaled).max() >= LARGEST:
             break
@@ -90,7 +91,7 @@ def _read_short(value: Any, whole: Callable[[Any], list[float]]) -> list[float]:
     if not (type(value) is list and len(value) == 3 and type(value[2]) is list):
         return _packed(whole(value))
     digits, around, differences = value
-    if not (type(digits) is int and 0 <= digits <= 22 and type(around) is int and abs(around) <= LARGEST):
+    if not (type(digits) is int and 0 <= digits <= MOST_DIGITS and type(around) is int and abs(around) <= LARGEST):
         raise ValueError("digits lie between 0 and 22, the middle is an integer of at most 2^53")
     try:
         integers = array("q", differences)  # three times as fast as an array of NumPy's made from a list
