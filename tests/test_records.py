@@ -438,3 +438,11 @@ def test_a_killed_process_is_resumed_by_the_next(tmp_path: Path) -> None:
     out, error = second.communicate(timeout=300)
     assert second.returncode == 0, error.decode()[-2000:]
     assert len(content(results)) == before + len(out.split()) - 1
+
+
+def test_a_file_is_read_by_its_bare_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = records.parse(line(environment={"cpu": "a"}), "here:1")
+    path = records.path_of(tmp_path, record)
+    records.append(path, record)
+    monkeypatch.chdir(path.parent)
+    assert list(records.read(Path("euler.jsonl"))) == [record]

@@ -127,7 +127,7 @@ _ENVIRONMENT: TypeAdapter[dict[str, str]] = TypeAdapter(dict[Name, Line])
 
 def environments(path: Path) -> Path:
     """Where the environments of a record file's records lie."""
-    return path.parent.parent / "environments"
+    return path.resolve().parent.parent / "environments"
 
 
 def environment_digest(environment: Mapping[str, str]) -> str:
