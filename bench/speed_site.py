@@ -30,10 +30,11 @@ from typing import Any
 import numpy as np
 
 from stepmark import plugins
-from stepmark.record import Latency, Memory, Offline, Quality, Record, path_of
+from stepmark.record import Latency, Memory, Offline, Quality, Record, environments, keep_environment, line_of, path_of
 
 RESAMPLES = 100
 ROUNDS = 9
+ENVIRONMENT = {"cpu": "synthetic"} | {f"library_{i}": "1.2.3" for i in range(25)}
 
 
 def records(count: int, machines: int, versions: int) -> Iterator[Record]:
@@ -54,7 +55,7 @@ def records(count: int, machines: int, versions: int) -> Iterator[Record]:
                 value = float(1 + rng.exponential() / (1 + rung))
                 own = rng.normal(0, 0.02, RESAMPLES)
                 quality = {
-                    name: Quality(value=value, resamples=np.round(value * (1 + noise + own), 9).tolist())
+                    name: Quality(value=value, resamples=[float(f"{x:.6g}") for x in value * (1 + noise + own)])
                     for name in task.metrics
                 }
                 rounds = np.round(rung * (1 + 0.05 * rng.random(ROUNDS)), 6).tolist()
@@ -68,7 +69,7 @@ def records(count: int, machines: int, versions: int) -> Iterator[Record]:
                     ) if seed == 0 else None,
                     memory=Memory(peak_mib=float(rung), how="tracker", state_mib=0.0) if seed == 0 else None,
                     offline=Offline(seconds=1.0, evaluations={}, state_mib=0.0), outputs="ab" * 16,
-                    digests=digests[info.id, task.id], environment={"device": "cpu", "cpu": "synthetic"},
+                    digests=digests[info.id, task.id], environment=ENVIRONMENT,
                     command=f"stepmark run --method {info.id}", created="2031-01-02T03:04:05Z", commit="abcdef1",
                 )  # fmt: skip
                 made += 1
@@ -80,10 +81,11 @@ def write(root: Path, count: int, machines: int, versions: int) -> int:
     """Records as files below `root`; how many."""
     lines: dict[Path, list[str]] = {}
     for each in records(count, machines, versions):
-        lines.setdefault(path_of(root, each), []).append(each.model_dump_json())
+        lines.setdefault(path_of(root, each), []).append(line_of(each))
     for path, texts in lines.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(texts) + "\n", encoding="utf-8")
+        keep_environment(environments(path), ENVIRONMENT)
     return sum(map(len, lines.values()))
 
 

@@ -62,13 +62,26 @@ class Estimate(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where figures may be compared directly: one machine at one tier."""
+    """Where figures may be compared directly: one device of one machine at one tier, and one checkpoint if any."""
 
     machine: str
     tier: str
+    device: str = "cpu"
+    checkpoint: str = ""
+
+    @classmethod
+    def of(cls, record: Record) -> Place:
+        """Where a record was measured."""
+        return cls(record.machine, record.tier, record.device, record.checkpoint)
+
+    @property
+    def where(self) -> str:
+        """Machine, the device if it is not the processor, and the checkpoint."""
+        device = "" if self.device == "cpu" else f", {self.device}"
+        return self.machine + device + (f", checkpoint {self.checkpoint[:8]}" if self.checkpoint else "")
 
     def __str__(self) -> str:
-        return self.machine if self.tier == "embedded" else f"{self.machine} ({self.tier})"
+        return self.where if self.tier == "embedded" else f"{self.where} ({self.tier})"
 
 
 @dataclass
@@ -359,7 +372,7 @@ def cells(records: Iterable[Record], known: Mapping[str, tuple[str, Task]]) -> l
     seeds: dict[tuple[Place, str, str, str, int], dict[int, Record]] = defaultdict(dict)
     for r in records:
         if r.task in known:
-            seeds[(Place(r.machine, r.tier), r.track, r.task, r.method, r.rung)][r.seed] = r
+            seeds[(Place.of(r), r.track, r.task, r.method, r.rung)][r.seed] = r
     found = [
         Row(place, track, task, method, rung, by_seed) for (place, track, task, method, rung), by_seed in seeds.items()
     ]
@@ -677,12 +690,12 @@ def verdicts(
 
 
 def record_id(record: Record) -> str:
-    """Twelve hex digits that name a record, of the sha256 of its line: what a dispute quotes."""
+    """Twelve hex digits that name a record, of the sha256 of all that it says: what a dispute quotes."""
     return line_id(record.model_dump_json())
 
 
 def line_id(line: str) -> str:
-    """The id of the record that `record.append` writes as this line."""
+    """The id of the record that is this JSON when written out whole, as the downloads hold it."""
     return hashlib.sha256(line.encode()).hexdigest()[:12]
 
 
@@ -738,23 +751,23 @@ def standing(
     commit agrees on the same sources (by the rules of `stepmark verify`), *disputed* when it does not or when an
     objection was accepted. `intervals_of` gives the 95 % intervals of a record's metrics, where they are known already.
     """
-    runs: dict[tuple[int, int, str], list[Record]] = defaultdict(list)
+    runs: dict[tuple[int, int, str, str], list[Record]] = defaultdict(list)
     for r in everything:
         if r.method == method and r.task == task and r.status in {"ok", "flagged"} and r.tier != "smoke":
-            runs[(r.rung, r.seed, r.tier)].append(r)
+            runs[(r.rung, r.seed, r.tier, r.checkpoint)].append(r)
     if not runs:
         return Standing("claimed")
     found = Standing("measured")
     agreeing: set[str] = set()
     differing: list[str] = []
-    for (rung, seed, _), again in sorted(runs.items()):
+    for (rung, seed, *_), again in sorted(runs.items()):
         for r in again:
             if objections and (objection := objections.get(record_id(r))) is not None:
                 found.state = "disputed"
                 found.reasons.append(f"record {objection.record}: {objection.says} ({objection.link})")
         for other in again[1:]:
             first = again[0]
-            elsewhere = other.machine != first.machine
+            elsewhere = (other.machine, other.device) != (first.machine, first.device)
             if first.digests != other.digests or not (elsewhere or other.commit != first.commit):
                 continue
             differs = repeat(first, other, intervals_of(first)).differs
@@ -762,7 +775,7 @@ def standing(
                 found.state = "disputed"
                 differing.append(f"rung {rung}, seed {seed}: a second run differs: {differs[0]}")
             else:
-                agreeing.add(f"machine {other.machine}" if elsewhere else f"commit {other.commit}")
+                agreeing.add(f"machine {Place.of(other).where}" if elsewhere else f"commit {other.commit}")
     found.reasons += differing
     if agreeing and found.state == "measured":
         found.state = "reproduced"

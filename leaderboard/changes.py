@@ -50,12 +50,12 @@ def steps(versions: Mapping[str, Sequence[Row]]) -> list[Step]:
 
 def _step(before: str, old: Sequence[Row], after: str, new: Sequence[Row]) -> Step:
     moves, compared = [], 0
-    earlier: dict[tuple[str, str, int, str], list[Row]] = defaultdict(list)
+    earlier: dict[tuple[str | int, ...], list[Row]] = defaultdict(list)
     for row in old:
         if row.measured:
-            earlier[row.task, row.method, row.rung, row.place.tier].append(row)
+            earlier[row.task, row.method, row.rung, *row.place[1:]].append(row)
     for row in new:
-        same = earlier[row.task, row.method, row.rung, row.place.tier] if row.measured else []
+        same = earlier[row.task, row.method, row.rung, *row.place[1:]] if row.measured else []
         other = next((each for each in same if each.place == row.place), next(iter(same), None))
         if other is None:
             continue

@@ -1,4 +1,7 @@
-"""The records as files to take along: a CSV and a JSON per track, put together from a part per method."""
+"""The records as files to take along: a CSV, a Parquet and a JSON per track, put together from a part per method.
+
+CSV and Parquet are the same table, the latter with types and a sixth of the size.
+"""
 
 from __future__ import annotations
 
@@ -14,31 +17,38 @@ from stepmark.record import LONGEST_LINE, Record
 csv.field_size_limit(LONGEST_LINE)  # what a record may hold, a cell may hold
 
 FIELDS = (
-    "id", "suite", "machine", "tier", "track", "method", "task", "rung", "seed", "status", "message", "flags",
-    "latency_items", "latency_median_ms", "latency_iqr_ms", "latency_p95_ms", "latency_cuda_ms", "baseline",
-    "baseline_median_ms", "speedup", "speedup_low", "speedup_high", "memory_peak_mib", "memory_how",
+    "id", "suite", "machine", "device", "checkpoint", "tier", "track", "method", "task", "rung", "seed", "status",
+    "message", "flags", "latency_items", "latency_median_ms", "latency_iqr_ms", "latency_p95_ms", "latency_cuda_ms",
+    "baseline", "baseline_median_ms", "speedup", "speedup_low", "speedup_high", "memory_peak_mib", "memory_how",
     "memory_state_mib", "energy_joules", "energy_idle_watts", "energy_window_s", "energy_sensor", "offline_seconds",
-    "offline_state_mib", "commit", "created", "command",
+    "offline_state_mib", "offline_seed", "commit", "created", "command",
 )  # fmt: skip
 LATENCY = ("items", "median_ms", "iqr_ms", "p95_ms", "cuda_ms", "baseline", "baseline_median_ms", "speedup",
            "speedup_low", "speedup_high")  # fmt: skip
 MEMORY = ("peak_mib", "how", "state_mib")
 ENERGY = ("joules", "idle_watts", "window_s", "sensor")
-OFFLINE = ("seconds", "state_mib")
+OFFLINE = ("seconds", "state_mib", "seed")
+INTEGERS = ("rung", "seed", "offline_seed")
+TEXTS = (
+    "id", "suite", "machine", "device", "checkpoint", "tier", "track", "method", "task", "status", "message", "flags",
+    "baseline", "memory_how", "energy_sensor", "commit", "created", "command",
+)  # fmt: skip
 
 
 class File(NamedTuple):
-    """A track's downloads: how many records, bytes of the CSV and of the JSON."""
+    """A track's downloads: how many records, bytes of the CSV, of the Parquet and of the JSON."""
 
     track: str
     records: int
     csv: int
+    parquet: int
     json: int
 
 
 def _fixed(name: str, r: Record) -> list[object]:
     """The values of `FIELDS`, null as None."""
-    found: list[object] = [name, r.suite, r.machine, r.tier, r.track, r.method, r.task, r.rung, r.seed, r.status]
+    found: list[object] = [name, r.suite, r.machine, r.device, r.checkpoint or None, r.tier, r.track, r.method]
+    found += [r.task, r.rung, r.seed, r.status]
     found += [r.message, "; ".join(r.flags)]
     for part, names in ((r.latency, LATENCY), (r.memory, MEMORY), (r.energy, ENERGY), (r.offline, OFFLINE)):
         found += [getattr(part, each) for each in names] if part else [None] * len(names)
@@ -90,7 +100,7 @@ def _part(folder: Path, key: tuple[str, str]) -> Path:
 
 
 def merge(folder: Path, parts: Mapping[tuple[str, str], int], out: Path) -> list[File]:
-    """A CSV and a JSON per track from the parts below `folder`, in the order of the methods; one column per figure,
+    """A CSV, a Parquet and a JSON per track from the parts below `folder`, in the order of the methods; one column per figure,
     metrics with their 95 % interval, null as an empty cell.
     """
     found = []
@@ -98,8 +108,9 @@ def merge(folder: Path, parts: Mapping[tuple[str, str], int], out: Path) -> list
         paths = [_part(folder, key) for key in sorted(parts) if key[0] == track and parts[key]]
         made = out / track
         _merge_csv([path.with_suffix(".csv") for path in paths], made.with_suffix(".csv"))
+        _to_parquet(made.with_suffix(".csv"), made.with_suffix(".parquet"))
         _merge_json([path.with_suffix(".json") for path in paths], made.with_suffix(".json"))
-        sizes = [made.with_suffix(end).stat().st_size for end in (".csv", ".json")]
+        sizes = [made.with_suffix(end).stat().st_size for end in (".csv", ".parquet", ".json")]
         found.append(File(track, sum(n for key, n in parts.items() if key[0] == track), *sizes))
     return found
 
@@ -126,6 +137,23 @@ def _merge_csv(paths: Sequence[Path], out: Path) -> None:
                 for line in lines:
                     own_figures = [*line[len(FIELDS) :], ""]
                     writer.writerow([*line[: len(FIELDS)], *(own_figures[i] for i in where)])
+
+
+def _to_parquet(table: Path, out: Path) -> None:
+    """The table of a CSV with types: texts, whole numbers, and floating-point numbers for all other figures."""
+    import pyarrow
+    from pyarrow import csv as tables
+    from pyarrow import parquet
+
+    with table.open(encoding="utf-8", newline="") as stream:
+        names = next(csv.reader(stream))
+    kinds = dict.fromkeys(names, pyarrow.float64()) | dict.fromkeys(INTEGERS, pyarrow.int64())
+    kinds |= dict.fromkeys(TEXTS, pyarrow.string())
+    reading = tables.ConvertOptions(column_types=kinds, null_values=[""], strings_can_be_null=True)
+    lines = tables.ParseOptions(newlines_in_values=True)
+    longest = tables.ReadOptions(block_size=4 * LONGEST_LINE)  # a line has to fit in
+    read = tables.read_csv(table, read_options=longest, parse_options=lines, convert_options=reading)
+    parquet.write_table(read, out, compression="zstd")
 
 
 def _merge_json(paths: Sequence[Path], out: Path) -> None:

@@ -68,7 +68,7 @@ def read(
         RecordError: a record cannot be read, or lies in a folder that its own fields do not name.
     """
     units: dict[tuple[str, ...], list[Path]] = defaultdict(list)
-    for path in sorted(results.rglob("*.jsonl")):
+    for path in record_files.files(results):
         units[path.relative_to(results).with_suffix("").parts[2:]].append(path)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -163,9 +163,10 @@ def _newest(results: Path, tier: str | None) -> tuple[int, ...]:
     """The newest suite version that has a record of the tier."""
     suites: dict[tuple[int, ...], list[Path]] = defaultdict(list)
     for path in results.iterdir() if results.is_dir() else ():
-        suites[board.version_key(path.name)].append(path)
+        if not path.name.startswith("."):
+            suites[board.version_key(path.name)].append(path)
     for key in sorted(suites, reverse=True):
-        files = (file for folder in suites[key] for file in sorted(folder.rglob("*.jsonl")))
+        files = (file for folder in suites[key] for file in record_files.files(folder))
         if any(_wanted(r, tier) for file in files for r in record_files.read(file)):
             return key
     return ()
@@ -188,12 +189,13 @@ def _from_files(results: Path, asked: Asked, paths: Sequence[Path]) -> _Part:
 def _sum_up(key: tuple[str, str], everything: Sequence[Record], asked: Asked) -> _Part:
     """The rows, trust and downloads of one method from all its records, those included that a later one replaces."""
     known = plugins.tasks()
+    once = {r.model_dump_json(): r for r in everything}  # a merge of two branches may leave a line twice
+    texts, everything = list(once), list(once.values())
     within = intervals(everything)
-    texts = [r.model_dump_json() for r in everything]
     names = {id(r): board.line_id(text) for r, text in zip(everything, texts, strict=True)}
     if asked.folder is not None:
         downloads.write_part(asked.folder, key, everything, texts, list(names.values()), within)
-    latest = {(r.suite, r.machine, *r.key): r for r in everything}.values()
+    latest = record_files.latest(everything)
     current = [r for r in latest if _wanted(r, asked.tier) and board.version_key(r.suite) == asked.newest]
     rows = board.cells(current, known)
     shown = {r.suite for r in current}

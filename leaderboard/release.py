@@ -162,13 +162,18 @@ def _data(folder: Path, root: Path) -> Iterable[tuple[str, bytes]]:
     """(name, content) of what is frozen beside the pages."""
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
-        if path.is_file() and inside.parts[0] != "release" and path.suffix in {".jsonl", ".json"}:
+        if path.is_file() and _frozen(inside) and path.suffix in {".jsonl", ".json"}:
             yield f"records/{inside.as_posix()}", path.read_bytes()
     leaderboard = Path(__file__).parent
     yield "requirements.lock", (root / "requirements.lock").read_bytes()
     for name in ("catalogue.jsonl", "taxonomy.json", "disputes.jsonl"):
         if (leaderboard / name).exists():
             yield name, (leaderboard / name).read_bytes()
+
+
+def _frozen(inside: Path) -> bool:
+    """Whether a file of a version's folder is part of its release: what an editor or a file system left there is not."""
+    return inside.parts[0] != "release" and not any(part.startswith(".") for part in inside.parts)
 
 
 def pack(files: Mapping[str, bytes]) -> bytes:
@@ -269,7 +274,7 @@ def check_all(results: Path) -> list[str]:
         now = {
             f"records/{path.relative_to(folder.parent).as_posix()}": _sha(path.read_bytes())
             for path in sorted(folder.parent.rglob("*.json*"))
-            if path.is_file() and path.relative_to(folder.parent).parts[0] != "release"
+            if path.is_file() and _frozen(path.relative_to(folder.parent))
         }
         changed = sorted(n for n in {*frozen, *now} if frozen.get(n) != now.get(n))
         if changed:

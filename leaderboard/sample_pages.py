@@ -21,7 +21,7 @@ def section(found: Board, files: Sequence[SampleFile], name: str) -> list[str]:
     info = found.methods.get(name)
     wanted = {name, *(info.baselines if info else ())}
     have = {
-        (Place(file.machine, sample.tier), file.method, sample.task, sample.rung): sample
+        (Place(file.machine, sample.tier, sample.device), file.method, sample.task, sample.rung): sample
         for file in files
         if file.method in wanted
         for sample in file.samples

@@ -330,10 +330,10 @@ def _bargains(found: Board) -> list[str]:
 
 def _measured(found: Board) -> str:
     lines: list[Line] = []
-    for place in sorted({Place(r.machine, r.tier) for r in found.records}):
-        mine = [r for r in found.records if Place(r.machine, r.tier) == place]
+    for place in sorted({Place.of(r) for r in found.records}):
+        mine = [r for r in found.records if Place.of(r) == place]
         newest = max(mine, key=lambda r: r.created)
-        devices = sorted({r.environment.get("device", "?") for r in mine})
+        devices = sorted({r.device for r in mine})
         commits = sorted({r.commit or "outside a checkout" for r in mine})
         status = Counter(r.status for r in mine)
         lines.append(
@@ -352,8 +352,8 @@ def _measured(found: Board) -> str:
         )
     head = ("Machine", "Device", "Suite", "First", "Last", "Records", "Status", "Commits")
     blocks = [table(head, lines, "Machines")]
-    for place in sorted({Place(r.machine, r.tier) for r in found.records}):
-        newest = max((r for r in found.records if Place(r.machine, r.tier) == place), key=lambda r: r.created)
+    for place in sorted({Place.of(r) for r in found.records}):
+        newest = max((r for r in found.records if Place.of(r) == place), key=lambda r: r.created)
         facts = [(k.replace("_", " "), esc(v)) for k, v in sorted(newest.environment.items())]
         if facts:
             blocks.append(f"<details><summary>{esc(place)}: environment</summary>{markup.definitions(facts)}</details>")
@@ -647,10 +647,15 @@ def _task(found: Board, task_id: str) -> list[str]:
 def _downloads(found: Board) -> list[str]:
     return [
         element("p", "Every record of every suite version, as the harness wrote it. JSON holds all of it, bootstrap "
-              "resamples and raw timings included; CSV is one line per record with 95 % intervals over its items."),
+              "resamples, raw timings and environments included; CSV is one line per record with 95 % intervals over its "
+              "items, and Parquet the same table with types. "
+              f"{link('records.html', 'What a record holds')}, and how to get them all as a pandas table."),
         LAST if any(found.ledger.files.values()) else NOTHING,
         element("p", f"The catalogue of papers: {link('data/catalogue.jsonl', 'catalogue.jsonl')}."),
     ]  # fmt: skip
+
+
+FORMATS = {"csv": "CSV", "parquet": "Parquet", "json": "JSON"}
 
 
 def _downloads_table(data: Path) -> str:
@@ -658,10 +663,10 @@ def _downloads_table(data: Path) -> str:
     lines = []
     for each in json.loads((data / PARTS / "files.json").read_text(encoding="utf-8")):
         file = downloads.File(*each)
-        sizes = (("csv", file.csv / 1024), ("json", file.json / 1024))
-        links = [Cell(f"{link(f'data/{file.track}.{e}', e.upper())} ({n:,.0f} KiB)", n) for e, n in sizes]
+        sizes = (("csv", file.csv / 1024), ("parquet", file.parquet / 1024), ("json", file.json / 1024))
+        links = [Cell(f"{link(f'data/{file.track}.{e}', FORMATS[e])} ({n:,.0f} KiB)", n) for e, n in sizes]
         lines.append(Line([Cell(esc(words(file.track)), file.track), number(file.records), *links]))
-    return table(("Track", "Records", "CSV", "JSON"), lines, "Downloads")
+    return table(("Track", "Records", "CSV", "Parquet", "JSON"), lines, "Downloads")
 
 
 if __name__ == "__main__":

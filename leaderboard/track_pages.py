@@ -230,7 +230,7 @@ def task_data(found: Board, task_id: str) -> dict[str, Any]:
         "version": task.version,
         "unit": task.unit,
         "metrics": dict(task.metrics),
-        "places": [{"name": str(p), "machine": p.machine, "tier": p.tier} for p in here],
+        "places": [{"name": str(p), "machine": p.where, "tier": p.tier} for p in here],
         "methods": methods,
         "baselines": [int(found.is_baseline(name)) for name in methods],
         "training": [found.training[name] for name in methods],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stepmark.leaderboard import board, ledger
 
+import stepmark
+from stepmark import plugins, run
 from stepmark import record as records
+from stepmark import suite as matrix
+from stepmark.meter import machine
 from stepmark.record import RecordError
 
 BASE: dict[str, Any] = {
-    "schema_version": 1,
+    "schema_version": 2,
     "suite": "0.1.0",
     "track": "image",
     "method": "euler",
@@ -54,7 +60,15 @@ def test_round_trip(tmp_path: Path) -> None:
     [
         ("not json", "not a JSON record"),
         ("[1]", "a record is an object"),
-        (line(schema_version=2), "schema version '2'"),
+        (line(schema_version=3), "schema version '3'"),
+        (line(schema_version=1, device='cpu"><script>'), "field device"),
+        (line(schema_version=1, environment={"device": "<b>"}), "field device"),
+        (line(schema_version=1, digests=["ab"]), "field digests"),
+        (line(device="cuda:0"), "field device"),
+        (line(checkpoint="../x"), "field checkpoint"),
+        (line(environment="../../../etc/passwd"), "a digest has 16 hex digits"),
+        (line(environment="0123456789abcdef"), "0123456789abcdef.json is not there"),
+        (line(environment="x" * 3000), "a digest has 16 hex digits"),
         (line(schema_version=...), "schema version 'None'"),
         (line(method=...), "field method"),
         (line(method="../../etc/passwd"), "field method"),
@@ -74,6 +88,14 @@ def test_round_trip(tmp_path: Path) -> None:
         (line().replace('"nfe": 4.0', '"nfe":4.0,"\\u006efe":8.0'), "stands twice"),
         (line(message="x" * 5000), "field message"),
         (line(quality={"fd": {"value": 1.0, "resamples": [0.0] * 5000}}), "field quality.fd.resamples"),
+        (line(quality={"fd": {"value": 1.0, "resamples": [2, 5, [0] * 5000]}}), "field quality.fd.resamples"),
+        (line(quality={"fd": {"value": 1.0, "resamples": [2, 5, [0.5]]}}), "differences are integers"),
+        (line(quality={"fd": {"value": 1.0, "resamples": [2, 5, ["1"]]}}), "differences are integers"),
+        (line(quality={"fd": {"value": 1.0, "resamples": [2, 5, [2**63]]}}), "differences are integers"),
+        (line(quality={"fd": {"value": 1.0, "resamples": [-400, 5, [1]]}}), "digits lie between"),
+        (line(quality={"fd": {"value": 1.0, "resamples": [2, 10**40, [1]]}}), "digits lie between"),
+        (line(quality={"fd": {"value": 1.0, "resamples": [[2], 5, [1]]}}), "digits lie between"),
+        (line().replace("[1.0, 1.5]", "[1,10,[0,5]]").replace('"fd"', '"nfe":{"value":1.0},"nfe"'), "stands twice"),
         ("[" * 100_000, "not a JSON record"),
         (line(message="x" * 3_000_000), "characters long"),
     ],
@@ -104,7 +126,7 @@ def test_a_record_in_a_foreign_folder_is_refused(tmp_path: Path) -> None:
         records.read_all(tmp_path)
 
 
-@pytest.mark.parametrize("cut", [1, 10, 200, 400])
+@pytest.mark.parametrize("cut", [1, 10, 200, 300])
 def test_a_torn_last_line_is_cut_off_before_the_next_append(tmp_path: Path, cut: int) -> None:
     record = records.parse(line(), "here:1")
     path = tmp_path / "euler.jsonl"
@@ -112,9 +134,203 @@ def test_a_torn_last_line_is_cut_off_before_the_next_append(tmp_path: Path, cut:
     records.append(path, record.model_copy(update={"rung": 8}))
     whole = path.read_bytes()
     path.write_bytes(whole[:-cut])
+    assert [r.rung for r in records.read(path)] == ([4, 8] if cut == 1 else [4])
+    records.append(path, record.model_copy(update={"rung": 16 if cut == 1 else 8}))
+    if cut == 1:  # nothing but its end was torn off: it is kept, and the next begins a line of its own
+        assert [r.rung for r in records.read(path)] == [4, 8, 16]
+        assert path.read_bytes().startswith(whole)
+    else:
+        assert path.read_bytes() == whole
+
+
+def test_a_line_torn_inside_a_letter_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "euler.jsonl"
+    path.write_bytes(line().encode() + b"\n" + '{"message":"é'.encode()[:-1])
     assert [r.rung for r in records.read(path)] == [4]
-    records.append(path, record.model_copy(update={"rung": 8}))
-    assert path.read_bytes() == whole
+
+
+def test_a_whole_last_line_that_is_no_record_is_not_swallowed(tmp_path: Path) -> None:
+    path = tmp_path / "euler.jsonl"
+    path.write_text(line() + "\n" + line(schema_version=3))
+    with pytest.raises(RecordError, match="schema version '3'"):
+        list(records.read(path))
+
+
+# schema 2 ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1.5059, 1.47797, 1.48998],
+        [0.854167, 0.9375, 1.0],
+        [0.0, 0.0],
+        [-1e-7, 2.5e-11, 3.0],
+        [123456.0, 123457.5],
+        [1e15, 1e-3],
+        [1 / 3, 2 / 3],  # no number of digits gives these: they stay as they are
+        [1e300, 5e-324],
+        [1, 10, 3],  # three integers are no packed form, and must not be taken for one
+        [7.25],
+        [],
+    ],
+)
+def test_resamples_come_back_to_the_bit(values: list[float]) -> None:
+    record = records.parse(line(quality={"fd": {"value": 1.0, "resamples": values}}), "here:1")
+    again = records.parse(records.line_of(record), "here:1")
+    assert [x.hex() for x in again.quality["fd"].resamples] == [float(x).hex() for x in values]
+
+
+def test_six_significant_digits_come_back_to_the_bit_whatever_their_size() -> None:
+    rng = random.Random(0)
+    for _ in range(300):
+        middle, spread = 10 ** rng.uniform(-9, 9), 10 ** rng.uniform(-4, 0)
+        values = [float(f"{middle * (1 + spread * rng.gauss(0, 1)):.6g}") for _ in range(100)]
+        assert isinstance(records.short(values)[2], list)
+        record = records.parse(line(quality={"fd": {"value": 1.0, "resamples": values}}), "here:1")
+        assert list(records.parse(records.line_of(record), "here:1").quality["fd"].resamples) == values
+
+
+def test_the_fast_parser_reads_what_append_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    offline = {"seconds": 1.0, "evaluations": {}, "state_mib": 0.0, "seed": 2}
+    full = records.parse(
+        line(
+            handles={"net": {"calls": 1.0}}, offline=offline, digests={"method": "ab" * 8}, reasons={"energy": "none"},
+            environment={"cpu": "a", "lock": "b"}, latency={"items": 1, "median_ms": 1.0, "iqr_ms": 0.0, "p95_ms": 1.0,
+                                                            "samples_ms": [1.0, 2.0]},
+        ),
+        "here:1",
+    )  # fmt: skip
+    path = records.path_of(tmp_path, full)
+    records.append(path, full)
+    monkeypatch.setattr(records, "_closely", lambda *_: pytest.fail("took the slow way"))
+    assert next(records.read(path)) == full
+    text = path.read_text()
+    assert "null" not in text and "{}" not in text and '"cpu":"a"' not in text
+
+
+def test_an_environment_is_a_file_of_its_own_and_shared(tmp_path: Path) -> None:
+    one = records.parse(line(environment={"cpu": "a", "torch": "2"}), "here:1")
+    path = records.path_of(tmp_path, one)
+    for rung, environment in ((2, one.environment), (4, one.environment), (8, {"cpu": "a", "torch": "3"})):
+        records.append(path, one.model_copy(update={"rung": rung, "environment": environment}))
+    kept = sorted((tmp_path / "0.1.0" / one.machine / "environments").iterdir())
+    assert len(kept) == 2
+    first, second, third = records.read(path)
+    assert first.environment is second.environment  # a hundred thousand records hold it once
+    assert (first.environment["torch"], third.environment["torch"]) == ("2", "3")
+    digest = records.environment_digest(third.environment)
+    file = path.parent.parent / "environments" / f"{digest}.json"
+    file.write_text(file.read_text().replace('"3"', '"4"'))
+    records.environment_of.cache_clear()
+    with pytest.raises(RecordError, match=rf"euler.jsonl:3: .*{digest}.json has been changed"):
+        list(records.read(path))
+    file.unlink()
+    with pytest.raises(RecordError, match=rf"euler.jsonl:3: .*{digest}.json is not there"):
+        list(records.read(path))
+
+
+def test_a_line_of_schema_1_is_read(tmp_path: Path) -> None:
+    old = line(
+        schema_version=1, environment={"device": "cuda", "cpu": "a"}, digests={"method": "ab" * 32}, message=None,
+        outputs="cd" * 32,
+    )  # fmt: skip
+    path = tmp_path / "0.1.0" / "epyc-2c-00000000" / "image" / "euler.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text(old + "\n")
+    (found,) = records.read_all(tmp_path)
+    assert (found.device, found.checkpoint, found.schema_version) == ("cuda", "", 2)
+    assert found.environment == {"cpu": "a"}
+    assert found.digests == {"method": "ab" * 8}
+    assert found.outputs == "cd" * 32
+    a, b = (
+        records.parse(line(schema_version=1, task="checkpoint/unet", digests={"backbone_teacher": d * 32}), "here:1")
+        for d in ("ab", "cd")
+    )
+    assert a.checkpoint != b.checkpoint
+    assert a.key != b.key
+
+
+def test_devices_and_checkpoints_are_cells_of_their_own(tmp_path: Path) -> None:
+    cpu = records.parse(line(), "here:1")
+    others = [{"device": "cuda"}, {"checkpoint": "ab" * 8}, {"checkpoint": "cd" * 8}]
+    for each in (cpu, *(cpu.model_copy(update=change) for change in others)):
+        records.append(records.path_of(tmp_path, cpu), each)
+    assert len(records.read_all(tmp_path)) == len(records.keys(records.path_of(tmp_path, cpu))) == 4
+    rows = board.cells(records.read_all(tmp_path), plugins.tasks())
+    assert len({row.place for row in rows}) == len({str(row.place) for row in rows}) == 4
+
+
+def test_a_processor_record_does_not_hide_the_run_on_another_device_nor_an_untimed_one_the_timed(
+    tmp_path: Path,
+) -> None:
+    cell = run.Cell("euler", "sampling/mixtures_flow", 2, 0, "smoke")
+    info, task = plugins.methods()["euler"], plugins.tasks()[cell.task][1]
+    made = records.parse(
+        line(
+            rung=2, machine=machine.machine_id(), suite=stepmark.__version__, digests=run.digests(info, task),
+            reasons={"latency": records.UNTIMED},
+        ),
+        "here:1",
+    )  # fmt: skip
+    records.append(records.path_of(tmp_path, made), made)
+    assert matrix.pending([cell], tmp_path) == []
+    assert matrix.pending([cell], tmp_path, "cuda:1") == [cell]
+    assert matrix.pending([cell], tmp_path, "cpu", timing=True) == [cell]
+    records.append(records.path_of(tmp_path, made), made.model_copy(update={"reasons": {"latency": "too short"}}))
+    assert matrix.pending([cell], tmp_path, "cpu", timing=True) == []
+    records.append(records.path_of(tmp_path, made), made.model_copy(update={"device": "cuda"}))
+    assert matrix.pending([cell], tmp_path, "cuda:1") == []
+
+
+def test_the_newest_counts_wherever_it_stands(tmp_path: Path) -> None:
+    early = records.parse(line(), "here:1")
+    late = early.model_copy(update={"created": "2026-01-02T00:00:00Z", "commit": "abcdef1"})
+    path = records.path_of(tmp_path, early)
+    for each in (late, early, early, late):
+        records.append(path, each)
+    assert records.read_all(tmp_path) == [late]
+    assert records.keys(path) == {late.key: late}
+    made = ledger.read(tmp_path, "smoke")
+    assert [r.commit for r in made.records] == ["abcdef1"]
+    assert made.files[early.track, early.method] == 2  # a line that a merge left twice is one record
+
+
+def test_what_a_file_system_leaves_beside_records_is_not_read(tmp_path: Path) -> None:
+    record = records.parse(line(environment={"cpu": "a"}), "here:1")
+    path = records.path_of(tmp_path, record)
+    records.append(path, record)
+    for stray in (path.with_name("._euler.jsonl"), tmp_path / ".trash" / "a.jsonl", tmp_path / ".DS" / "x.jsonl"):
+        stray.parent.mkdir(exist_ok=True)
+        stray.write_bytes(b"\x00\xffMac OS X\n")
+    assert records.read_all(tmp_path) == [record]
+    assert len(ledger.read(tmp_path, "smoke").records) == 1
+
+
+def test_two_branches_that_add_records_merge_without_a_conflict(tmp_path: Path) -> None:
+    def git(*words: str) -> None:
+        author = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", *author, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    shutil.copy(Path(__file__).parent.parent / ".gitattributes", tmp_path)
+    root = tmp_path / "leaderboard" / "results"
+    first = records.parse(line(environment={"cpu": "a"}), "here:1")
+    path = records.path_of(root, first)
+    git("init", "-b", "main")
+    records.append(path, first)
+    git("add", "-A")
+    git("commit", "-m", "one")
+    for branch, rungs in (("left", (8, 16)), ("right", (16, 32))):  # both measured one cell
+        git("checkout", "-b", branch, "main")
+        for rung in rungs:
+            more = {"rung": rung, "environment": {"cpu": "a", "torch": branch}}
+            records.append(path, first.model_copy(update=more | {"created": f"2026-01-0{len(branch) - 2}T00:00:00Z"}))
+        git("add", "-A")
+        git("commit", "-m", branch)
+    git("merge", "left")
+    found = {r.rung: r for r in records.read_all(root)}
+    assert sorted(found) == [4, 8, 16, 32]
+    assert found[16].environment["torch"] == "right"  # the newer of the two
 
 
 COMPARED = {"counts", "quality", "outputs", "flags", "status", "handles", "digests"}
@@ -222,3 +438,11 @@ def test_a_killed_process_is_resumed_by_the_next(tmp_path: Path) -> None:
     out, error = second.communicate(timeout=300)
     assert second.returncode == 0, error.decode()[-2000:]
     assert len(content(results)) == before + len(out.split()) - 1
+
+
+def test_a_file_is_read_by_its_bare_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = records.parse(line(environment={"cpu": "a"}), "here:1")
+    path = records.path_of(tmp_path, record)
+    records.append(path, record)
+    monkeypatch.chdir(path.parent)
+    assert list(records.read(Path("euler.jsonl"))) == [record]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,7 +14,8 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
-from stepmark.leaderboard import board, markup, site
+from pyarrow import parquet
+from stepmark.leaderboard import board, downloads, markup, site
 
 from stepmark import plugins
 from stepmark import record as record_files
@@ -83,7 +84,7 @@ def make(method: str, rung: int, value: float, seed: int = 0, **fields: Any) -> 
         "reasons": {"energy": f"no counter {HOSTILE}"},
         "outputs": "ab" * 16,
         "digests": {"task": hashlib.sha256(json.dumps(asdict(task), sort_keys=True).encode()).hexdigest()},
-        "environment": {"device": "cpu", "cpu": HOSTILE},
+        "environment": {"cpu": HOSTILE},
         "command": f"stepmark run --method {method} {HOSTILE}",
         "created": "2031-01-02T03:04:05Z",
         "commit": "abcdef1",
@@ -425,12 +426,22 @@ def test_track_page_has_charts_and_reasons(built: Path, pages: dict[str, Page]) 
     assert "energy: no counter" in page.content
 
 
+def kinds(name: str) -> Callable[[str], Any]:
+    """The type of a column of the downloads."""
+    whole = {"rung", "seed", "offline_seed"}
+    return int if name in whole else str if name in downloads.TEXTS else float
+
+
 def test_downloads_parse(built: Path) -> None:
     metric, *_ = known()
     lines = list(csv.DictReader((built / "data" / "image.csv").open(encoding="utf-8", newline="")))
     assert len(lines) == len(suite())
     assert {float(line[metric]) for line in lines if line[metric]} >= {3.0, 0.9}
     assert all(line["message"].startswith("'=") for line in lines if line["status"] == "failed")
+    table = parquet.read_table(built / "data" / "image.parquet").to_pylist()
+    assert [{name: value for name, value in line.items() if value is not None} for line in table] == [
+        {name: kinds(name)(value) for name, value in line.items() if value} for line in lines
+    ]
     entries = json.loads((built / "data" / "image.json").read_text(encoding="utf-8"))
     again = [Record.model_validate(entry) for entry in entries]
     assert (

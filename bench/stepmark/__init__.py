@@ -4,15 +4,19 @@ from stepmark.method import Claim, Method, Paper, Variant, skip
 from stepmark.task import Task
 
 __version__ = "0.1.0"
-__all__ = ["Claim", "Method", "Paper", "Session", "Task", "Variant", "skip"]
+__all__ = ["Claim", "Method", "Paper", "Session", "Task", "Variant", "frame", "skip"]
 
 
 def __getattr__(name: str) -> object:
-    # Session imports torch, which takes seconds: only on first use, so that listing stays instant.
+    # Session imports torch and frame numpy, which take seconds: only on first use, so that listing stays instant.
     if name == "Session":
         from stepmark.session import Session
 
         return Session
+    if name == "frame":
+        from stepmark.dataframe import frame
+
+        return frame
     raise AttributeError(f"module 'stepmark' has no attribute {name!r}")
 
 

@@ -33,7 +33,7 @@ class Cell:
 
     @property
     def key(self) -> tuple[str, str, int, int, str]:
-        """As `Record.key`."""
+        """Of `Record.key` what hangs on neither device nor checkpoint."""
         return (self.method, self.task, self.rung, self.seed, self.tier)
 
     @property
@@ -71,7 +71,7 @@ def digests(info: MethodInfo, task: Task) -> dict[str, str]:
     """Everything that can move a figure of a method on a task, by name."""
     found = plugins.source_digests(info, task)
     for role, backbone in sorted((task.backbones | task.judges).items()):
-        found[f"backbone_{role}"] = backbones.digest(backbone)
+        found[f"backbone_{role}"] = backbones.digest(backbone)[: plugins.DIGITS]
     return found
 
 

@@ -164,6 +164,9 @@ def _parser() -> argparse.ArgumentParser:
     found.add_argument("--check", action="store_true", help="only compare the releases with their manifests")
     _results(found)
 
+    found = command("migrate", _migrate, "rewrite records of the first schema as records of the second")
+    _results(found)
+
     found = command("site", _site, "build the static site from the records")
     _results(found)
     found.add_argument("--out", type=Path, help="folder of the built site (default build/site)")
@@ -355,14 +358,15 @@ def _run_cells(arguments: argparse.Namespace) -> int:
     cells = suite.cells(chosen)
     if not cells:
         raise ValueError("the selection holds no cell; see: stepmark list")
-    todo = len(cells) if arguments.again else len(suite.pending(cells, results))
+    timing = not arguments.no_timing
+    todo = len(cells if arguments.again else suite.pending(cells, results, arguments.device, timing))
     options = suite.Options(
         results=results,
         device=arguments.device,
         engine=arguments.engine,
         workers=arguments.workers or engine.available(arguments.device),
         address=arguments.address,
-        timing=not arguments.no_timing,
+        timing=timing,
         again=arguments.again,
         announce=lambda text: print(text, file=sys.stderr),
     )
@@ -560,6 +564,7 @@ def _samples(arguments: argparse.Namespace) -> int:
         if r.tier == arguments.tier
         and r.suite == __version__
         and r.machine == machine_id()
+        and r.device == arguments.device.partition(":")[0]
         and (not chosen.methods or r.method in chosen.methods)
         and (not chosen.tracks or r.track in chosen.tracks)
         and (not chosen.tasks or r.task in chosen.tasks)
@@ -569,6 +574,14 @@ def _samples(arguments: argparse.Namespace) -> int:
         records, results, arguments.device, arguments.prepare, lambda text: print(text, file=sys.stderr)
     )
     print(f"{made} samples written below {results}" + (f", {left} could not be made" if left else ""))
+    return 0
+
+
+def _migrate(arguments: argparse.Namespace) -> int:
+    from stepmark.migrate import migrate
+
+    results = arguments.results or results_folder("embedded")
+    print(f"{results}: {migrate(results)}")
     return 0
 
 

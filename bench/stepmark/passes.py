@@ -197,4 +197,4 @@ def timeless(mine: Runner, cell: Cell, timing: bool) -> str:
     cores = machine.usable_cores()
     if mine.ranks > cores and mine.device.type == "cpu":
         return f"{mine.ranks} processes on {cores} core: their times would say nothing"
-    return "" if timing else "run without timing"
+    return "" if timing else record.UNTIMED

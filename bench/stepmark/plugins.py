@@ -32,6 +32,7 @@ from stepmark.task import Dataset, Task
 
 MOUNTS = ("methods", "datasets", "kernels", "leaderboard")
 NAMED = ("tasks", "baselines", "claims")  # what a variant may name anew, beside the attributes of its class
+DIGITS = 16  # of a digest, as records keep it
 TRACK_CALLS = ("handles", "layers", "inputs", "check", "reference_call", "score")  # what the harness asks of a track
 
 
@@ -323,12 +324,13 @@ def source_digests(info: MethodInfo, task: Task) -> dict[str, str]:
     more |= {"price", "absent", "untrained", "follows"}  # which the digests of the networks and inputs hold
     asked = {name: value for name, value in asdict(task).items() if name not in more}
     files = [*info.path.parent.rglob("*.py")] if info.path.name == "__init__.py" else [info.path]
-    return {
+    found = {
         "method": method_digest(info),
         "track": reach_digest([(track_file(task.id), TRACK_CALLS), *((f, None) for f in files)], leave_out=files),
         "task": hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest(),
         "dataset": _dataset_digest(task),
     }
+    return {name: digest[:DIGITS] for name, digest in found.items()}
 
 
 def method_digest(info: MethodInfo) -> str:

@@ -1,19 +1,27 @@
 """Records: one JSON line per cell, written whole or not at all, read as untrusted input.
 
 `leaderboard/results/<suite version>/<machine>/<track>/<method>.jsonl`. Numbers are finite or null; a figure that could
-not be measured is null and its reason stands beside it.
+not be measured is null and its reason stands beside it. What a line leaves out has its default.
+
+The environment of a record (hardware, libraries, threads) is a file of its own, `<machine>/environments/<digest>.json`,
+which many records name by its digest. Nothing is ever changed in such a file, and lines are only added to the others, so
+that results of two branches merge line by line (`.gitattributes`); readers take the newest record of a cell wherever it
+stands. Records of schema 1 are read as well; `stepmark migrate` rewrites them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 from array import array
-from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
+import numpy as np
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -21,28 +29,30 @@ from pydantic import (
     Field,
     PlainSerializer,
     StringConstraints,
+    TypeAdapter,
     ValidationError,
+    ValidationInfo,
+    WrapValidator,
 )
 
-SCHEMA_VERSION = 1
+from stepmark.plugins import DIGITS
+
+SCHEMA_VERSION = 2
 LONGEST_LINE = 2_000_000
+LONGEST_ENVIRONMENT = 100_000  # bytes
+MOST_DIGITS = 22  # the largest power of ten that a floating-point number holds
+LARGEST = 2**53  # up to here a floating-point number holds every integer
+UNTIMED = "run without timing"  # the reason of a latency that was not asked for
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_]{0,63}$")]
 TaskId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_]{0,63}/[a-z0-9][a-z0-9_]{0,63}$")]
 MachineId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]{0,95}$")]
+Device = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,15}$")]
 Line = Annotated[str, StringConstraints(max_length=2000)]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16,64}$")]
 Figure = Annotated[float, Field(allow_inf_nan=False)]
-
-
-def _packed(values: list[float]) -> list[float]:
-    """The same numbers in a quarter of the memory: a site holds a hundred thousand records at once."""
-    return cast("list[float]", array("d", values))
-
-
-_AsList = PlainSerializer(list, return_type=list[float])
-Figures = Annotated[list[Figure], AfterValidator(_packed), _AsList]
-Resamples = Annotated[list[Figure], Field(max_length=2000), AfterValidator(_packed), _AsList]
+Key = tuple[str, str, int, int, str, str, str]
+Lookup = Callable[[str], dict[str, str]]
 
 
 class RecordError(Exception):
@@ -53,11 +63,132 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+# numbers ----------------------------------------------------------------------------------------
+
+
+def _packed(values: list[float]) -> list[float]:
+    """The same numbers in a quarter of the memory: a site holds a hundred thousand records at once."""
+    return cast("list[float]", array("d", values))
+
+
+def short(values: Sequence[float]) -> list[Any]:
+    """Figures that lie close together as `[digits, around, [differences]]`, from which `_read_short` makes the very
+    same floating-point numbers; as they are where no number of digits does.
+    """
+    numbers = np.array(values, dtype=np.float64)
+    for digits in range(MOST_DIGITS + 1 if numbers.size else 0):
+        scaled = np.rint(numbers * 10.0**digits)
+        if np.abs(scaled).max() >= LARGEST:
+            break
+        if (scaled / 10.0**digits == numbers).all():
+            around = int(np.median(scaled))
+            return [digits, around, (scaled.astype(np.int64) - around).tolist()]
+    return list(values)
+
+
+def _read_short(value: Any, whole: Callable[[Any], list[float]]) -> list[float]:
+    """What `short` wrote: figure b is (around + differences[b]) / 10^digits."""
+    if not (type(value) is list and len(value) == 3 and type(value[2]) is list):
+        return _packed(whole(value))
+    digits, around, differences = value
+    if not (type(digits) is int and 0 <= digits <= MOST_DIGITS and type(around) is int and abs(around) <= LARGEST):
+        raise ValueError("digits lie between 0 and 22, the middle is an integer of at most 2^53")
+    try:
+        integers = array("q", differences)  # three times as fast as an array of NumPy's made from a list
+    except (TypeError, OverflowError):
+        raise ValueError("differences are integers of 64 bits") from None
+    if not 0 < len(integers) <= 2000:
+        raise ValueError("there are at least one and at most 2000 differences")
+    numbers = (np.frombuffer(integers, np.int64) + around) / 10.0**digits
+    return cast("list[float]", array("d", numbers.tobytes()))
+
+
+_AsList = PlainSerializer(list, return_type=list[float])
+Figures = Annotated[list[Figure], AfterValidator(_packed), _AsList]
+Resamples = Annotated[list[Figure], Field(max_length=2000), WrapValidator(_read_short), _AsList]
+
+
+# environments -----------------------------------------------------------------------------------
+
+
+def _named(value: Any, plainly: Callable[[Any], dict[str, str]], info: ValidationInfo) -> dict[str, str]:
+    """An environment by its digest, where whoever reads says in which folder to look (`parse`)."""
+    lookup, whole = info.context or (None, True)
+    if isinstance(value, str) and lookup is not None:
+        return cast("dict[str, str]", lookup(value))
+    if not whole:
+        raise ValueError("an environment that stands in the line itself is not what `append` writes")
+    return plainly(value)
+
+
+Environment = Annotated[dict[Name, Line], WrapValidator(_named)]
+_ENVIRONMENT: TypeAdapter[dict[str, str]] = TypeAdapter(dict[Name, Line])
+
+
+def environments(path: Path) -> Path:
+    """Where the environments of a record file's records lie."""
+    return path.resolve().parent.parent / "environments"
+
+
+def environment_digest(environment: Mapping[str, str]) -> str:
+    """What records name an environment by."""
+    return hashlib.sha256(json.dumps(dict(environment), sort_keys=True).encode()).hexdigest()[:DIGITS]
+
+
+def keep_environment(folder: Path, environment: Mapping[str, str]) -> str:
+    """Write an environment that is not there yet, whole or not at all; its digest."""
+    digest = environment_digest(environment)
+    path = folder / f"{digest}.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_whole(path, json.dumps(dict(environment), sort_keys=True, indent=1, ensure_ascii=False) + "\n")
+    return digest
+
+
+def replace_whole(path: Path, text: str) -> None:
+    """Give a file this content: all of it, on disk, or none of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+@lru_cache(maxsize=65536)
+def environment_of(folder: Path, digest: str) -> dict[str, str]:
+    """The environment of this digest, read once and shared by all records that name it.
+
+    Raises:
+        RecordError: not there, or not what the digest says.
+    """
+    if not re.fullmatch(rf"[0-9a-f]{{{DIGITS}}}", digest):
+        raise RecordError(f"field environment: a digest has {DIGITS} hex digits, this is {digest[:80]!r}")
+    path = folder / f"{digest}.json"
+    try:
+        if path.stat().st_size > LONGEST_ENVIRONMENT:
+            raise RecordError(f"{path} is larger than {LONGEST_ENVIRONMENT} bytes")
+        found = _ENVIRONMENT.validate_json(path.read_bytes())
+    except OSError:
+        raise RecordError(
+            f"its environment {path} is not there; restore the file, which belongs to the records"
+        ) from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise RecordError(f"{path}: {'.'.join(map(str, first['loc']))[:80]}: {first['msg']}") from None
+    if environment_digest(found) != digest:
+        raise RecordError(f"{path} has been changed: its digest is {environment_digest(found)}; restore the file")
+    return found
+
+
+# the schema -------------------------------------------------------------------------------------
+
+
 class Quality(_Strict):
     """A metric over all items and over the paired bootstrap resamples of the items."""
 
     value: Figure
-    resamples: Resamples
+    resamples: Resamples = Field(default_factory=list)
 
 
 class Latency(_Strict):
@@ -97,19 +228,24 @@ class Energy(_Strict):
 class Offline(_Strict):
     """What `prepare` cost: wall seconds, evaluations by handle, size of what it left, shared trainings included.
 
-    `seed`: the seed of the training; None where no random numbers were drawn, so that all seeds share it.
+    `seed`: the seed of the training; None where no random numbers were drawn, so that all seeds share it, and in records
+    of before it was kept.
     """
 
     seconds: Figure
-    evaluations: dict[Name, Figure]
+    evaluations: dict[Name, Figure] = Field(default_factory=dict)
     state_mib: Figure
     seed: Annotated[int, Field(ge=0, le=10**6)] | None = None
 
 
 class Record(_Strict):
-    """One cell: a method on a task at a rung with a seed, on a machine."""
+    """One cell: a method on a task at a rung with a seed, on a device of a machine.
 
-    schema_version: Literal[1] = 1
+    `device` is its kind (cpu, cuda); which one, the environment says. `checkpoint` is the digest of the networks of a
+    user's own that the task was made from; "" for the tasks of the suite.
+    """
+
+    schema_version: Literal[2] = 2
     suite: Annotated[str, StringConstraints(pattern=r"^[0-9A-Za-z.+-]{1,32}$")]
     track: Name
     method: Name
@@ -118,34 +254,55 @@ class Record(_Strict):
     seed: Annotated[int, Field(ge=0, le=10**6)]
     tier: Literal["smoke", "embedded", "hub"]
     machine: MachineId
+    device: Device = "cpu"
+    checkpoint: Digest | Literal[""] = ""
     status: Literal["ok", "flagged", "failed", "skipped"]
     message: Line | None = None
-    flags: list[Line] = []
-    counts: dict[Name, Figure] = {}
-    handles: dict[Name, dict[Name, Figure]] = {}
-    reported: dict[Name, Figure] = {}
-    quality: dict[Name, Quality] = {}
+    flags: list[Line] = Field(default_factory=list)
+    counts: dict[Name, Figure] = Field(default_factory=dict)
+    handles: dict[Name, dict[Name, Figure]] = Field(default_factory=dict)
+    reported: dict[Name, Figure] = Field(default_factory=dict)
+    quality: dict[Name, Quality] = Field(default_factory=dict)
     latency: Latency | None = None
     memory: Memory | None = None
     energy: Energy | None = None
     offline: Offline | None = None
-    reasons: dict[Name, Line] = {}
+    reasons: dict[Name, Line] = Field(default_factory=dict)
     outputs: Digest | None = None
-    digests: dict[Name, Digest] = {}
-    environment: dict[Name, Line] = {}
+    digests: dict[Name, Digest] = Field(default_factory=dict)
+    environment: Environment = Field(default_factory=dict)
     command: Line
     created: Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
     commit: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{7,40}(-dirty)?$")] | None = None
 
     @property
-    def key(self) -> tuple[str, str, int, int, str]:
-        """(method, task, rung, seed, tier): what a resumed suite looks for."""
-        return (self.method, self.task, self.rung, self.seed, self.tier)
+    def key(self) -> Key:
+        """(method, task, rung, seed, tier, device, checkpoint): what a resumed suite looks for."""
+        return (self.method, self.task, self.rung, self.seed, self.tier, self.device, self.checkpoint)
 
 
 def path_of(root: Path, record: Record) -> Path:
     """Where a record belongs below the results folder."""
     return root / record.suite / record.machine / record.track / f"{record.method}.jsonl"
+
+
+def files(root: Path) -> list[Path]:
+    """The record files below a results folder, without those that an editor or a file system left there: `._x.jsonl`."""
+    found = (path for path in root.rglob("*.jsonl") if path.is_file())
+    return sorted(path for path in found if not any(p.startswith(".") for p in path.relative_to(root).parts))
+
+
+def latest(records: Iterable[Record]) -> list[Record]:
+    """The newest record of each cell, machine and suite version, whatever their order; of equally new ones the last."""
+    found: dict[tuple[Any, ...], Record] = {}
+    for record in records:
+        cell = (record.suite, record.machine, *record.key)
+        if cell not in found or record.created >= found[cell].created:
+            found[cell] = record
+    return list(found.values())
+
+
+# reading ----------------------------------------------------------------------------------------
 
 
 def _finite_only(token: str) -> Any:
@@ -159,16 +316,16 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _plainly(line: str) -> Record | None:
+def _plainly(line: str, lookup: Lookup | None) -> Record | None:
     """A record that is written as `append` writes it, in a third of the time; None leaves the line to a closer look.
 
     The parser behind this one lets a key stand twice. With no space before a colon every key is one `":`, so that as
     many of these as the record has keys leave no room for a second one.
     """
-    if '" ' in line or '"\t' in line or '"\r' in line:
+    if line.startswith('{"schema_version":1') or '" ' in line or '"\t' in line or '"\r' in line:
         return None
     try:
-        record = Record.model_validate_json(line)
+        record = Record.model_validate_json(line, context=(lookup, False))
     except ValueError:
         return None
     # A field that this count does not know makes the numbers differ, which costs time and nothing else.
@@ -176,69 +333,110 @@ def _plainly(line: str) -> Record | None:
         record.counts, record.handles, record.reported, record.quality, record.reasons, record.digests,
     )  # fmt: skip
     parts = [part for part in (record.latency, record.memory, record.energy, record.offline) if part is not None]
-    keys = len(record.model_fields_set) + sum(map(len, tables)) + len(record.environment)
+    keys = len(record.model_fields_set) + sum(map(len, tables))
     keys += sum(map(len, record.handles.values())) + 2 * len(record.quality)
     keys += sum(len(part.model_fields_set) for part in parts)
     keys += len(record.offline.evaluations) if record.offline else 0
     return record if keys == line.count('":') and "schema_version" in record.model_fields_set else None
 
 
-def parse(line: str, where: str) -> Record:
-    """One record from its line; `where` (file:line) begins the error message.
+def parse(line: str, where: str, folder: Path | None = None) -> Record:
+    """One record from its line; `where` (file:line) begins the error message, `folder` holds the environments.
 
     Raises:
-        RecordError: not JSON, not finite, a foreign schema version, missing or unknown fields, wild values.
+        RecordError: not JSON, not finite, a foreign schema version, missing or unknown fields, wild values, an
+            environment that is not there.
     """
     if len(line) > LONGEST_LINE:
         raise RecordError(f"{where}: the line is {len(line)} characters long, at most {LONGEST_LINE} are read")
-    plain = _plainly(line)
-    if plain is not None:
-        return plain
+    lookup = None if folder is None else partial(environment_of, folder)
+    try:
+        return _plainly(line, lookup) or _closely(line, lookup)
+    except RecordError as error:
+        raise RecordError(f"{where}: {error}") from None
+
+
+def _closely(line: str, lookup: Lookup | None) -> Record:
     try:
         data = json.loads(line, parse_constant=_finite_only, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
-        raise RecordError(f"{where}: not a JSON record ({error}); restore the file or remove the line") from None
+        raise RecordError(f"not a JSON record ({error}); restore the file or remove the line") from None
     if not isinstance(data, dict):
-        raise RecordError(f"{where}: a record is an object, this is a {type(data).__name__}")
-    if data.get("schema_version") != SCHEMA_VERSION:
+        raise RecordError(f"a record is an object, this is a {type(data).__name__}")
+    version = data.get("schema_version")
+    if version not in (1, SCHEMA_VERSION):
         raise RecordError(
-            f"{where}: schema version {str(data.get('schema_version'))[:20]!r}, this Stepmark reads {SCHEMA_VERSION}; "
+            f"schema version {str(version)[:20]!r}, this Stepmark reads 1 and {SCHEMA_VERSION}; "
             "read it with the version that wrote it"
         )
     try:
-        return Record.model_validate(data)
+        return Record.model_validate(_of_schema_1(data) if version == 1 else data, context=(lookup, True))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))[:80]
-        raise RecordError(f"{where}: field {place}: {first['msg']}") from None
+        raise RecordError(f"field {place}: {first['msg']}") from None
+
+
+def _of_schema_1(data: dict[str, Any]) -> dict[str, Any]:
+    """The same in schema 2: the device was a line of the environment, digests were whole.
+
+    Which checkpoint a task was made from was not said; the networks' digests together tell one from another.
+    """
+    for name in ("device", "checkpoint"):
+        if name in data:
+            raise RecordError(f"field {name}: schema 1 has none")
+    found = data | {"schema_version": SCHEMA_VERSION}
+    environment, digests = data.get("environment", {}), data.get("digests", {})
+    if not isinstance(environment, dict) or not isinstance(digests, dict):
+        return found  # validation says which
+    found["environment"] = {name: value for name, value in environment.items() if name != "device"}
+    found["device"] = environment.get("device", "cpu")
+    found["digests"] = {n: d[:DIGITS] if isinstance(d, str) and len(d) <= 64 else d for n, d in digests.items()}
+    if str(data.get("task")).startswith("checkpoint/"):
+        networks = sorted((name, str(digest)) for name, digest in digests.items() if name.startswith("backbone_"))
+        found["checkpoint"] = hashlib.sha256(json.dumps(networks).encode()).hexdigest()[:DIGITS]
+    return found
+
+
+def _is_json(text: bytes) -> bool:
+    """Whether a last line without its end is nevertheless a whole one."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def read(path: Path) -> Iterator[Record]:
     """Every record of a file. A torn last line (a killed writer) is left out; any other fault is a `RecordError`."""
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if content[end:].strip() and not _is_json(content[end:]):
+        content = content[:end]
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        place = path.read_bytes()[: error.start].count(b"\n") + 1
+        place = content[: error.start].count(b"\n") + 1
         raise RecordError(f"{path}:{place}: not UTF-8 text") from None
-    lines = text.split("\n")
-    for number, line in enumerate(lines[:-1], start=1):
+    folder = environments(path)
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield parse(line, f"{path}:{number}")
+            yield parse(line, f"{path}:{number}", folder)
 
 
 def read_all(root: Path) -> list[Record]:
-    """Every record below a results folder, later ones replacing earlier ones of the same cell and machine.
+    """Every record below a results folder, the newest of each cell, machine and suite version.
 
     Raises:
         RecordError: also when a record lies in a folder that its own fields do not name.
     """
-    found: dict[tuple[Any, ...], Record] = {}
-    for path in sorted(root.rglob("*.jsonl")):
+    found: list[Record] = []
+    for path in files(root):
         for record in read_once(path):
             if path_of(root, record) != path:
                 raise RecordError(f"{path}: holds a record that belongs in {path_of(root, record).relative_to(root)}")
-            found[(record.suite, record.machine, *record.key)] = record
-    return list(found.values())
+            found.append(record)
+    return latest(found)
 
 
 def read_once(path: Path) -> tuple[Record, ...]:
@@ -253,19 +451,47 @@ def _read_once(path: Path, state: tuple[int, ...]) -> tuple[Record, ...]:
     return tuple(read(path))
 
 
-def append(path: Path, record: Record) -> None:
-    """Add one record: whole (one write, flushed to disk) or not at all.
+def keys(path: Path) -> dict[Key, Record]:
+    """The cells that a file already holds."""
+    return {record.key: record for record in latest(read(path))} if path.exists() else {}
 
-    A torn line that a killed writer left at the end of the file is cut off first.
+
+# writing ----------------------------------------------------------------------------------------
+
+ALWAYS = {"schema_version", "device"}  # said even where they are the default
+
+
+def line_of(record: Record) -> str:
+    """A record as a line of its file, without the line's end: defaults left out, the environment by its digest."""
+    fields = record.model_dump(exclude_defaults=True, exclude={"environment"})
+    for quality in fields.get("quality", {}).values():
+        if "resamples" in quality:
+            quality["resamples"] = short(quality["resamples"])
+    fields |= {name: getattr(record, name) for name in ALWAYS}
+    if record.environment:
+        fields["environment"] = environment_digest(record.environment)
+    ordered = {name: fields[name] for name in Record.model_fields if name in fields}
+    return json.dumps(ordered, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def append(path: Path, record: Record) -> None:
+    """Add one record: whole (one write, flushed to disk) or not at all; its environment first, where it is new.
+
+    A torn line that a killed writer left at the end of the file is cut off; one that lacks nothing but its end is kept.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = record.model_dump_json(exclude_none=False).encode() + b"\n"
+    if record.environment:
+        keep_environment(environments(path), record.environment)
+    line = line_of(record).encode() + b"\n"
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         import fcntl
 
         fcntl.flock(handle, fcntl.LOCK_EX)
-        end = _whole_length(handle)
+        size = os.fstat(handle).st_size
+        end = _whole_length(handle, size)
+        if end < size and _is_json(os.pread(handle, size - end, end)):
+            end, line = size, b"\n" + line
         os.ftruncate(handle, end)
         os.lseek(handle, end, os.SEEK_SET)
         written = 0
@@ -276,8 +502,8 @@ def append(path: Path, record: Record) -> None:
         os.close(handle)
 
 
-def _whole_length(handle: int) -> int:
-    size = os.fstat(handle).st_size
+def _whole_length(handle: int, size: int) -> int:
+    """Up to and with the end of the last line that has one."""
     position = size
     while position > 0:
         step = min(65536, position)
@@ -287,8 +513,3 @@ def _whole_length(handle: int) -> int:
             return position - step + newline + 1
         position -= step
     return 0
-
-
-def keys(path: Path) -> dict[tuple[str, str, int, int, str], Record]:
-    """The cells that a file already holds."""
-    return {record.key: record for record in read(path)} if path.exists() else {}

@@ -87,7 +87,7 @@ def _walk(
 def _heading(cell: Cell, info: MethodInfo, device: str) -> dict[str, Any]:
     """What is known of a record without running anything."""
     task = track_of(cell.task)[1]
-    environment = machine.environment() | {"device": torch.device(device).type, "threads": "1"}
+    environment = machine.environment() | {"threads": "1"}
     return {
         "suite": __version__,
         "track": plugins.tasks()[cell.task][0],
@@ -97,6 +97,8 @@ def _heading(cell: Cell, info: MethodInfo, device: str) -> dict[str, Any]:
         "seed": cell.seed,
         "tier": cell.tier,
         "machine": machine.machine_id(),
+        "device": torch.device(device).type,
+        "checkpoint": task.checkpoint[: plugins.DIGITS],
         "digests": digests(info, task),
         "environment": environment | ({"checkpoint": task.origin} if task.origin else {}),
         "command": cell.command,

@@ -1,8 +1,8 @@
 """Samples: what a reader can look at. The first outputs of a cell's quality pass, small, in a file beside the records.
 
-`leaderboard/results/<suite>/<machine>/samples/<track>/<method>.json` holds one sample per (task, rung, tier), all of
-seed 0: pictures as one PNG strip, texts with their prompts, points as numbers. Which kind is told by the outputs
-themselves. Like records they are read as untrusted input and written whole or not at all.
+`leaderboard/results/<suite>/<machine>/samples/<track>/<method>.json` holds one sample per (task, rung, tier,
+device), all of seed 0: pictures as one PNG strip, texts with their prompts, points as numbers. Which kind is told by
+the outputs themselves. Like records they are read as untrusted input and written whole or not at all.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
-from stepmark.record import Digest, Figure, MachineId, Name, Record, RecordError, TaskId
+from stepmark.record import Device, Digest, Figure, MachineId, Name, Record, RecordError, TaskId
 
 if TYPE_CHECKING:
     from stepmark.plugins import MethodInfo
@@ -94,13 +94,14 @@ class Sample(_Strict):
     task: TaskId
     rung: Annotated[int, Field(ge=0, le=10**12)]
     tier: Literal["smoke", "embedded", "hub"]
+    device: Device = "cpu"
     source: Digest
     shown: Annotated[Shown, Field(discriminator="kind")]
 
     @property
-    def key(self) -> tuple[str, int, str]:
-        """(task, rung, tier)."""
-        return (self.task, self.rung, self.tier)
+    def key(self) -> tuple[str, int, str, str]:
+        """(task, rung, tier, device)."""
+        return (self.task, self.rung, self.tier, self.device)
 
 
 class SampleFile(_Strict):
@@ -213,14 +214,29 @@ def read(path: Path) -> SampleFile:
 
 def read_all(root: Path) -> list[SampleFile]:
     """Every sample file below a results folder."""
-    return [read(path) for path in sorted(root.glob("*/*/samples/*/*.json"))]
+    return [read(path) for path in files(root)]
+
+
+def files(root: Path) -> list[Path]:
+    """The sample files below a results folder, without those that an editor or a file system left there."""
+    return sorted(root.glob("*/*/samples/*/[!.]*.json"))
+
+
+def write(path: Path, file: SampleFile) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(_lines(file), encoding="utf-8")
+    temporary.replace(path)
 
 
 def keep(root: Path, record: Record, shown: Shown) -> Path:
     """Put a cell's sample into its method's file, in place of an older one: whole or not at all."""
     path = path_of(root, record.suite, record.machine, record.track, record.method)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sample = Sample(task=record.task, rung=record.rung, tier=record.tier, source=source_of(record.digests), shown=shown)
+    source = source_of(record.digests)
+    sample = Sample(
+        task=record.task, rung=record.rung, tier=record.tier, device=record.device, source=source, shown=shown
+    )
     handle = os.open(path.parent, os.O_RDONLY)  # the folder is the lock: the file itself is replaced
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -233,18 +249,21 @@ def keep(root: Path, record: Record, shown: Shown) -> Path:
             method=record.method,
             samples=[have[key] for key in sorted(have)],
         )
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(_lines(made), encoding="utf-8")
-        temporary.replace(path)
+        write(path, made)
     finally:
         os.close(handle)
     return path
 
 
+def _fields(sample: Sample) -> dict[str, Any]:
+    """Of a sample all that is not said by leaving it out: the processor."""
+    return sample.model_dump(exclude={"device"} if sample.device == "cpu" else None)
+
+
 def _lines(file: SampleFile) -> str:
     """JSON with a line per sample, so that a new rung is one line of a change."""
     head = json.dumps(file.model_dump(exclude={"samples"}))[:-1]
-    body = ",\n".join(json.dumps(sample.model_dump(), ensure_ascii=False) for sample in file.samples)
+    body = ",\n".join(json.dumps(_fields(sample), ensure_ascii=False) for sample in file.samples)
     return f'{head}, "samples": [\n{body}\n]}}\n'
 
 
@@ -259,7 +278,7 @@ def lacking(records: Sequence[Record], root: Path) -> list[Record]:
     found = []
     for r in records:
         if r.seed == 0 and r.status in {"ok", "flagged"}:
-            key = (r.suite, r.machine, r.method, r.task, r.rung, r.tier)
+            key = (r.suite, r.machine, r.method, r.task, r.rung, r.tier, r.device)
             if have.get(key) != source_of(r.digests):
                 found.append(r)
     return found

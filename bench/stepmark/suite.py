@@ -100,20 +100,28 @@ def _file(cell: Cell, results: Path) -> Path:
     return results / __version__ / machine.machine_id() / track / f"{cell.method}.jsonl"
 
 
-def pending(wanted: Sequence[Cell], results: Path) -> list[Cell]:
-    """Cells without a record of the same digests on this machine. Failed ones are tried again."""
-    have: dict[tuple[str, str, int, int, str], records.Record] = {}
+def pending(wanted: Sequence[Cell], results: Path, device: str = "cpu", timing: bool = False) -> list[Cell]:
+    """Cells without a record of the same digests on this machine and device. Failed ones are tried again.
+
+    With `timing` also those whose record was made without it.
+    """
+    have: dict[records.Key, records.Record] = {}
     for path in {_file(cell, results) for cell in wanted}:
         have |= records.keys(path)
     known = plugins.methods()
     current: dict[tuple[str, str], dict[str, str]] = {}
     left: list[Cell] = []
     for cell in wanted:
-        pair = (cell.method, cell.task)
+        pair, task = (cell.method, cell.task), plugins.tasks()[cell.task][1]
         if pair not in current:
-            current[pair] = digests(known[cell.method], plugins.tasks()[cell.task][1])
-        found = have.get(cell.key)
-        if found is None or found.digests != current[pair] or found.status == "failed":
+            current[pair] = digests(known[cell.method], task)
+        found = have.get((*cell.key, device.partition(":")[0], task.checkpoint[: plugins.DIGITS]))
+        if (
+            found is None
+            or found.digests != current[pair]
+            or found.status == "failed"
+            or (timing and found.reasons.get("latency") == records.UNTIMED)
+        ):
             left.append(cell)
     return left
 
@@ -125,14 +133,11 @@ def walk(selection: Selection, options: Options) -> Iterator[records.Record]:
         KeyError, PluginError: a wrong selection. DeviceBusy: somebody else is timing here.
     """
     wanted = cells(selection)
-    todo = wanted if options.again else pending(wanted, options.results)
+    todo = wanted if options.again else pending(wanted, options.results, options.device, options.timing)
     if len(todo) < len(wanted):
         options.announce(f"{len(wanted) - len(todo)} of {len(wanted)} cells are done already")
     if not todo:
         return
-    folder = options.results / __version__ / machine.machine_id()
-    folder.mkdir(parents=True, exist_ok=True)
-    machine.write_fingerprint(folder / "machine.json")
     if options.engine == "ray":
         stream = engine.ray(todo, options.device, options.timing, options.address)
     elif options.workers > 1:

@@ -39,8 +39,10 @@ def compare(record: Record, again: Record, intervals: Mapping[str, tuple[float, 
     changed = sorted(n for n in record.digests if again.digests.get(n) != record.digests[n])
     if changed:
         found.notes.append(f"changed since the record was written: {', '.join(changed)}")
+    if record.checkpoint != again.checkpoint:
+        found.notes.append("the record is of another checkpoint")
     same = record.machine == again.machine and record.environment == again.environment
-    on_cpu = record.environment.get("device") == again.environment.get("device") == "cpu"
+    on_cpu = record.device == again.device == "cpu"
     exact = same and on_cpu
     if record.status != again.status:
         found.differs.append(

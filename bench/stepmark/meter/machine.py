@@ -175,10 +175,13 @@ def fingerprint() -> dict[str, object]:
 
 
 def environment() -> dict[str, str]:
-    """The fingerprint flattened to lines, as it stands in a record: lower-case keys, absent fields left
-    out."""
+    """The fingerprint flattened to lines, as records keep it: lower-case keys, absent fields left out, and without the
+    clock of the moment, so that every run on a machine has the same.
+    """
     lines: dict[str, str] = {}
     for key, value in fingerprint().items():
+        if key == "gpu_mhz_at_start":
+            continue
         if isinstance(value, dict):
             lines.update({re.sub(r"[^a-z0-9]+", "_", f"{name}".lower()): str(text) for name, text in value.items()})
         elif isinstance(value, list):
@@ -213,10 +216,3 @@ def machine_id() -> str:
     gpus = hardware["gpus"]
     assert isinstance(gpus, list)
     return describe(str(hardware["cpu"]), int(str(hardware["logical_cores"])), int(str(hardware["ram_gib"])), gpus)
-
-
-def write_fingerprint(path: Path) -> None:
-    """Write the fingerprint beside the records of this machine, whole or not at all."""
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(fingerprint(), indent=1, sort_keys=True) + "\n")
-    temporary.replace(path)

@@ -1,0 +1,88 @@
+"""`stepmark migrate`: records of schema 1 as records of schema 2, whole files or not at all.
+
+The figures stay the same to the last bit. Versions that are released stay as they are, since a release is its files:
+their records are read in the old schema for good.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stepmark import record as records
+from stepmark import samples
+
+
+@dataclass
+class Summary:
+    """What was done: files and records rewritten, bytes of these files before, and after with their environments."""
+
+    files: int = 0
+    records: int = 0
+    before: int = 0
+    after: int = 0
+    samples: int = 0
+    released: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        sizes = f"{self.before / 1e6:.2f} MB before, {self.after / 1e6:.2f} MB after"
+        said = f"{self.files} files with {self.records} records: {sizes}"
+        said += f"; {self.samples} files of samples follow them" if self.samples else ""
+        left = f"; left as released: {', '.join(self.released)}" if self.released else ""
+        return (said if self.files else "nothing to migrate") + left
+
+
+def migrate(results: Path) -> Summary:
+    """Rewrite what is of schema 1 below a results folder; a second call finds nothing to do. Not while a suite runs.
+
+    Raises:
+        RecordError: a record cannot be read; its file and those after it are left as they are.
+    """
+    found = Summary()
+    folders: set[Path] = set()
+    for path in records.files(results):
+        lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+        if all(line.startswith(b'{"schema_version":2,') for line in lines):
+            continue
+        version = results / path.relative_to(results).parts[0]
+        if (version / "release" / "manifest.json").exists():
+            found.released = tuple(sorted({*found.released, version.name}))
+            continue
+        before, made = path.stat().st_size, list(records.read(path))
+        for each in made:
+            if each.environment:
+                records.keep_environment(records.environments(path), each.environment)
+        # Before their records, so that after a stop in between the next call does the rest.
+        found.samples += _follow(path.parent.parent / "samples" / path.parent.name / f"{path.stem}.json", lines)
+        records.replace_whole(path, "".join(f"{records.line_of(each)}\n" for each in made))
+        found.files += 1
+        found.records += len(made)
+        found.before += before
+        found.after += path.stat().st_size
+        folders.add(records.environments(path))
+    for folder in folders:
+        found.after += sum(path.stat().st_size for path in folder.glob("*.json"))
+        (folder.parent / "machine.json").unlink(missing_ok=True)  # the environments say all of it
+    return found
+
+
+def _follow(path: Path, lines: Sequence[bytes]) -> bool:
+    """Let a method's samples name the digests of its records as these are from now on; whether any had to change."""
+    if not path.exists():
+        return False
+    now: dict[str, str] = {}
+    for line in lines:
+        try:
+            digests: dict[str, str] = json.loads(line).get("digests", {})
+        except ValueError:  # the torn last line
+            continue
+        kept = {name: digest[: records.DIGITS] for name, digest in digests.items()}
+        now[samples.source_of(digests)] = samples.source_of(kept)
+    file = samples.read(path)
+    moved = [each.model_copy(update={"source": now.get(each.source, each.source)}) for each in file.samples]
+    if moved == file.samples:
+        return False
+    samples.write(path, file.model_copy(update={"samples": moved}))
+    return True
