@@ -115,6 +115,9 @@ def load(backbone: str, device: torch.device | str = "cpu", dtype: torch.dtype |
         missing, unexpected = module.load_state_dict(weights, strict=False)
         if unexpected or set(missing) - _tied(module):
             raise ValueError(f"{path.name} does not fit its recipe; run: stepmark backbones train {backbone}")
+    else:  # its buffers may be the constants of a dataset's module, which nobody may write into
+        for part in module.modules():
+            part._buffers.update({name: None if b is None else b.clone() for name, b in part._buffers.items()})
     module = module.to(device=device, dtype=dtype).eval()
     return module.requires_grad_(False)
 
