@@ -19,6 +19,7 @@ from stepmark.verify import compare
         [],
         ["list"],
         ["run"],
+        ["tour"],
         ["check"],
         ["new"],
         ["show"],

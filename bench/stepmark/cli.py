@@ -11,6 +11,7 @@ from pathlib import Path
 from stepmark import __version__
 from stepmark.commands import catalogue, publish, records
 from stepmark.commands import run as running
+from stepmark.commands import tour as touring
 from stepmark.commands.options import add_checkpoint, add_results, add_selection
 
 
@@ -52,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="stepmark",
         description="How much quality does each inference step, millisecond, megabyte and joule buy?",
-        epilog="First steps: `stepmark list`, then `stepmark run --tier smoke --method ddim`, then `stepmark show`.",
+        epilog="First steps: `stepmark list`, then `stepmark tour`, then `stepmark show`.",
     )
     parser.add_argument("--version", action="version", version=f"stepmark {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -109,6 +110,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--limit", type=int, default=None, help="with --via: items per task")
     found.add_argument("--quiet", action="store_true", help="no table at the end")
+
+    found = command(
+        "tour",
+        touring.tour,
+        "measure a handful of headline comparisons, beside the published figures",
+        "At tier embedded, on this\nmachine, a few minutes; then the site with these records in it. Nothing of it is published.\n"
+        "Stop it when you like: the same command goes on where it was.\n\n"
+        "  stepmark tour --list          which comparisons there are\n"
+        "  stepmark tour                 all of them (this is `make bench`)\n"
+        "  stepmark tour sampler cache   two of them",
+    )
+    found.add_argument("stop", nargs="*", metavar="STOP", help="only these comparisons")
+    found.add_argument("--list", action="store_true", help="only say which there are")
+    found.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1 ...")
+    found.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="1 or 2 processes, each with a core of its own (default 2)"
+    )
+    found.add_argument("--again", action="store_true", help="measure also what has been measured")
+    found.add_argument("--no-site", action="store_true", help="only the figures")
+    found.add_argument("--out", type=Path, help="folder of the built site (default build/site)")
+    found.add_argument("--results", type=Path, help="folder of the records (default .stepmark/tour)")
 
     found = command("check", catalogue.check, "check one plugin against the contract and say what is wrong and where")
     found.add_argument("path", type=Path, nargs="+", help="methods/<track>/<id>.py")
