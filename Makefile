@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE = 1
 export HF_DATASETS_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help bench test lint format site lock clean
+.PHONY: help bench test price lint format site lock clean
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,8 +25,13 @@ bench: $(VENV)/.installed ## a tour: headline comparisons measured here, the pub
 TIMED := tests/test_meter.py bench/test_ruler.py
 
 test: $(VENV)/.installed ## every test, the ruler and the quick suite
-	$(BIN)/python -m pytest --quick --numprocesses auto --dist worksteal $(TIMED:%=--ignore=%)
-	$(BIN)/python -m pytest $(TIMED)
+	$(BIN)/python -m pytest --quick --numprocesses auto --dist worksteal --junitxml build/junit/shared.xml $(TIMED:%=--ignore=%)
+	$(BIN)/python -m pytest --junitxml build/junit/timed.xml $(TIMED)
+
+WHAT := cells list
+
+price: $(VENV)/.installed ## what one more method costs: smoke cells, stepmark list; WHAT="site tests" for the others
+	$(BIN)/python bench/price.py $(WHAT)
 
 lint: $(VENV)/.installed ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .
