@@ -96,6 +96,13 @@ def test_agreement_is_that_of_another_machine_and_never_of_times() -> None:
     )  # fmt: skip
 
 
+def test_the_published_time_is_that_of_the_same_pair() -> None:
+    here = keyed(make("ddim", 16, 2.0, 16), make("unipc", 8, 2.0, 2), make("unipc", 16, 1.0, 16))
+    there = keyed(make("ddim", 16, 2.0, 16), make("unipc", 8, 2.0, 4), make("unipc", 16, 1.0, 1))
+    assert tour.published_time(STOP, here, there, TASK) == " There it is 4.0x as fast."
+    assert tour.published_time(STOP, here, keyed(make("unipc", 8, 2.0, 4)), TASK) == ""
+
+
 def test_the_table_holds_the_published_figure_beside_each() -> None:
     here, there = keyed(make("ddim", 8, 4.0, 8), make("unipc", 8, 2.0, 4)), keyed(make("unipc", 8, 2.25, 4))
     head, ddim, unipc = tour.table(STOP, here, there, TASK)

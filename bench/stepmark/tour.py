@@ -127,7 +127,8 @@ def not_worse(mine: Record, other: Record, metric: str, higher: bool) -> bool:
     if len({len(each.resamples) for each in tables}) != 1 or not tables[0].resamples:
         gain = tables[0].value - tables[1].value
         return gain >= 0 if higher else gain <= 0
-    found = paired_test(*(centred(each.resamples, each.value) for each in tables))
+    ours, theirs = (centred(each.resamples, each.value) for each in tables)
+    found = paired_test(ours, theirs)
     return found.p > ALPHA or (found.difference >= 0 if higher else found.difference <= 0)
 
 
@@ -236,7 +237,7 @@ def table(stop: Stop, found: Figures, published: Figures, task: Task) -> list[tu
     """Rows of text: what was measured here, the published figure beside it; times as ratios to one cell of the same place."""
     metric = next(iter(task.metrics))
     costs = [("nfe", "evaluations"), *stop.costs]
-    head = ("method", task.unit, f"{metric} here", "published")
+    head: tuple[str, ...] = ("method", task.unit, f"{metric} here", "published")
     for _, word in costs:
         head += (f"{word} here", "published")
     rows: list[tuple[str, ...]] = [(*head, "ms an item", "relative time", "published")]
@@ -244,13 +245,15 @@ def table(stop: Stop, found: Figures, published: Figures, task: Task) -> list[tu
     slowest = next((key for key in reversed(order) if key[0] == stop.baseline), None)
     for key in order:
         here, there = found[key], published.get(key)
-        row = (key[0], f"{key[1]:,}", figure(here.quality[metric].value), figure(quality_of(there, metric)))
+        row: tuple[str, ...] = (
+            key[0],
+            f"{key[1]:,}",
+            figure(here.quality[metric].value),
+            figure(quality_of(there, metric)),
+        )
         for name, _ in costs:
             row += (figure(here.counts.get(name)), figure(there.counts.get(name) if there else None))
-        share = [
-            figure(_share(side.get(key), side.get(slowest))) if slowest else "-"  # type: ignore[arg-type]
-            for side in (found, published)
-        ]
+        share = [figure(_share(side.get(key), side.get(slowest) if slowest else None)) for side in (found, published)]
         rows.append((*row, figure(per_item(here)), *share))
     return rows
 

@@ -65,7 +65,8 @@ def tour(arguments: argparse.Namespace) -> int:
             f"\n  => {stops.sentence(stop, here, task)}\n     {said}{stops.published_time(stop, here, theirs, task)}",
             flush=True,
         )
-    counted = f"{verdicts.count(True)} of {len(verdicts)} comparisons agree with the published records"
+    compared = [verdict for verdict in verdicts if verdict is not None]
+    counted = f"{compared.count(True)} of {len(compared)} comparisons agree with the published records"
     print(f"\n{counted}; measured in {time.monotonic() - begin:.0f} s. The records are below {results}.")
     if root is None:
         print("The site is built from a checkout; this is an installed package.")
