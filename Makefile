@@ -7,21 +7,31 @@ export HF_HUB_OFFLINE = 1
 export HF_DATASETS_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help bench test lint format site lock clean
+.PHONY: help bench test price lint format site lock clean
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "Optional; without them everything works, and tests that need one are skipped by name:"
+	@echo "  chromium            the browser tests of the site (.ci/browser installs Debian's; CI requires it)"
+	@echo "  an NVIDIA GPU       --device cuda; Triton kernels run in its interpreter without one"
+	@echo "  energy sensors      joules: NVML, or RAPL readable in /sys/class/powercap; else null and a reason"
+	@echo "  the extras ray, lm-eval   --engine ray, --via lm-eval; \`make\` installs them, plain pip does not"
 
-bench: $(VENV)/.installed ## the quick suite (each method once, small), the leaderboard table, the site
-	$(BIN)/stepmark run --quick --workers 0
-	$(BIN)/stepmark site
+bench: $(VENV)/.installed ## a tour: headline comparisons measured here, the published figures beside them, the site
+	$(BIN)/stepmark tour
 
 # What measures time has the machine to itself; the rest shares it, one worker pinned to each core.
 TIMED := tests/test_meter.py bench/test_ruler.py
 
 test: $(VENV)/.installed ## every test, the ruler and the quick suite
-	$(BIN)/python -m pytest --quick --numprocesses auto --dist worksteal $(TIMED:%=--ignore=%)
-	$(BIN)/python -m pytest $(TIMED)
+	$(BIN)/python -m pytest --quick --numprocesses auto --dist worksteal --junitxml build/junit/shared.xml $(TIMED:%=--ignore=%)
+	$(BIN)/python -m pytest --junitxml build/junit/timed.xml $(TIMED)
+
+WHAT := cells list
+
+price: $(VENV)/.installed ## what one more method costs: smoke cells, stepmark list; WHAT="site tests" for the others
+	$(BIN)/python bench/price.py $(WHAT)
 
 lint: $(VENV)/.installed ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .

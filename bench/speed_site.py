@@ -1,12 +1,14 @@
 """How long the site takes to build from many records, and how much memory.
 
     python bench/speed_site.py [--records 100000] [--machines 12] [--versions 3] [--cores 2] [--keep FOLDER] [--profile]
+                               [--goal 60]
 
 Synthetic records of every plugin on every task of its track, over machines, suite versions and seeds, with as many
 resamples and timings as real ones, are written to a temporary folder; then the site is built from them, MkDocs
 included, by processes of their own on `--cores` cores. Prints the wall and CPU seconds of the whole and of MkDocs
-alone, the peak of the memory of all processes together, and the largest page. CPU seconds are the figure to read on a
-machine that has other work: on idle cores the wall time lies between them divided by the cores and them.
+alone, the peak of the memory of all processes together, and the largest page; exits with 1 if it took more seconds of
+the clock than `--goal`. CPU seconds are the figure to read on a machine that has other work: on idle cores the wall
+time lies between them divided by the cores and them.
 """
 
 from __future__ import annotations
@@ -143,8 +145,8 @@ def memory(pid: int) -> float:
     return found
 
 
-def main() -> None:
-    """Write, build, print."""
+def main() -> int:
+    """Write, build, print; 1 above the goal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=100_000)
     parser.add_argument("--machines", type=int, default=12)
@@ -152,6 +154,7 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=2, help="0: as many as there are")
     parser.add_argument("--keep", type=Path, help="folder for records and site; records found there are used again")
     parser.add_argument("--profile", action="store_true", help="print where the time of the main process goes; slower")
+    parser.add_argument("--goal", type=float, metavar="SECONDS", help="exit with 1 if the build takes longer")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = arguments.keep or Path(folder)
@@ -174,7 +177,11 @@ def main() -> None:
         print(f"wall {cost.wall:.1f} s, CPU {cost.cpu:.1f} s (MkDocs {cost.mkdocs:.1f} s), "
               f"peak {peak or cost.peak:,.0f} MiB, {len(pages)} pages, largest {largest.relative_to(root / 'out')} "
               f"with {largest.stat().st_size / 1024:,.0f} KB")  # fmt: skip
+    if arguments.goal is None:
+        return 0
+    print(f"{'ok  ' if cost.wall <= arguments.goal else 'OVER'} site: {cost.wall:.1f} s, goal {arguments.goal:g} s")
+    return int(cost.wall > arguments.goal)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -20,6 +20,7 @@ from stepmark.verify import compare
         [],
         ["list"],
         ["run"],
+        ["tour"],
         ["check"],
         ["new"],
         ["show"],

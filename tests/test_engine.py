@@ -22,7 +22,7 @@ def content(results: Path) -> list[dict[str, object]]:
 
 
 def test_ray_writes_the_records_that_the_local_engine_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ray = pytest.importorskip("ray")
+    ray = pytest.importorskip("ray", reason="the extra stepmark[ray] is not installed")
     monkeypatch.setenv("STEPMARK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     options = suite.Options(results=tmp_path / "local", timing=False, announce=lambda text: None)

@@ -4,6 +4,7 @@ like. Screenshots of the main pages are left in build/screenshots.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import threading
@@ -22,13 +23,18 @@ from stepmark import record as record_files
 from stepmark.method import Paper
 from stepmark.record import Latency, Memory, Offline, Quality, Record
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (the dev extra has it)")
+REQUIRED = os.environ.get("STEPMARK_BROWSER") == "required"  # as in CI: what is missing fails instead of skipping
+if not REQUIRED:
+    pytest.importorskip("playwright.sync_api", reason="playwright is not installed (the dev extra has it)")
+from playwright import sync_api as playwright  # noqa: E402
 
 TASK = "class_to_image/digits_flow"
 HOSTILE = '</script><script>alert(1)</script> <img src="https://evil.example/x.png" onerror="alert(2)">'
 PAGES = ("index.html", "tracks/image.html", "compare.html", "methods/toy_half.html", "papers.html", "downloads.html")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found on the path")
+if REQUIRED and CHROMIUM is None:
+    raise RuntimeError("STEPMARK_BROWSER=required, but no Chromium is on the path; run .ci/browser")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found on the path; .ci/browser installs one")
 
 
 def make(method: str, rung: int, value: float, seed: int, machine: str, **fields: Any) -> Record:

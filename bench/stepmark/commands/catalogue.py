@@ -1,0 +1,76 @@
+"""`stepmark list`, `check`, `new`, `backbones`: what there is, and what an author adds to it."""
+
+from __future__ import annotations
+
+import argparse
+
+from stepmark import plugins
+from stepmark.commands.table import columns
+
+
+def list_plugins(arguments: argparse.Namespace) -> int:
+    """Tracks, methods, tasks and datasets, aligned."""
+    wanted = arguments.what
+    methods = plugins.methods() if wanted in {"all", "tracks", "methods"} else {}
+    blocks: list[str] = []
+    if wanted in {"all", "tracks"}:
+        rows: list[tuple[str, ...]] = [
+            (track, f"{sum(m.track == track for m in methods.values())} methods") for track in plugins.tracks()
+        ]
+        blocks.append("tracks\n" + columns(rows))
+    if wanted in {"all", "methods"} and methods:
+        order = sorted(methods.values(), key=lambda m: (m.track, bool(m.baselines), m.id))
+        blocks.append("methods\n" + columns([(m.id, m.track, m.title[:90]) for m in order]))
+    if wanted in {"all", "tasks"} and plugins.tasks():
+        rows = [(t.id, track, f"v{t.version}", t.unit, t.summary[:80]) for track, t in plugins.tasks().values()]
+        blocks.append("tasks\n" + columns(rows))
+    if wanted in {"all", "datasets"}:
+        rows = [(d.id, f"v{d.version}", d.summary[:90]) for d in plugins.datasets().values()]
+        blocks.append("datasets\n" + columns(rows))
+    if wanted == "backbones":
+        return backbones(argparse.Namespace(do="list", id=[]))
+    print("\n\n".join(blocks))
+    return 0
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """What is wrong with plugins, line by line."""
+    from stepmark import check as contract
+
+    wrong = 0
+    for path in arguments.path:
+        findings = contract.check(path, arguments.device, not arguments.no_run)
+        wrong += bool(findings)
+        print(f"{path}: " + ("keeps the contract" if not findings else f"{len(findings)} to mend"))
+        for finding in findings:
+            print(f"  - {finding}")
+    return 1 if wrong else 0
+
+
+def new(arguments: argparse.Namespace) -> int:
+    """A plugin to fill in."""
+    from stepmark.check import scaffold
+
+    path = scaffold(arguments.path)
+    print(f"wrote {path}; fill it in, then: stepmark check {path}")
+    return 0
+
+
+def backbones(arguments: argparse.Namespace) -> int:
+    """The embedded reference models: list them, or train some again."""
+    from stepmark import backbones
+
+    if arguments.do == "list":
+        entries = backbones.manifest()
+        rows = [("id", "parameters", "trained in", "what")]
+        for name, recipe in sorted(backbones.recipes().items()):
+            entry = entries.get(name)
+            seconds = f"{entry['seconds']:.0f} s" if entry else ("analytic" if recipe.train is None else "not trained")
+            rows.append((name, f"{entry['params']:,}" if entry else "-", seconds, recipe.summary))
+        print(columns(rows, ""))
+        return 0
+    if not arguments.id:
+        raise ValueError("name the backbones to train, such as: stepmark backbones train digits_flow_a")
+    for name in arguments.id:
+        print(f"{name}: {backbones.train(name)}")
+    return 0

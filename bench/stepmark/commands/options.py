@@ -1,0 +1,126 @@
+"""Options that several commands share, and what they mean once they are parsed."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stepmark.hub import Choice
+    from stepmark.suite import Selection
+
+
+def add_selection(parser: argparse.ArgumentParser) -> None:
+    """Which cells, and where their records lie."""
+    parser.add_argument(
+        "--tier",
+        choices=["smoke", "embedded", "hub"],
+        help="default: embedded, or hub with --backbone; smoke is a quick look",
+    )
+    for name, text in (("method", "ID"), ("track", "TRACK"), ("task", "KIND/NAME")):
+        parser.add_argument(f"--{name}", action="append", default=[], metavar=text, help="may be given several times")
+    parser.add_argument(
+        "--rung", action="append", type=int, default=[], metavar="N", help="of the task's; with --backbone any"
+    )
+    parser.add_argument("--seed", action="append", type=int, default=[], metavar="N")
+    add_results(parser)
+
+
+def add_results(parser: argparse.ArgumentParser) -> None:
+    """Where records lie."""
+    parser.add_argument("--results", type=Path, help="folder of the records")
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """A checkpoint folder, and how it is asked."""
+    group = parser.add_argument_group(
+        "a checkpoint of your own (tier hub)",
+        "A folder in one of Hugging Face's formats, with weights in safetensors; nothing is downloaded and no code of\n"
+        "the folder is run. Image networks (UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel,\n"
+        "PixArtTransformer2DModel, alone with a scheduler_config.json or as a whole pipeline) are followed to where their\n"
+        "own ODE leads: endpoint_error is the distance from there. Language models (Llama, Mistral, Qwen2, Qwen3 ...)\n"
+        "write greedily: first_divergence is how many tokens of plain greedy decoding a budget buys. Methods that need\n"
+        "training data are skipped.",
+    )
+    group.add_argument(
+        "--backbone", metavar="FOLDER", help="the checkpoint; may be the unet/ or transformer/ of a pipeline"
+    )
+    group.add_argument(
+        "--guidance",
+        type=float,
+        default=1.0,
+        metavar="W",
+        help="images: what is sampled is guided by scale W, null + W (conditional - null). An evaluation then takes two "
+        "rows of the network and counts as 2 NFE: rung 20 is ten steps. Default 1, no guidance",
+    )
+    group.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="one prompt a line, read by the tokenizer (and text encoder) of the folder. Without it: made-up embeddings "
+        "for images, random tokens for texts",
+    )
+    group.add_argument("--draft", metavar="FOLDER", help="texts: a small model of the same vocabulary, for speculative")
+    group.add_argument(
+        "--items", type=int, metavar="N", help="samples or prompts that are scored (default 16, or all prompts)"
+    )
+    group.add_argument(
+        "--new-tokens", type=int, metavar="N", help="texts: tokens written to a prompt at most (default 64)"
+    )
+
+
+def tier_of(arguments: argparse.Namespace) -> str:
+    """The tier asked for, or the one that goes without saying."""
+    own = getattr(arguments, "backbone", None) is not None
+    quick = getattr(arguments, "quick", False)
+    tier = arguments.tier or ("smoke" if quick else "hub" if own else "embedded")
+    if own and tier == "embedded":
+        raise ValueError(
+            "--backbone brings its own tasks: leave out --tier embedded (hub is meant; smoke is a quick look)"
+        )
+    return str(tier)
+
+
+def choice_of(arguments: argparse.Namespace) -> Choice | None:
+    """The checkpoint that was chosen, if one was."""
+    from stepmark.hub import Choice
+
+    if arguments.backbone is None:
+        names = ("prompts", "draft", "items", "new_tokens")
+        said = ["--" + name.replace("_", "-") for name in names if getattr(arguments, name) is not None]
+        said += ["--guidance"] if arguments.guidance != 1 else []
+        if said:
+            raise ValueError(f"{said[0]} is for a checkpoint of your own: add --backbone FOLDER")
+        return None
+    if any(n is not None and n < 1 for n in (arguments.items, arguments.new_tokens)):
+        raise ValueError("--items and --new-tokens are at least 1")
+    if not math.isfinite(arguments.guidance):
+        raise ValueError("--guidance is a number, such as 4")
+    rungs = tuple(sorted({*getattr(arguments, "rung", [])}))
+    if any(rung < 1 for rung in rungs):
+        raise ValueError("--rung is at least 1")
+    return Choice(
+        folder=arguments.backbone,
+        guidance=arguments.guidance,
+        prompts=arguments.prompts,
+        draft=arguments.draft,
+        items=arguments.items,
+        new_tokens=arguments.new_tokens,
+        rungs=rungs,
+    )
+
+
+def selection_of(arguments: argparse.Namespace) -> Selection:
+    """The cells that were chosen."""
+    from stepmark.suite import Selection
+
+    return Selection(
+        tier=arguments.tier,
+        methods=tuple(arguments.method),
+        tracks=tuple(arguments.track),
+        tasks=tuple(arguments.task),
+        rungs=tuple(arguments.rung),
+        seeds=tuple(arguments.seed),
+        quick=getattr(arguments, "quick", False),
+    )

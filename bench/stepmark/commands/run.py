@@ -1,0 +1,114 @@
+"""`stepmark run`: cells of the suite, on a checkpoint folder, or under lm-eval."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from stepmark import plugins
+from stepmark.commands.options import choice_of, selection_of, tier_of
+from stepmark.commands.records import show
+from stepmark.commands.table import columns
+from stepmark.places import results_folder
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Cells of the suite; `--backbone` and `--via` say of what and by whom."""
+    arguments.tier = tier_of(arguments)
+    choice = choice_of(arguments)
+    if choice is None:
+        if arguments.tier == "hub":
+            raise ValueError("tier hub measures a checkpoint of yours: add --backbone FOLDER")
+        return _run_lm_eval(arguments) if arguments.via == "lm-eval" else _run_cells(arguments)
+    if arguments.via:
+        raise ValueError("--via lm-eval runs Stepmark's own tasks; leave out --backbone")
+    from stepmark import hub
+
+    with hub.using(choice) as made:
+        if any(task != made.task.id for task in arguments.task):
+            raise ValueError(f"--backbone makes one task, {made.task.id}; leave out --task")
+        arguments.task = [made.task.id]
+        for name in arguments.method:
+            info = plugins.methods().get(name)
+            if info is not None and made.task.id not in info.tasks:
+                raise ValueError(
+                    f"{name} does not apply to {made.task.id}: it names no task of the kind "
+                    f"{', '.join(made.family)} ..."
+                )
+        print(f"{made.task.id}: {made.task.summary}", file=sys.stderr)
+        return _run_cells(arguments)
+
+
+def _run_cells(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from stepmark import engine, suite
+
+    chosen = selection_of(arguments)
+    results = arguments.results or results_folder(arguments.tier)
+    cells = suite.cells(chosen)
+    if not cells:
+        raise ValueError("the selection holds no cell; see: stepmark list")
+    timing = not arguments.no_timing
+    todo = len(cells if arguments.again else suite.pending(cells, results, arguments.device, timing))
+    options = suite.Options(
+        results=results,
+        device=arguments.device,
+        engine=arguments.engine,
+        workers=arguments.workers or engine.available(arguments.device),
+        address=arguments.address,
+        timing=timing,
+        again=arguments.again,
+        announce=lambda text: print(text, file=sys.stderr),
+    )
+    made = []
+    tqdm.monitor_interval = 0
+    with tqdm(total=todo, unit="cell", dynamic_ncols=True, smoothing=0.1) as bar:
+        for record in suite.walk(chosen, options):
+            made.append(record)
+            bar.set_postfix_str(f"{record.method} on {record.task}, rung {record.rung}")
+            bar.update()
+            if record.status in {"failed", "flagged"}:
+                text = record.message or "; ".join(record.flags)
+                bar.write(
+                    f"{record.status}: {record.method} on {record.task}, rung {record.rung}: {text}", file=sys.stderr
+                )
+    if not arguments.quiet:
+        show(arguments)
+    bad = [r for r in made if r.status == "failed"]
+    print(f"\n{len(made)} records written below {results}" + (f", {len(bad)} of them failed" if bad else ""))
+    return 1 if bad else 0
+
+
+def _run_lm_eval(arguments: argparse.Namespace) -> int:
+    from stepmark.method import Skip
+    from stepmark.via_lm_eval import evaluate
+
+    known, methods = plugins.tasks(), plugins.methods()
+    for name in arguments.method or []:
+        if name not in methods:
+            raise KeyError(f"no method {name!r}; see: stepmark list methods")
+    for task in arguments.task or []:
+        if task not in known or known[task][0] not in {"decoding", "diffusion_lm"}:
+            raise ValueError(
+                f"lm-eval is for texts, and {task} has none: choose a task of track decoding or diffusion_lm"
+            )
+    tasks = arguments.task or [t for t, (track, _) in known.items() if track in {"decoding", "diffusion_lm"}]
+    rows: list[tuple[str, ...]] = [("task", "method", "rung", "metric", "value", "evaluations", "items")]
+    for name in arguments.method or methods:
+        for task in [t for t in tasks if t in methods[name].tasks]:
+            for rung in arguments.rung or known[task][1].rungs[-1:]:
+                n = arguments.limit or known[task][1].items(arguments.tier)
+                try:
+                    found = evaluate(name, task, rung, n, arguments.device, arguments.tier)
+                except Skip as reason:
+                    rows.append((task, name, str(rung), "skipped", str(reason), "", str(n)))
+                    continue
+                (results,) = found["results"].values()
+                metric, value = next(
+                    (key.partition(",")[0], figure) for key, figure in results.items() if isinstance(figure, float)
+                )
+                forwards = "; ".join(f"{key} {count / n:.1f}" for key, count in found["counts"].items() if count)
+                rows.append((task, name, str(rung), metric, f"{value:.3f}", f"{forwards} an item", str(n)))
+    print(columns(rows, ""))
+    return 0
