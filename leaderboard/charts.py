@@ -6,7 +6,9 @@ import html
 import math
 from collections.abc import Sequence
 
-from stepmark.leaderboard.board import Row, figure, front
+from stepmark.leaderboard.estimates import figure
+from stepmark.leaderboard.fronts import front
+from stepmark.leaderboard.rows import Row
 
 from stepmark.task import Task
 

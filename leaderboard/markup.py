@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from stepmark.leaderboard.board import Estimate, figure
 from stepmark.leaderboard.equations import typeset
+from stepmark.leaderboard.estimates import Estimate, figure
 
 
 def esc(text: object) -> str:

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from stepmark.leaderboard import board, charts, markup
-from stepmark.leaderboard.board import Bargain, Covered, Ladder, Place, Row, Standing, Verdicts, Yardstick
+from stepmark.leaderboard import charts, coverage, markup
+from stepmark.leaderboard.coverage import Covered
+from stepmark.leaderboard.fronts import Bargain, Ladder, Yardstick, bargain, ladders, yardstick
 from stepmark.leaderboard.ledger import Ledger
 from stepmark.leaderboard.markup import Cell, Line, chip, esc, estimate, link, number, table
+from stepmark.leaderboard.rows import Place, Row, Training, headline, index, places, split, training
+from stepmark.leaderboard.trust import Standing
+from stepmark.leaderboard.verdicts import Verdicts, verdicts
 
 from stepmark import plugins
 from stepmark.plugins import MethodInfo
@@ -55,32 +59,32 @@ class Board:
     @cached_property
     def by_method(self) -> dict[str, list[Row]]:
         """Rows of each method."""
-        return {method: mine for (method,), mine in board.split(self.rows, "method").items()}
+        return {method: mine for (method,), mine in split(self.rows, "method").items()}
 
     @cached_property
     def verdicts(self) -> dict[str, Verdicts]:
         """Every claim of every method with its verdict in every place."""
-        have = board.index(self.rows)
-        return {name: board.verdicts(info, self.by_method.get(name, []), have) for name, info in self.methods.items()}
+        have = index(self.rows)
+        return {name: verdicts(info, self.by_method.get(name, []), have) for name, info in self.methods.items()}
 
     @cached_property
-    def training(self) -> dict[str, board.Training]:
+    def training(self) -> dict[str, Training]:
         """What each method needs before it can run."""
-        return {method: board.training(mine) for method, mine in self.by_method.items()}
+        return {method: training(mine) for method, mine in self.by_method.items()}
 
     @cached_property
     def covered(self) -> list[Covered]:
         """The catalogue with computed status."""
-        return board.coverage(board.catalogue(), self.methods, self.rows, self.verdicts)
+        return coverage.covered(coverage.catalogue(), self.methods, self.rows, self.verdicts)
 
     @cached_property
     def places(self) -> list[Place]:
         """Where figures were taken, the best covered first."""
-        return board.places(self.rows)
+        return places(self.rows)
 
     @cached_property
     def _by_task(self) -> dict[tuple[str, Place], list[Row]]:
-        return board.split(self.rows, "task", "place")
+        return split(self.rows, "task", "place")
 
     def of_task(self, task: str, place: Place) -> list[Row]:
         """Rows of a task in a place."""
@@ -106,7 +110,7 @@ class Board:
         """Every method's ladder on a task in a place: computed once."""
         if (task, place) not in self._ladders:
             rows = self.of_task(task, place)
-            self._ladders[task, place] = board.ladders(rows, self.tasks[task][1], self.methods)
+            self._ladders[task, place] = ladders(rows, self.tasks[task][1], self.methods)
         return self._ladders[task, place]
 
     @cached_property
@@ -117,12 +121,12 @@ class Board:
         """What the best method buys on a task in a place: computed once."""
         if (task, place) not in self._bargains:
             rows = self.of_task(task, place)
-            self._bargains[task, place] = board.bargain(rows, self.tasks[task][1], self.methods)
+            self._bargains[task, place] = bargain(rows, self.tasks[task][1], self.methods)
         return self._bargains[task, place]
 
     def yardstick(self, task: str, place: Place) -> Yardstick | None:
         """The baseline's ladder on a task in a place."""
-        return board.yardstick(self.of_task(task, place), self.tasks[task][1], self.methods)
+        return yardstick(self.of_task(task, place), self.tasks[task][1], self.methods)
 
     @cached_property
     def _stale(self) -> dict[tuple[str, str], dict[str, str]]:
@@ -226,13 +230,13 @@ def curves(
             path = data / "charts" / f"{name}.svg"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(charts.as_file(svg), encoding="utf-8")
-            alt = f"{board.headline(task)[0]} against {charts.SHORT[axis]} on {task.id}, {len(methods)} methods"
+            alt = f"{headline(task)[0]} against {charts.SHORT[axis]} on {task.id}, {len(methods)} methods"
             image = f'<img src="../data/charts/{name}.svg" alt="{esc(alt)}" width="400" height="310">'
             figures.append(f"<figure data-search-exclude>{image}</figure>")
     if not figures:
         return ""
     baselines = [name for name in methods if found.is_baseline(name)]
-    metric, _ = board.headline(task)
+    metric, _ = headline(task)
     drawn = {row.method for axis in axes for row in charts.drawable(rows, axis, metric)}
     shown = {name: look for name, look in styles.items() if name in drawn}
     names = charts.legend(shown, baselines, data is None)
@@ -255,7 +259,7 @@ def shown_notes(row: Row) -> list[str]:
 
 def figures(found: Board, rows: Sequence[Row], task: Task, ids: bool = False) -> str:
     """The table of one task in one place, best first at each rung, with the reasons of what is null below it."""
-    metric, higher = board.headline(task)
+    metric, higher = headline(task)
     with_equivalents = any(row.nfe_equivalent is not None for row in rows)
     arrows = {"higher": "↑", "lower": "↓"}
     head = ["Rung"] if ids else ["Method", "Rung", "Group"]

@@ -6,10 +6,13 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from urllib.parse import quote
 
-from stepmark.leaderboard import board, markup, taxonomy
-from stepmark.leaderboard.board import CatalogueEntry, Covered, Standing
+from stepmark.leaderboard import markup, taxonomy
+from stepmark.leaderboard.coverage import CatalogueEntry, Covered
+from stepmark.leaderboard.estimates import figure
 from stepmark.leaderboard.markup import Cell, Line, chip, esc, link, table
 from stepmark.leaderboard.pages import Board, crumbs, element, slug, verdict_counts, words
+from stepmark.leaderboard.trust import Standing
+from stepmark.leaderboard.verdicts import claim_task
 
 from stepmark.plugins import MethodInfo
 
@@ -178,11 +181,11 @@ def claims_table(found: Board, info: MethodInfo, up: str) -> str:
     lines = []
     places = {place for _, by_place in found.verdicts[info.id] for place in by_place}
     for claim, by_place in found.verdicts[info.id]:
-        task = board.claim_task(claim, info)
+        task = claim_task(claim, info)
         for place, verdict in by_place.items() or [(None, None)]:
             state = verdict.state if verdict else "not run"
             fraction = verdict.fraction if verdict else None
-            values = ", ".join(f"{k} = {board.figure(v)}" for k, v in verdict.values.items()) if verdict else ""
+            values = ", ".join(f"{k} = {figure(v)}" for k, v in verdict.values.items()) if verdict else ""
             why = values or (verdict.text if verdict else "no records of this method")
             share = Cell("–", "", True) if fraction is None else Cell(f"{100 * fraction:.1f} %", fraction, True)
             lines.append(

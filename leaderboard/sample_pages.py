@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from itertools import zip_longest
 
 from stepmark.leaderboard import markup
-from stepmark.leaderboard.board import Place, Row, split
 from stepmark.leaderboard.markup import Cell, Line, esc, number, table
 from stepmark.leaderboard.pages import Board, element
+from stepmark.leaderboard.rows import Place, Row, split
 
 from stepmark.samples import Mark, Pictures, Points, Sample, SampleFile, Shown, Texts, source_of
 

@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from stepmark.leaderboard import (
-    board,
     changes,
     compare_page,
     downloads,
@@ -30,7 +29,7 @@ from stepmark.leaderboard import (
     taxonomy,
     track_pages,
 )
-from stepmark.leaderboard.board import Place, Row
+from stepmark.leaderboard.estimates import figure
 from stepmark.leaderboard.markup import Cell, Line, chip, esc, estimate, link, number, table
 from stepmark.leaderboard.pages import (
     NOTHING,
@@ -45,6 +44,9 @@ from stepmark.leaderboard.pages import (
     verdict_counts,
     words,
 )
+from stepmark.leaderboard.rows import Place, Row, best, headline, split
+from stepmark.leaderboard.trust import disputes
+from stepmark.leaderboard.verdicts import tally
 
 from stepmark import plugins, samples
 from stepmark.plugins import MethodInfo
@@ -88,7 +90,7 @@ def build(
     if repository is None and os.environ.get("GITHUB_REPOSITORY"):
         repository = f"{os.environ.get('GITHUB_SERVER_URL', 'https://github.com')}/{os.environ['GITHUB_REPOSITORY']}"
     data = source / DATA
-    objections = board.disputes(Path(__file__).with_name("disputes.jsonl"))
+    objections = disputes(Path(__file__).with_name("disputes.jsonl"))
     found = Board(
         ledger=ledger.read(results, tier, objections, data / PARTS),
         methods=plugins.methods(),
@@ -291,7 +293,7 @@ def _bargains(found: Board) -> list[str]:
     lines: list[Line] = []
     more = False
     for task_id, (track, task) in found.tasks.items():
-        metric, _ = board.headline(task)
+        metric, _ = headline(task)
         places = found.places_of(task_id)
         more = more or len(places) > 1
 
@@ -368,7 +370,7 @@ def _methods(found: Board) -> list[str]:
     for name in sorted({*found.methods, *found.by_method}):
         info = found.methods.get(name)
         rows = found.by_method.get(name, [])
-        states = board.tally(found.verdicts[name]) if info else Counter()
+        states = tally(found.verdicts[name]) if info else Counter()
         track = info.track if info else rows[0].track
         paper = f"{info.paper.authors.split(',')[0]}, {info.paper.year}" if info and info.paper else ""
         lines.append(
@@ -404,8 +406,8 @@ def _method(found: Board, name: str) -> list[str]:
     if not rows:
         parts.append(element("div", "<p>Not run yet.</p>", "sm-empty"))
     shown: list[Row] = []  # in full: those of one place, the best covered, on each task
-    for (task_id,), mine in board.split(rows, "task").items():
-        by_place = {place: of_place for (place,), of_place in board.split(mine, "place").items()}
+    for (task_id,), mine in split(rows, "task").items():
+        by_place = {place: of_place for (place,), of_place in split(mine, "place").items()}
         place, *others = [place for place in found.places_of(task_id) if place in by_place]
         task = found.tasks[task_id][1]
         against = [name, *(info.baselines if info else ())]
@@ -435,20 +437,20 @@ def _method(found: Board, name: str) -> list[str]:
 def _elsewhere(found: Board, task_id: str, by_place: Mapping[Place, Sequence[Row]]) -> str:
     """A line per further place: the method's best rung there, and where the rest is."""
     track, task = found.tasks[task_id]
-    metric, higher = board.headline(task)
+    metric, higher = headline(task)
     lines = []
     for place, mine in by_place.items():
         ranked = [row for row in mine if row.ranked and metric in row.quality]
-        best = board.best(ranked, metric, higher) if ranked else None
+        top = best(ranked, metric, higher) if ranked else None
         status = Counter(row.status for row in mine)
         lines.append(
             Line(
                 [
                     Cell(esc(place), str(place)),
                     number(len(mine)),
-                    estimate(best.quality[metric] if best else None),
-                    number(best.rung if best else None),
-                    estimate(best.latency_ms if best else None),
+                    estimate(top.quality[metric] if top else None),
+                    number(top.rung if top else None),
+                    estimate(top.latency_ms if top else None),
                     Cell(markup.tally(status, markup.STATUS_MOOD)),
                 ]
             )
@@ -494,10 +496,10 @@ def _counts(rows: Sequence[Row]) -> str:
         if not r.counts:
             continue
         handles = "; ".join(
-            f"{name}: " + ", ".join(f"{board.figure(v)} {k.replace('_', ' ')}" for k, v in sorted(kinds.items()))
+            f"{name}: " + ", ".join(f"{figure(v)} {k.replace('_', ' ')}" for k, v in sorted(kinds.items()))
             for name, kinds in sorted(r.handles.items())
         )
-        said = ", ".join(f"{board.figure(v)} {k}" for k, v in sorted(r.reported.items()))
+        said = ", ".join(f"{figure(v)} {k}" for k, v in sorted(r.reported.items()))
         flagged = any("reports" in flag for flag in r.flags)
         mark = f"{esc(said)} {chip('differs', 'bad') if flagged else chip('matches', 'good')}" if said else "–"
         lines.append(
@@ -534,16 +536,16 @@ def _further(r: Record) -> str:
     """The counts that have no column of their own and are not among those of the handles. Untrusted text."""
     of_handles = {f"{name}_{kind}" for name, kinds in r.handles.items() for kind in kinds}
     known = {"nfe", "nfe_equivalent", "flops", "flops_outside"} | of_handles
-    return "; ".join(f"{k.replace('_', ' ')} {board.figure(v)}" for k, v in sorted(r.counts.items()) if k not in known)
+    return "; ".join(f"{k.replace('_', ' ')} {figure(v)}" for k, v in sorted(r.counts.items()) if k not in known)
 
 
 def _offline(rows: Sequence[Row]) -> str:
     lines = []
-    for (task, place), mine in board.split(rows, "task", "place").items():
+    for (task, place), mine in split(rows, "task", "place").items():
         cost = next((row.first.offline for row in mine if row.first.offline), None)
         if cost is None:
             continue
-        spent = ", ".join(f"{board.figure(v)} of {k}" for k, v in sorted(cost.evaluations.items())) or "none"
+        spent = ", ".join(f"{figure(v)} of {k}" for k, v in sorted(cost.evaluations.items())) or "none"
         cells = [
             Cell(esc(task), task),
             markup.text(place),
@@ -589,7 +591,7 @@ def _digests(found: Board, rows: Sequence[Row]) -> str:
 def _tasks(found: Board) -> list[str]:
     lines = []
     for task_id, (track, task) in found.tasks.items():
-        metric, _ = board.headline(task)
+        metric, _ = headline(task)
         live = {row.method for row in found.rows if row.task == task_id and row.measured}
         lines.append(
             Line(

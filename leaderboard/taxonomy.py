@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from stepmark.leaderboard import markup
-from stepmark.leaderboard.board import CatalogueEntry
+from stepmark.leaderboard.coverage import CatalogueEntry
 from stepmark.leaderboard.markup import chip, esc, link
 from stepmark.leaderboard.pages import Board
 

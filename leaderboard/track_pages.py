@@ -16,11 +16,13 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from stepmark.leaderboard import board, charts
-from stepmark.leaderboard.board import Place, Row
+from stepmark.leaderboard import charts
+from stepmark.leaderboard.estimates import figure
+from stepmark.leaderboard.fronts import COSTS
 from stepmark.leaderboard.markup import Cell, Line, esc, link, number, table
 from stepmark.leaderboard.pages import Board, crumbs, curves, element, figures, reasons, shown_notes, slug, words
 from stepmark.leaderboard.paper_pages import trust_on_task
+from stepmark.leaderboard.rows import Place, Row, headline
 
 from stepmark.task import Task
 
@@ -132,17 +134,17 @@ def deal_text(found: Board, task_id: str, place: Place) -> str:
     begin = f"The baseline {base.method} is best at rung {base.rung}. "
     if deal.row is None:
         return begin + "No method matches that for fewer evaluations."
-    said = [f"{board.figure(f)}× fewer evaluations" for f in [deal.factor("unit")] if f]
-    said += [f"{board.figure(f)}× fewer NFE-equivalents" for f in [deal.factor("nfe_equivalent")] if f]
+    said = [f"{figure(f)}× fewer evaluations" for f in [deal.factor("unit")] if f]
+    said += [f"{figure(f)}× fewer NFE-equivalents" for f in [deal.factor("nfe_equivalent")] if f]
     time = deal.factor("latency_ms")
     if time:
-        said.append(f"{board.figure(time)}× less time" if time >= 1 else f"{board.figure(1 / time)}× more time")
+        said.append(f"{figure(time)}× less time" if time >= 1 else f"{figure(1 / time)}× more time")
     return f"{begin}{deal.row.method} matches it at rung {deal.row.rung}: {', '.join(said)}."
 
 
 def whole_ladders(found: Board, task: Task, place: Place) -> str:
     """The table of whole ladders in one place: a line per method, with how its two figures come about below it."""
-    metric, _ = board.headline(task)
+    metric, _ = headline(task)
     lines = []
     for each in found.ladders(task.id, place):
         tags = found.tags.get(each.method, [])
@@ -153,8 +155,8 @@ def whole_ladders(found: Board, task: Task, place: Place) -> str:
             Cell(f'<span class="sm-tags">{esc(", ".join(tags)) or "–"}</span>', ", ".join(tags)),
             number(each.best.quality[metric].value),
             number(each.best.rung),
-            *[number(each.matching[axis], "no rung matches the baseline's best") for axis in board.COSTS],
-            *[number(each.area[axis], "no reference, or a cost is missing") for axis in board.COSTS],
+            *[number(each.matching[axis], "no rung matches the baseline's best") for axis in COSTS],
+            *[number(each.area[axis], "no reference, or a cost is missing") for axis in COSTS],
         ]
         lines.append(Line(cells, marks={"training": training, "tags": ",".join(tags)}))
     if not lines:
@@ -180,10 +182,10 @@ def yardstick_text(found: Board, task_id: str, place: Place) -> str:
     if stick is None:
         return "No baseline has been measured here, so neither figure can be computed."
     best = stick.best.quality[stick.metric].value
-    costs = ", ".join(f"{board.figure(c)} {COST_NAMES[axis]}" for axis, c in stick.dearest.items() if c is not None)
+    costs = ", ".join(f"{figure(c)} {COST_NAMES[axis]}" for axis, c in stick.dearest.items() if c is not None)
     return (
-        f"Here the baseline is {stick.best.method}: quality 0 is {stick.metric} {board.figure(stick.worst)}, quality 1 "
-        f"is {board.figure(best)} at rung {stick.best.rung}; the reference point is quality 0 at {costs or 'no cost'}."
+        f"Here the baseline is {stick.best.method}: quality 0 is {stick.metric} {figure(stick.worst)}, quality 1 "
+        f"is {figure(best)} at rung {stick.best.rung}; the reference point is quality 0 at {costs or 'no cost'}."
     )
 
 
@@ -196,7 +198,7 @@ def task_data(found: Board, task_id: str) -> dict[str, Any]:
     here = found.places_of(task_id)
     methods = _methods(found, task_id)
     rows = [row for place in here for row in found.of_task(task_id, place)]
-    metric, higher = board.headline(task)
+    metric, higher = headline(task)
     rows.sort(key=lambda row: (here.index(row.place), row.rung, row.group or 10**6, _value(row, metric, higher)))
     latencies = [row.latency_ms for row in rows]
     speedups = [row.speedup for row in rows]
@@ -244,8 +246,8 @@ def task_data(found: Board, task_id: str) -> dict[str, Any]:
             "method": [methods.index(each.method) for _, each in whole],
             "best": [short(each.best.quality[metric].value) for _, each in whole],
             "rung": [each.best.rung for _, each in whole],
-            **{f"matching:{axis}": [short(each.matching[axis]) for _, each in whole] for axis in board.COSTS},
-            **{f"area:{axis}": [short(each.area[axis]) for _, each in whole] for axis in board.COSTS},
+            **{f"matching:{axis}": [short(each.matching[axis]) for _, each in whole] for axis in COSTS},
+            **{f"area:{axis}": [short(each.area[axis]) for _, each in whole] for axis in COSTS},
         },
     }
 

@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stepmark.leaderboard import board, site
+from stepmark.leaderboard import coverage, site
+from stepmark.leaderboard.comparisons import comparisons, in_a_sentence
+from stepmark.leaderboard.estimates import figure
 
 from stepmark import plugins
 from stepmark import record as record_files
@@ -74,7 +76,7 @@ def suite() -> list[Record]:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The site of `suite()`, with a catalogue of a few papers: that many pages are enough here."""
-    entries = board.catalogue()[:4]
+    entries = coverage.catalogue()[:4]
     path = next(iter(plugins.methods().values())).path
     paper = Paper(id=entries[-1].id, title="A title", authors="A. Author", year=2031)
     found = {
@@ -87,7 +89,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     root = tmp_path_factory.mktemp("browser")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plugins, "methods", lambda: found)
-        patch.setattr(board, "catalogue", lambda: entries)
+        patch.setattr(coverage, "catalogue", lambda: entries)
         for each in suite():
             record_files.append(record_files.path_of(root / "results", each), each)
         # A few papers are less than the taxonomy speaks of; what MkDocs says of that is tested elsewhere.
@@ -257,16 +259,16 @@ def test_compare_says_what_the_terminal_says(reader: Reader) -> None:
     lines.first.wait_for()
 
     def check(a: str, b: str) -> None:
-        expected = board.comparisons(suite(), a, b, "image")
+        expected = comparisons(suite(), a, b, "image")
         page.locator("[data-result]", has_text=f"{a} {'is better than' if expected.tests else 'and'} {b}").wait_for()
-        assert page.locator("[data-result]").inner_text() == board.in_a_sentence(expected, a, b, "image")
+        assert page.locator("[data-result]").inner_text() == in_a_sentence(expected, a, b, "image")
         shown = [[cell.inner_text().strip() for cell in line.locator("th,td").all()] for line in lines.all()]
         terminal = [
             [
                 test.task, str(test.place), str(test.rung), next(iter(plugins.tasks()[TASK][1].metrics)),
-                board.figure(test.difference), f"[{board.figure(test.low)}, {board.figure(test.high)}]",
-                f"{test.p:.3f}" if test.p >= 0.001 else "<0.001", board.figure(test.effect), test.winner or "tied",
-                board.figure(test.latency_ratio),
+                figure(test.difference), f"[{figure(test.low)}, {figure(test.high)}]",
+                f"{test.p:.3f}" if test.p >= 0.001 else "<0.001", figure(test.effect), test.winner or "tied",
+                figure(test.latency_ratio),
             ]
             for test in expected.tests
         ]  # fmt: skip
@@ -284,7 +286,7 @@ def test_compare_says_what_the_terminal_says(reader: Reader) -> None:
 
 
 def test_papers_are_chosen_by_what_they_are(reader: Reader) -> None:
-    entries = board.catalogue()[:4]
+    entries = coverage.catalogue()[:4]
     page = reader.open("papers.html")
     bar = page.locator('.sm-filter:has(+ .sm-scroll[aria-label="Papers"])')
     titles = [entry.title for entry in entries]

@@ -14,7 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stepmark.leaderboard import board, charts, compare_page, ledger, pages, site, track_pages
+from stepmark.leaderboard import charts, compare_page, coverage, ledger, pages, site, track_pages
+from stepmark.leaderboard.comparisons import comparisons
+from stepmark.leaderboard.estimates import figure
+from stepmark.leaderboard.fronts import COSTS, ladders, yardstick
+from stepmark.leaderboard.groups import grouped
+from stepmark.leaderboard.rows import training
+from stepmark.leaderboard.tables import compare
 
 from stepmark import plugins
 from stepmark import record as record_files
@@ -80,7 +86,7 @@ def suite() -> list[Record]:
 def toys() -> Iterator[Mapping[str, plugins.MethodInfo]]:
     """Plugins of these names, of which only the metadata matters."""
     path = next(iter(plugins.methods().values())).path
-    paper = Paper(id=board.catalogue()[0].id, title="T", authors="A", year=2031)
+    paper = Paper(id=coverage.catalogue()[0].id, title="T", authors="A", year=2031)
     found = {
         name: plugins.MethodInfo(
             id=name, track="image", path=path, class_name="Toy", doc=f"{name}.", paper=paper, tasks=(TASK,),
@@ -132,16 +138,16 @@ def test_effect_size_is_cohens_d_of_paired_means() -> None:
 def test_whole_ladders_against_the_baseline() -> None:
     low, middle, high = ladder()
     task = plugins.tasks()[TASK][1]
-    rows = [row for row in board.rows(suite()) if row.place.machine == "test-cpu"]
-    stick = board.yardstick(rows, task, plugins.methods())
+    rows = [row for row in grouped(suite()) if row.place.machine == "test-cpu"]
+    stick = yardstick(rows, task, plugins.methods())
     assert stick is not None
     assert (stick.best.method, stick.best.rung, stick.worst) == ("toy_base", high, 4.0)
     assert stick.dearest == {"unit": high, "nfe_equivalent": 1.5 * high, "latency_ms": high}
-    found = {each.method: each for each in board.ladders(rows, task, plugins.methods())}
+    found = {each.method: each for each in ladders(rows, task, plugins.methods())}
     assert set(found) == {"toy_base", "toy_half", "toy_worse", "toy_trained"}  # not the flagged one
     assert found["toy_base"].matching == {"unit": high, "nfe_equivalent": 1.5 * high, "latency_ms": high}
     assert found["toy_half"].matching == {"unit": middle, "nfe_equivalent": 1.5 * middle, "latency_ms": middle}
-    assert found["toy_worse"].matching == dict.fromkeys(board.COSTS)
+    assert found["toy_worse"].matching == dict.fromkeys(COSTS)
     assert found["toy_trained"].matching["unit"] == low
     # By hand: quality 0 is 4.0, quality 1 is 1.0; strips from the cheapest rung on, up to the dearest of the baseline.
     decades = {rung: math.log10(high / rung) for rung in (low, middle, high)}
@@ -155,16 +161,16 @@ def test_whole_ladders_against_the_baseline() -> None:
 def test_without_baseline_or_cost_there_is_no_figure() -> None:
     low, middle, _ = ladder()
     task = plugins.tasks()[TASK][1]
-    alone = board.rows([make("toy_half", low, 1.0)])
-    assert board.yardstick(alone, task, plugins.methods()) is None
-    (only,) = board.ladders(alone, task, plugins.methods())
+    alone = grouped([make("toy_half", low, 1.0)])
+    assert yardstick(alone, task, plugins.methods()) is None
+    (only,) = ladders(alone, task, plugins.methods())
     assert set(only.matching.values()) == set(only.area.values()) == {None}
     untimed = [make("toy_base", r, v, latency=None) for r, v in ((low, 2.0), (middle, 1.0))]
-    (base,) = board.ladders(board.rows(untimed), task, plugins.methods())
+    (base,) = ladders(grouped(untimed), task, plugins.methods())
     assert base.area["latency_ms"] is None
     assert base.area["unit"] is not None
     flat = [make("toy_base", rung, 1.0) for rung in (low, middle)]
-    (level,) = board.ladders(board.rows(flat), task, plugins.methods())
+    (level,) = ladders(grouped(flat), task, plugins.methods())
     assert level.area["unit"] is None
 
 
@@ -175,7 +181,7 @@ def test_training_follows_from_the_records() -> None:
     searched = make(
         "toy_half", ladder()[0], 1.0, offline=Offline(seconds=9.0, evaluations={"teacher": 5.0}, state_mib=0.0)
     )
-    assert board.training(board.rows([searched])) == "calibrated"
+    assert training(grouped([searched])) == "calibrated"
 
 
 # data files -------------------------------------------------------------------------------------
@@ -196,7 +202,7 @@ def test_data_of_a_track_holds_every_row(data: Path) -> None:
     assert list(content["axes"]) == list(charts.AXES)
     block = content["tasks"][TASK]
     assert json.loads((data / "ladders-class_to_image-digits_flow.json").read_text()) == block
-    found = board.rows(suite())
+    found = grouped(suite())
     assert len(block["rows"]["method"]) == len(found)
     assert {len(column) for column in block["rows"].values()} == {len(found)}
     assert [each["machine"] for each in block["places"]] == ["test-cpu", "other-cpu"]
@@ -225,7 +231,7 @@ def test_the_comparisons_are_those_of_the_terminal(data: Path) -> None:
     assert names == sorted(plugins.methods())
     for a, b in permutations(names, 2):
         i, j = names.index(a), names.index(b)
-        contrast = board.comparisons(suite(), a, b, "image")
+        contrast = comparisons(suite(), a, b, "image")
         expected = contrast.tests
         pair = f"{min(i, j)},{max(i, j)}"
         stored = content["tiers"]["embedded"].get(pair, [])
@@ -251,11 +257,11 @@ def test_the_comparisons_are_those_of_the_terminal(data: Path) -> None:
 
 
 def test_the_terminal_shows_the_effect_size() -> None:
-    table = board.compare(suite(), "toy_half", "toy_base")
+    table = compare(suite(), "toy_half", "toy_base")
     head, line = table.splitlines()[:2]
-    test = board.comparisons(suite(), "toy_half", "toy_base").tests[0]
+    test = comparisons(suite(), "toy_half", "toy_base").tests[0]
     assert "effect" in head
-    assert board.figure(test.effect) in line.split()
+    assert figure(test.effect) in line.split()
 
 
 def test_a_flagged_record_neither_wins_nor_counts() -> None:
@@ -268,18 +274,16 @@ def test_a_flagged_record_neither_wins_nor_counts() -> None:
         else r
         for r in clean
     ]
-    before, after = (board.comparisons(runs, "toy_half", "toy_base") for runs in (clean, spoilt))
+    before, after = (comparisons(runs, "toy_half", "toy_base") for runs in (clean, spoilt))
     assert [test.rung for test in before.tests] == [low, middle]
     assert [test.rung for test in after.tests] == [low]  # though one of two seeds is clean
     assert after.left_out == {("toy_half", "flagged"): 1}
-    assert after.tests[0].p == board.comparisons([r for r in clean if r.rung == low], "toy_half", "toy_base").tests[0].p
+    assert after.tests[0].p == comparisons([r for r in clean if r.rung == low], "toy_half", "toy_base").tests[0].p
     cheat = [make("toy_cheat", low, 0.1, s, status="flagged") for s in (0, 1)]
-    said = board.compare([*clean, *cheat], "toy_cheat", "toy_base")
+    said = compare([*clean, *cheat], "toy_cheat", "toy_base")
     assert "better" not in said
     assert said.endswith("Left out of the comparison: 1 where toy_cheat is flagged.")
-    assert board.compare(spoilt, "toy_base", "toy_half").endswith(
-        "Left out of the comparison: 1 where toy_half is flagged."
-    )
+    assert compare(spoilt, "toy_base", "toy_half").endswith("Left out of the comparison: 1 where toy_half is flagged.")
 
 
 # reading ----------------------------------------------------------------------------------------
@@ -362,8 +366,8 @@ def test_hostile_records_neither_break_nor_deface(tmp_path: Path) -> None:
 
 
 def test_wild_records_reach_every_page_and_harm_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = board.catalogue()[:3]
-    monkeypatch.setattr(board, "catalogue", lambda: few)
+    few = coverage.catalogue()[:3]
+    monkeypatch.setattr(coverage, "catalogue", lambda: few)
     root = plugins.checkout()
     assert root is not None
     low, middle, _ = ladder()

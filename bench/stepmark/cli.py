@@ -441,7 +441,7 @@ def _new(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from stepmark.leaderboard import board
+    from stepmark.leaderboard.tables import show
     from stepmark.record import read_all
 
     arguments.tier = _tier(arguments)
@@ -454,17 +454,17 @@ def _show(arguments: argparse.Namespace) -> int:
         and (not arguments.track or r.track in arguments.track)
         and (not arguments.task or r.task in arguments.task)
     ]
-    print(board.show(records) if records else f"no records below {results}; write some with: stepmark run")
+    print(show(records) if records else f"no records below {results}; write some with: stepmark run")
     return 0
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from stepmark.leaderboard import board
+    from stepmark.leaderboard.tables import compare
     from stepmark.record import read_all
 
     results = arguments.results or results_folder(arguments.tier)
     records = [r for r in read_all(results) if r.tier == arguments.tier]
-    print(board.compare(records, arguments.a, arguments.b, arguments.track))
+    print(compare(records, arguments.a, arguments.b, arguments.track))
     return 0
 
 
@@ -538,7 +538,7 @@ def _verify_sample(arguments: argparse.Namespace) -> int:
 
 def record_name(record: Record) -> str:
     """The id that a dispute quotes."""
-    from stepmark.leaderboard.board import record_id
+    from stepmark.leaderboard.rows import record_id
 
     return record_id(record)
 

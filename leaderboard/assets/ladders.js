@@ -25,7 +25,7 @@
     });
   }
 
-  // Rows that no other beats on both cost and quality, cheapest first: `front` of board.py.
+  // Rows that no other beats on both cost and quality, cheapest first: `front` of fronts.py.
   function front(rows, axis, metric, higher) {
     const sign = higher ? 1 : -1;
     const able = rows.filter((row) => row.status === "ok");
