@@ -11,7 +11,7 @@ from stepmark.leaderboard import markup
 from stepmark.leaderboard.estimates import Estimate
 from stepmark.leaderboard.markup import Cell, Line, esc, estimate, link, number, table
 from stepmark.leaderboard.pages import Board, element
-from stepmark.leaderboard.rows import Row, headline
+from stepmark.leaderboard.rows import Place, Row, headline
 
 from stepmark import plugins
 from stepmark.record import Record
@@ -166,7 +166,9 @@ def history(versions: Mapping[str, Sequence[Row]], method: str) -> str:
         said = f"Measured in suite version {esc(next(iter(mine)))} only." if mine else "Not measured in any version."
         return element("p", said)
     known = plugins.tasks()
-    cells = {(row.task, row.rung, row.place): {} for rows in mine.values() for row in rows}  # type: dict[tuple[str, int, Place], dict[str, Row]]
+    cells: dict[tuple[str, int, Place], dict[str, Row]] = {
+        (row.task, row.rung, row.place): {} for rows in mine.values() for row in rows
+    }
     for suite, rows in mine.items():
         for row in rows:
             cells[row.task, row.rung, row.place][suite] = row

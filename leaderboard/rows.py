@@ -292,7 +292,18 @@ def from_folders(records: Sequence[Record]) -> dict[str, tuple[str, Task]]:
     for r in records:
         if r.task.startswith(CHECKPOINT) and r.track in CHECKPOINT_METRICS:
             unit = "NFE" if r.track == "image" else "target forwards"
-            task = Task(r.task, 1, "", "checkpoint", unit, (), dict(CHECKPOINT_METRICS[r.track]), 0, 0)
+            task = Task(
+                r.task,
+                1,
+                "",
+                "checkpoint",
+                unit,
+                (),
+                dict(CHECKPOINT_METRICS[r.track]),
+                0,
+                0,
+                origin=r.environment.get("checkpoint", ""),
+            )
             found[r.task] = (r.track, task)
     return found
 

@@ -46,8 +46,8 @@ def show(records: Sequence[Record]) -> str:
         ]
         lines = _aligned(head, body, (1, 2, 9))
         title = f"{task_id} v{task.version} on {place}; rungs in {task.unit}"
-        if task.from_folder:
-            title += f"\n{_printable(mine[0].first.environment.get('checkpoint', ''))}"
+        if task.origin:
+            title += f"\n{_printable(task.origin)}"
         blocks.append(f"{title}\n" + "\n".join(lines))
     unknown = sorted({r.task for r in records if r.task not in known})
     if unknown:
