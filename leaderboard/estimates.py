@@ -35,6 +35,17 @@ def figure(x: float | None) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
+def times(x: float) -> str:
+    """A factor in two or three digits: 1.09×, 6.6×, 205×."""
+    text = f"{x:.2f}".rstrip("0").rstrip(".") if x < 10 else f"{x:,.0f}" if x < 1e7 else f"{x:.1e}"
+    return f"{text}×"
+
+
+def factor(e: Estimate) -> tuple[str, str]:
+    """A factor, and its interval or ""."""
+    return times(e.value), f"[{times(e.low)}, {times(e.high)}]".replace("×", "") if e.low < e.high else ""
+
+
 def with_interval(e: Estimate | None) -> str:
     """`value [low, high]`."""
     return "-" if e is None else f"{figure(e.value)} [{figure(e.low)}, {figure(e.high)}]"

@@ -1,20 +1,25 @@
-"""Fronts, and ladders as a whole: what the baseline's best rung costs, what matches it, the area of a ladder."""
+"""Fronts, what methods save where they keep the baseline's best quality, and ladders as a whole."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from stepmark.leaderboard.estimates import sane
+from stepmark.leaderboard.estimates import Estimate, sane
 from stepmark.leaderboard.groups import not_worse
-from stepmark.leaderboard.rows import Place, Row, best, headline, split
+from stepmark.leaderboard.rows import Row, best, headline, split
 
 from stepmark.plugins import MethodInfo
 from stepmark.stats import hypervolume, pareto_front
 from stepmark.task import Task
 
-COSTS = ("unit", "nfe_equivalent", "latency_ms")
+COSTS = ("unit", "nfe_equivalent", "latency_ms")  # along which a ladder climbs
+SAVED = (*COSTS, "memory_mib", "joules")  # what a method may save
+LEAST = 1.05  # a smaller factor is no saving worth a line
+SAME = "same"
+# What must be kept of the baseline's best value: all that a paired test can tell, or all but a share.
+KEEP: dict[str, float | None] = {SAME: None, "5%": 0.05, "20%": 0.2}
 
 
 def front(candidates: Sequence[Row], axis: str, metric: str, higher: bool) -> list[Row]:
@@ -34,39 +39,83 @@ def anchor(candidates: Sequence[Row], infos: Mapping[str, MethodInfo]) -> str | 
 
 
 @dataclass(frozen=True)
-class Bargain:
-    """The cheapest row that the baseline's best row does not significantly beat; `row` is None if there is none."""
+class Saving:
+    """A row that keeps what was asked, and how many times less than the baseline's best rung it costs on an axis.
 
-    task: str
-    place: Place
+    The interval of a ratio of latencies is the widest that the two intervals allow; what is counted has none.
+    """
+
+    row: Row
+    factor: Estimate
+
+
+@dataclass(frozen=True)
+class Offer:
+    """The baseline's best row on one task in one place, and by what must be kept (`KEEP`) the rows that keep it.
+
+    `unbeaten` are all rows that it does not significantly beat, itself and variants too.
+    """
+
     baseline: Row
-    row: Row | None
+    metric: str
+    higher: bool
+    keeping: dict[str, list[Row]]
+    unbeaten: list[Row]
 
-    def factor(self, axis: str) -> float | None:
-        """How many times cheaper on a cost axis."""
-        if self.row is None:
+    def saving(self, axis: str, keep: str = SAME, able: Callable[[Row], bool] | None = None) -> Saving | None:
+        """The cheapest row on an axis among those that keep what is asked and are `able` to serve; of equal cost the
+        better one. None where it costs no less than the baseline's best row, by `LEAST` and by its interval.
+        """
+        sign = -1 if self.higher else 1
+        priced = [
+            (cost, sign * row.quality[self.metric].value, row.method, row.rung, row)
+            for row in self.keeping[keep]
+            if (cost := row.cost(axis)) is not None and cost > 0 and (able is None or able(row))
+        ]
+        row = min(priced, key=lambda each: each[:4])[-1] if priced else None
+        factor = self.factor(row, axis) if row is not None else None
+        return Saving(row, factor) if row and factor and factor.value >= LEAST and factor.low > 1 else None
+
+    def factor(self, row: Row, axis: str) -> Estimate | None:
+        """How many times less a row costs on an axis than the baseline's best row."""
+        mine, other = row.cost(axis), self.baseline.cost(axis)
+        if not mine or not other:
             return None
-        mine, other = self.row.cost(axis), self.baseline.cost(axis)
-        return other / mine if mine and other else None
+        ratio = other / mine
+        own, base = row.latency_ms, self.baseline.latency_ms
+        if axis != "latency_ms" or own is None or base is None or own.low <= 0:
+            return Estimate(ratio, ratio, ratio)
+        return Estimate(ratio, base.low / own.high, base.high / own.low)
 
 
-def bargain(candidates: Sequence[Row], task: Task, infos: Mapping[str, MethodInfo]) -> Bargain | None:
-    """What the best method buys on one task in one place; None where no baseline has been measured.
+def offer(candidates: Sequence[Row], task: Task, infos: Mapping[str, MethodInfo]) -> Offer | None:
+    """What keeps the quality of the baseline's best rung on one task in one place; None where no baseline has figures.
 
-    A method matches the baseline if the paired test at `ALPHA` finds no loss in the headline metric. The test is not
-    corrected for the number of candidates: here a correction would make matching easier.
+    The paired test is not corrected for the number of candidates: here a correction would make keeping easier. Lower
+    rungs of the baseline itself are candidates too. Variants are not: they are controls and ablations of a paper, some
+    of which know what no method may know.
     """
     metric, higher = headline(task)
     name = anchor(candidates, infos)
-    ranked = [row for row in candidates if row.ranked and metric in row.quality and row.nfe]
+    ranked = [row for row in candidates if row.ranked and metric in row.quality]
     own = [row for row in ranked if row.method == name]
     if not own:
         return None
     top = best(own, metric, higher)
-    cheaper = [row for row in ranked if row.method != name and (row.nfe or 0) < (top.nfe or 0)]
-    matches = not_worse(cheaper, top, metric, higher)
-    order = sorted(matches, key=lambda row: (row.nfe_equivalent or row.nfe or 0.0, row.nfe or 0.0, row.method))
-    return Bargain(task.id, top.place, top, order[0] if order else None)
+    unbeaten = not_worse(ranked, top, metric, higher)
+    able = [row for row in ranked if row is not top and (row.method not in infos or infos[row.method].base is None)]
+    value = top.quality[metric].value
+    may = {id(row) for row in able}
+    keeping = {SAME: [row for row in unbeaten if id(row) in may]}
+    for keep, share in KEEP.items():
+        if share is not None:
+            room = share * abs(value)
+            keeping[keep] = [
+                row
+                for row in able
+                if (row.quality[metric].value >= value - room if higher else row.quality[metric].value <= value + room)
+            ]
+    return Offer(top, metric, higher, keeping, unbeaten)
 
 
 # ladders as a whole -----------------------------------------------------------------------------
@@ -118,13 +167,17 @@ def yardstick(candidates: Sequence[Row], task: Task, infos: Mapping[str, MethodI
     return Yardstick(best(own, metric, higher), metric, higher, min(values) if higher else max(values), dearest)
 
 
-def ladders(candidates: Sequence[Row], task: Task, infos: Mapping[str, MethodInfo]) -> list[Ladder]:
-    """Every method's ladder on one task in one place, read against the baseline's."""
+def ladders(
+    candidates: Sequence[Row], task: Task, infos: Mapping[str, MethodInfo], deal: Offer | None = None
+) -> list[Ladder]:
+    """Every method's ladder on one task in one place, read against the baseline's. `deal` is `offer` of the same, for
+    those who have it.
+    """
     metric, higher = headline(task)
     against = yardstick(candidates, task, infos)
     ranked = [row for row in candidates if row.ranked and metric in row.quality]
-    matches = not_worse(ranked, against.best, metric, higher) if against is not None else []
-    able = {id(row) for row in matches}
+    deal = deal or offer(candidates, task, infos)
+    able = {id(row) for row in deal.unbeaten} if deal is not None else set()
     found: list[Ladder] = []
     for (method,), mine in sorted(split(ranked, "method").items()):
         matching: dict[str, float | None] = dict.fromkeys(COSTS)

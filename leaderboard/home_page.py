@@ -5,13 +5,40 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from stepmark.leaderboard import markup
-from stepmark.leaderboard.markup import Cell, Line, esc, estimate, link, number, table
-from stepmark.leaderboard.pages import NOTHING, Board, element, slug, trust_cell
-from stepmark.leaderboard.rows import Row, headline, place_of
+from stepmark.leaderboard import charts, markup, picker
+from stepmark.leaderboard.estimates import factor
+from stepmark.leaderboard.fronts import LEAST, SAVED, Offer, Saving
+from stepmark.leaderboard.markup import Cell, Line, chip, esc, estimate, link, number, table
+from stepmark.leaderboard.pages import NFE, NFE_EQUIVALENT, NOTHING, Board, element, slug, words
+from stepmark.leaderboard.rows import Row, place_of
+
+COLUMNS = {
+    "unit": "Fewest evaluations",
+    "nfe_equivalent": "Fewest NFE-equivalents",
+    "latency_ms": "Least time",
+    "memory_mib": "Least memory",
+    "joules": "Least energy",
+}
+HINTS = {
+    "Fewest evaluations": NFE,
+    "Fewest NFE-equivalents": NFE_EQUIVALENT,
+    "Least time": "Milliseconds per item on this machine, median over rounds.",
+    "Least memory": "The peak of one call above the loaded state.",
+    "Least energy": "Joules per item.",
+    "Baseline at its best": "The method that most others are compared with, at the rung where its first metric is best.",
+}
+HOW = (
+    "How many times less a method costs than the baseline at its best rung, while it keeps the quality: a paired "
+    "bootstrap test at 5 % finds no loss in the task's first metric. Each axis has a winner of its own, and a dash where "
+    f"nothing saves {100 * (LEAST - 1):.0f} % or where the interval of the saving holds 1. In brackets 95 % intervals. "
+    "The baseline itself may win, at a lower rung. Flagged records take no part, nor do variants of a method. What most "
+    "methods have run on comes first."
+)
+MACHINES = " Of each task the machine with most records is shown; the track pages have them all."
 
 
 def page(found: Board) -> list[str]:
+    """What methods save, the picker, coverage, and when it was measured."""
     live = sum(c.status == "live" for c in found.covered)
     idle = sum(c.status == "not run" for c in found.covered)
     total = len(found.covered)
@@ -34,9 +61,11 @@ def page(found: Board) -> list[str]:
         ),
         "[Quick start](quickstart.md){ .md-button .md-button--primary } [How we measure](how-we-measure.md)"
         "{ .md-button } [Add a method](add-a-method.md){ .md-button }",
-        "## What the best method buys",
     ]
-    parts += _bargains(found) if found.rows else [NOTHING]
+    if any(found.offer(task_id, found.places_of(task_id)[0]) for tasks in found.sought.values() for task_id in tasks):
+        parts += ["## Find a method", picker.BOX, picker.SCRIPTS]
+    parts.append("## What methods save")
+    parts += _savings(found) if found.rows else [NOTHING]
     parts += ["## Coverage of the papers", _facts(
         [
             (total, "papers in the catalogue"),
@@ -65,45 +94,75 @@ def _facts(facts: Sequence[tuple[object, str]]) -> str:
     return '<div class="sm-facts">' + "".join(f"<div><b>{esc(n)}</b>{esc(t)}</div>" for n, t in facts) + "</div>"
 
 
-def _bargains(found: Board) -> list[str]:
-    lines: list[Line] = []
-    more = False
-    for task_id, (track, task) in found.tasks.items():
-        metric, _ = headline(task)
-        places = found.places_of(task_id)
-        more = more or len(places) > 1
-
-        def at_rung(row: Row, metric: str = metric) -> Cell:
-            name = link(f"methods/{row.method}.html", row.method)
-            value = estimate(row.quality[metric]).html
-            return Cell(f"{name} at {row.rung}<br>{esc(metric)} {value}", row.method)
-
-        for place in places[:1]:
-            deal = found.bargain(task_id, place)
-            if deal is None:
-                continue
-            task_cell = Cell(link(f"tracks/{track}.html#{slug(task_id)}", task_id), task_id)
-            match = at_rung(deal.row) if deal.row else Cell("none reaches it for less", "")
-            factors = [number(deal.factor(axis), unit="×") for axis in ("unit", "nfe_equivalent", "latency_ms")]
-            trust = trust_cell(found, deal.row or deal.baseline)
-            where = [markup.text(place)] if len(found.places) > 1 else []
-            cells = [task_cell, *where, at_rung(deal.baseline), match, *factors, trust]
-            lines.append(Line(cells, weak=deal.row is None))
-    if not lines:
+def _savings(found: Board) -> list[str]:
+    """Per track, those looked for first on top: a small chart, and the best method per axis on every task."""
+    parts = []
+    for track, tasks in found.sought.items():
+        lines = [(task_id, deal) for task_id in tasks if (deal := found.offer(task_id, found.places_of(task_id)[0]))]
+        if lines:
+            address = link(f"tracks/{track}.html", "All its methods and ladders")
+            chart = _chart(found, lines[0][0])
+            parts += [f"### {words(track)}", chart, _table(found, track, lines), element("p", address + ".", "sm-note")]
+    if not parts:
         return [element("div", "<p>No baseline has been measured yet, so nothing can be compared.</p>", "sm-empty")]
-    head = ("Task", *(["Machine"] if len(found.places) > 1 else []), "Baseline at its best", "Cheapest that matches it",
-            "Evaluations saved", "NFE-eq. saved", "Time saved", "Trust")  # fmt: skip
-    return [
-        table(head, lines, "What the best method per task buys"),
-        element(
-            "p",
-            "A method matches if a paired bootstrap test at 5 % finds no loss in the task's first metric against the "
-            "baseline's best rung. Values carry 95 % intervals. Time is the ratio of medians per "
-            "item on the same machine. A flagged record takes no part."
-            + (" Of each task the machine with most records is shown; the track pages have them all." if more else ""),
-            "sm-note",
-        ),
-    ]
+    more = any(len(found.places_of(task_id)) > 1 for tasks in found.sought.values() for task_id in tasks)
+    return [element("p", HOW + (MACHINES if more else ""), "sm-note"), *parts]
+
+
+def _table(found: Board, track: str, lines: Sequence[tuple[str, Offer]]) -> str:
+    """A line per task: the baseline at its best, and for each axis the method that saves most and keeps the quality."""
+    offered = {task_id: {axis: deal.saving(axis) for axis in SAVED} for task_id, deal in lines}
+    axes = [axis for axis in SAVED if any(savings[axis] for savings in offered.values())]
+    body = []
+    for task_id, deal in lines:
+        where = f"tracks/{track}.html#{slug(task_id)}"
+        title = found.titles[task_id]
+        several = f"<br>{esc(deal.baseline.place)}" if len(found.places) > 1 else ""
+        cells = [
+            Cell(f'{link(where, title)}<br><span class="sm-range">{esc(task_id)}{several}</span>', title),
+            Cell(
+                '<span class="sm-phone">Baseline at its best: </span>' + _at(deal.baseline, deal), deal.baseline.method
+            ),
+            *[_saved(found, offered[task_id][axis], deal, COLUMNS[axis]) for axis in axes],
+        ]
+        body.append(Line(cells, weak=not any(offered[task_id].values())))
+    head = ("Task", "Baseline at its best", *(COLUMNS[axis] for axis in axes))
+    return table(head, body, f"What methods save: {words(track).lower()}", hints=HINTS)
+
+
+def _at(row: Row, deal: Offer) -> str:
+    """A row in words: its method, its rung, its quality."""
+    name = link(f"methods/{row.method}.html", row.method)
+    value = estimate(row.quality[deal.metric]).html
+    return f'{name} at {row.rung}<br><span class="sm-figure">{esc(deal.metric)} {value}</span>'
+
+
+def _saved(found: Board, saving: Saving | None, deal: Offer, head: str) -> Cell:
+    """A saving in words; where a phone has no room for columns its heading stands before it."""
+    if saving is None:
+        return Cell('<span class="sm-nothing">–</span>', "")
+    much, spread = factor(saving.factor)
+    state = found.standings[(saving.row.method, saving.row.task)]
+    doubt = f" {chip(state.state, markup.TRUST_MOOD[state.state], state.said)}" if state.state == "disputed" else ""
+    much = f'<span class="sm-phone">{head}: </span><b>{much}</b> <span class="sm-range">{spread}</span>{doubt}'
+    return Cell(f"{much}<br>{_at(saving.row, deal)}", saving.factor.value)
+
+
+def _chart(found: Board, task_id: str) -> str:
+    """The ladders of a track's first task, small: what is on the front and the baseline; the others faint behind."""
+    track, task = found.tasks[task_id]
+    rows = found.of_task(task_id, found.places_of(task_id)[0])
+    leading = found.leading(rows, task, ("unit",))
+    styles = charts.style([*leading, *(name for name in found.order(rows) if name not in leading)])
+    svg = charts.curve(rows, task, "unit", styles, leading=leading)
+    if not svg:
+        return ""
+    caption = (
+        f"{link(f'tracks/{track}.html#{slug(task_id)}', found.titles[task_id])}: what each evaluation buys. The broad line "
+        "is the Pareto front; the methods on it and the baseline have colour."
+    )
+    names = charts.legend(styles, leading[:1], False, leading)
+    return f'<figure class="sm-first" data-search-exclude>{svg}<figcaption>{element("p", caption)}{names}</figcaption></figure>'
 
 
 def _measured(found: Board) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from stepmark.leaderboard import charts, coverage, markup
 from stepmark.leaderboard.coverage import Covered
-from stepmark.leaderboard.fronts import Bargain, Ladder, Yardstick, bargain, ladders, yardstick
+from stepmark.leaderboard.fronts import COSTS, Ladder, Offer, Yardstick, anchor, front, ladders, offer, yardstick
 from stepmark.leaderboard.ledger import Ledger
 from stepmark.leaderboard.markup import Cell, Line, chip, esc, estimate, link, number, table
 from stepmark.leaderboard.rows import Place, Row, Training, headline, index, places, split, training
@@ -110,19 +111,19 @@ class Board:
         """Every method's ladder on a task in a place: computed once."""
         if (task, place) not in self._ladders:
             rows = self.of_task(task, place)
-            self._ladders[task, place] = ladders(rows, self.tasks[task][1], self.methods)
+            self._ladders[task, place] = ladders(rows, self.tasks[task][1], self.methods, self.offer(task, place))
         return self._ladders[task, place]
 
     @cached_property
-    def _bargains(self) -> dict[tuple[str, Place], Bargain | None]:
+    def _offers(self) -> dict[tuple[str, Place], Offer | None]:
         return {}
 
-    def bargain(self, task: str, place: Place) -> Bargain | None:
-        """What the best method buys on a task in a place: computed once."""
-        if (task, place) not in self._bargains:
+    def offer(self, task: str, place: Place) -> Offer | None:
+        """What keeps the baseline's best quality on a task in a place: computed once."""
+        if (task, place) not in self._offers:
             rows = self.of_task(task, place)
-            self._bargains[task, place] = bargain(rows, self.tasks[task][1], self.methods)
-        return self._bargains[task, place]
+            self._offers[task, place] = offer(rows, self.tasks[task][1], self.methods)
+        return self._offers[task, place]
 
     def yardstick(self, task: str, place: Place) -> Yardstick | None:
         """The baseline's ladder on a task in a place."""
@@ -145,17 +146,68 @@ class Board:
         return {info.id: each.entry.tags for each in self.covered for info in each.infos}
 
     def order(self, rows: Iterable[Row]) -> list[str]:
-        """Methods of some rows: those compared with no other first, then by name."""
+        """Methods of some rows: those compared with no other first, then by name, variants after their method."""
         present = {row.method for row in rows}
-        return sorted(present, key=lambda name: (not self.is_baseline(name), name))
+        return sorted(present, key=lambda name: (not self.is_baseline(self.family(name)), *self.kin(name)))
+
+    def anchor(self, rows: Sequence[Row]) -> str | None:
+        """The baseline of a task in one place."""
+        return anchor(rows, self.methods)
+
+    def leading(self, rows: Sequence[Row], task: Task, axes: Sequence[str] = COSTS) -> list[str]:
+        """What a chart shows in colour: the baseline, then the methods on a front of these axes, by name."""
+        metric, higher = headline(task)
+        first = self.anchor(rows)
+        ahead = {
+            row.method for axis in axes for row in front(charts.drawable(rows, axis, metric), axis, metric, higher)
+        }
+        return ([first] if first else []) + sorted(ahead - {first})
+
+    def family(self, name: str) -> str:
+        """The method that a variant stands under; any other method stands for itself."""
+        return (self.methods[name].base or name) if name in self.methods else name
+
+    def kin(self, name: str) -> tuple[str, bool, str]:
+        """What sorts methods by name so that variants follow their method."""
+        return (self.family(name), name != self.family(name), name)
 
     def is_baseline(self, name: str) -> bool:
         """Whether a method is compared with no other."""
         return name in self.methods and not self.methods[name].baselines
 
     def tracks(self) -> list[str]:
-        """Tracks that have tasks."""
+        """Tracks that have tasks, by name."""
         return sorted({track for track, _ in self.tasks.values()})
+
+    @cached_property
+    def titles(self) -> dict[str, str]:
+        """Tasks under titles for people: the first clause of the summary, all of it where tasks of a track share it."""
+        first = {name: re.split(r"[,;:] ", task.summary)[0] for name, (_, task) in self.tasks.items()}
+        often = Counter((track, first[name]) for name, (track, _) in self.tasks.items())
+        return {
+            name: first[name] if often[track, first[name]] == 1 else task.summary
+            for name, (track, task) in self.tasks.items()
+        }
+
+    @cached_property
+    def sought(self) -> dict[str, list[str]]:
+        """Track -> its measured tasks, in the order in which people look for them: what most methods have run on comes
+        first, tracks and tasks alike. A track counts all its methods.
+        """
+        runs: dict[str, set[str]] = {}
+        for row in self.rows:
+            if row.measured:
+                runs.setdefault(row.track, set()).add(row.method)
+                runs.setdefault(row.task, set()).add(row.method)
+        many = {name: len(methods) for name, methods in runs.items()}
+        tracks = sorted((track for track in self.tracks() if track in many), key=lambda track: (-many[track], track))
+        return {
+            track: sorted(
+                (name for name, (owner, _) in self.tasks.items() if owner == track and name in many),
+                key=lambda name: (-many[name], list(self.tasks).index(name)),
+            )
+            for track in tracks
+        }
 
 
 def slug(task: str) -> str:
@@ -217,13 +269,15 @@ def curves(
 ) -> str:
     """Ladder curves of some methods on a task in one place, with their legend.
 
-    They stand in the page, where the legend can dim them; a page that has many keeps them as files below `data`.
+    They stand in the page, where the legend can dim them; a page that has many keeps them as files below `data`, and
+    has colour for the fronts and the baseline only.
     """
     styles = charts.style(methods)
+    leading = None if data is None else found.leading(rows, task)
     figures = []
     for axis in axes:
         name = f"{slug(task.id)}-{axis}-{found.places.index(rows[0].place)}"
-        svg = charts.curve(rows, task, axis, styles)
+        svg = charts.curve(rows, task, axis, styles, leading=leading)
         if svg and data is None:
             figures.append(f"<figure data-search-exclude>{svg}</figure>")
         elif svg and data is not None:
@@ -239,7 +293,7 @@ def curves(
     metric, _ = headline(task)
     drawn = {row.method for axis in axes for row in charts.drawable(rows, axis, metric)}
     shown = {name: look for name, look in styles.items() if name in drawn}
-    names = charts.legend(shown, baselines, data is None)
+    names = charts.legend(shown, baselines, data is None, leading)
     return f'<div class="sm-charts">{names}<div class="sm-grid">{"".join(figures)}</div></div>'
 
 

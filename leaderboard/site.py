@@ -25,6 +25,7 @@ from stepmark.leaderboard import (
     markup,
     method_pages,
     paper_pages,
+    picker,
     release,
     task_pages,
     taxonomy,
@@ -178,6 +179,7 @@ def write_data(found: Board, data: Path) -> None:
     for track in found.tracks():
         track_pages.write_data(found, track, data)
     compare_page.write_data(found, data)
+    picker.write_data(found, data)
     files = downloads.merge(data / PARTS, found.ledger.files, data)
     (data / PARTS / "files.json").write_text(json.dumps(files), encoding="utf-8")
     shutil.copy(Path(__file__).with_name("catalogue.jsonl"), data / "catalogue.jsonl")
@@ -186,7 +188,7 @@ def write_data(found: Board, data: Path) -> None:
 # What no search should find need not pass through Markdown, the theme and the index, each of which reads it letter by
 # letter: it leaves a mark, and takes its place when the page is built. `markup.esc` lets no record write such a mark.
 ASIDE = re.compile(
-    r'<div class="sm-scroll"[^>]* data-search-exclude>\n.*?</table>\n</div>|<figure data-search-exclude>.*?</figure>',
+    r'<div class="sm-scroll"[^>]* data-search-exclude>\n.*?</table>\n</div>|<figure[^>]* data-search-exclude>.*?</figure>',
     re.DOTALL,
 )
 MARK = "<!-- stepmark {} -->"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from stepmark.leaderboard import charts
-from stepmark.leaderboard.estimates import figure
+from stepmark.leaderboard.estimates import factor, figure
 from stepmark.leaderboard.fronts import COSTS
 from stepmark.leaderboard.markup import Cell, Line, esc, link, number, table
 from stepmark.leaderboard.pages import Board, crumbs, curves, element, figures, reasons, shown_notes, slug, words
@@ -79,11 +79,10 @@ def track_page(found: Board, track: str, data: Path) -> list[str]:
         element(
             "p",
             "Rows at one rung in the same group are not told apart by a paired bootstrap test (Holm-corrected at 5 %); "
-            "group 1 holds the best. On the charts the broad step line is the Pareto front, points behind it are "
-            "faint, flagged ones hollow; bands and bars are 95 % intervals. Hover over a point for its figures, click "
-            "it for the method's page; click names to compare a few. "
-            + link("../compare.html", "Compare two methods by paired tests")
-            + ".",
+            "group 1 holds the best. On the charts the broad step line is the Pareto front; the methods on it and the "
+            "baseline have colour, the others stand faint behind until you point at one or choose its name; flagged "
+            "points are hollow. Click a point for the method's page; choose names to see a few alone, and 95 % intervals "
+            "where you want them. " + link("../compare.html", "Compare two methods by paired tests") + ".",
             "sm-note",
         )
     )
@@ -121,25 +120,41 @@ def track_page(found: Board, track: str, data: Path) -> list[str]:
 
 
 def _methods(found: Board, task_id: str) -> list[str]:
-    """Every method on a task, whatever the place: so that each keeps its colour."""
-    return found.order(row for place in found.places_of(task_id) for row in found.of_task(task_id, place))
+    """Every method on a task, whatever the place, so that each keeps its colour: those that lead in the first place come
+    first, so that their colours differ.
+    """
+    here = found.places_of(task_id)
+    leading = found.leading(found.of_task(task_id, here[0]), found.tasks[task_id][1])
+    every = found.order(row for place in here for row in found.of_task(task_id, place))
+    return [*leading, *(name for name in every if name not in leading)]
+
+
+LESS = {
+    "unit": "fewer evaluations",
+    "nfe_equivalent": "fewer NFE-equivalents",
+    "latency_ms": "less time",
+    "memory_mib": "less memory",
+    "joules": "less energy",
+}
 
 
 def deal_text(found: Board, task_id: str, place: Place) -> str:
-    """What the best method buys, as a sentence; "" without a baseline. Plain text."""
-    deal = found.bargain(task_id, place)
+    """What keeps the baseline's best quality for less, axis by axis, as a sentence; "" without a baseline. Plain text."""
+    deal = found.offer(task_id, place)
     if deal is None:
         return ""
-    base = deal.baseline
-    begin = f"The baseline {base.method} is best at rung {base.rung}. "
-    if deal.row is None:
-        return begin + "No method matches that for fewer evaluations."
-    said = [f"{figure(f)}× fewer evaluations" for f in [deal.factor("unit")] if f]
-    said += [f"{figure(f)}× fewer NFE-equivalents" for f in [deal.factor("nfe_equivalent")] if f]
-    time = deal.factor("latency_ms")
-    if time:
-        said.append(f"{figure(time)}× less time" if time >= 1 else f"{figure(1 / time)}× more time")
-    return f"{begin}{deal.row.method} matches it at rung {deal.row.rung}: {', '.join(said)}."
+    said = []
+    for axis, less in LESS.items():
+        saving = deal.saving(axis)
+        if saving is not None:
+            said.append(f"{' '.join(filter(None, factor(saving.factor)))} {less} with {_at(saving.row)}")
+    if not said:
+        return f"The best of the baseline is {_at(deal.baseline)}. Nothing measured keeps that quality for less."
+    return f"The best of the baseline is {_at(deal.baseline)}. What keeps that quality for less: {'; '.join(said)}."
+
+
+def _at(row: Row) -> str:
+    return f"{row.method} at rung {row.rung}"
 
 
 def whole_ladders(found: Board, task: Task, place: Place) -> str:
@@ -234,6 +249,8 @@ def task_data(found: Board, task_id: str) -> dict[str, Any]:
         "metrics": dict(task.metrics),
         "places": [{"name": str(p), "machine": p.machine, "tier": p.tier} for p in here],
         "methods": methods,
+        "anchors": [_index(methods, found.anchor(found.of_task(task_id, p))) for p in here],
+        "bases": [base if (base := found.family(name)) != name else "" for name in methods],
         "baselines": [int(found.is_baseline(name)) for name in methods],
         "training": [found.training[name] for name in methods],
         "tags": [found.tags.get(name, []) for name in methods],
@@ -255,6 +272,10 @@ def task_data(found: Board, task_id: str) -> dict[str, Any]:
 def _value(row: Row, metric: str, higher: bool) -> float:
     value = row.quality[metric].value if metric in row.quality else 0.0
     return -value if higher else value
+
+
+def _index(names: list[str], name: str | None) -> int | None:
+    return names.index(name) if name in names else None
 
 
 def short(x: float | None, digits: int = 6) -> float | int | None:

@@ -15,8 +15,8 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pytest
 from stepmark.leaderboard import coverage, markup, site
-from stepmark.leaderboard.estimates import figure
-from stepmark.leaderboard.fronts import bargain, front
+from stepmark.leaderboard.estimates import times
+from stepmark.leaderboard.fronts import COSTS, KEEP, Offer, Saving, front, offer
 from stepmark.leaderboard.groups import grouped
 from stepmark.leaderboard.rows import current, headline, record_id
 from stepmark.leaderboard.tables import compare, show
@@ -232,19 +232,76 @@ def test_groups_tell_apart_what_differs_and_leave_out_flags(toys: None) -> None:
     }
 
 
-def test_the_bargain_is_the_cheapest_row_that_does_not_lose(toys: None) -> None:
-    _, _, middle, high = known()
+def timed(rung: int, per_call: float, spread: float = 0.01) -> Latency:
+    """A reading of nine rounds about `per_call` ms."""
+    rounds = [per_call + spread * i for i in range(-4, 5)]
+    return Latency(items=10, median_ms=per_call, iqr_ms=0.1, p95_ms=rounds[-1], samples_ms=rounds)
+
+
+def test_every_axis_has_a_best_method_of_its_own(toys: None) -> None:
+    _, low, middle, high = known()
     task = plugins.tasks()[TASK][1]
-    deal = bargain(grouped(suite()), task, plugins.methods())
+    deal = offer(grouped(suite()), task, plugins.methods())
     assert deal is not None
-    assert deal.row is not None
     assert (deal.baseline.method, deal.baseline.rung) == ("toy_base", high)
-    assert (deal.row.method, deal.row.rung) == ("toy_fast", middle)
-    assert deal.factor("unit") == pytest.approx(high / middle)
-    worse = [r for r in suite() if r.method == "toy_base"] + [make("toy_fast", middle, 1.5, s) for s in (0, 1)]
-    lost = bargain(grouped(worse), task, plugins.methods())
-    assert lost is not None
-    assert lost.row is None
+    saving = deal.saving("unit")
+    assert saving is not None
+    assert (saving.row.method, saving.row.rung) == ("toy_fast", middle)
+    assert saving.factor.value == pytest.approx(high / middle)
+    assert deal.saving("memory_mib") is None  # all take the same
+    assert deal.saving("joules") is None  # nobody was read
+
+    # Fewest evaluations, but slower than the baseline's best: a saving on one axis and none on the other.
+    slow = [make("toy_slow", low, 0.9, s, latency=timed(low, 2.0 * high) if s == 0 else None) for s in (0, 1)]
+    deal = offer(grouped([*suite(), *slow]), task, plugins.methods())
+    assert deal is not None
+    by_axis = {axis: deal.saving(axis) for axis in COSTS}
+    assert {axis: s and s.row.method for axis, s in by_axis.items()} == {
+        "unit": "toy_slow", "nfe_equivalent": "toy_slow", "latency_ms": "toy_fast",
+    }  # fmt: skip
+    time = by_axis["latency_ms"]
+    assert time is not None
+    assert time.factor.low < time.factor.value < time.factor.high
+    assert deal.saving("unit", able=lambda row: row.method != "toy_slow") == saving_of("toy_fast", deal, middle, "unit")
+
+
+def saving_of(method: str, deal: Offer, rung: int, axis: str) -> Saving:
+    """The saving of a row that is known to be offered."""
+    row = next(row for row in deal.keeping["same"] if (row.method, row.rung) == (method, rung))
+    factor = deal.factor(row, axis)
+    assert factor is not None
+    return Saving(row, factor)
+
+
+def test_what_may_be_chance_is_no_saving(toys: None) -> None:
+    _, _, _, high = known()
+    task = plugins.tasks()[TASK][1]
+    base = [make("toy_base", high, 1.0, s, latency=timed(high, 10.0, 2.0) if s == 0 else None) for s in (0, 1)]
+    near = [make("toy_fast", high, 0.9, s, latency=timed(high, 9.0, 2.0) if s == 0 else None) for s in (0, 1)]
+    deal = offer(grouped([*base, *near]), task, plugins.methods())
+    assert deal is not None
+    row = deal.keeping["same"][0]
+    factor = deal.factor(row, "latency_ms")
+    assert factor is not None
+    assert factor.low < 1 < factor.value  # faster by the medians, but the rounds overlap
+    assert deal.saving("latency_ms") is None
+
+
+def test_what_must_be_kept_is_a_test_or_a_share(toys: None) -> None:
+    _, low, middle, high = known()
+    task = plugins.tasks()[TASK][1]
+    base = [make("toy_base", high, 1.0, s) for s in (0, 1)]
+    others = [make("toy_fast", rung, value, s) for s in (0, 1) for rung, value in ((low, 1.15), (middle, 1.04))]
+    deal = offer(grouped([*base, *others]), task, plugins.methods())
+    assert deal is not None
+    found = {keep: (saving := deal.saving("unit", keep)) and saving.row.rung for keep in KEEP}
+    assert found == {"same": None, "5%": middle, "20%": low}  # the paired resamples tell 1.04 from 1
+    variants = plugins.methods() | {
+        "toy_fast": replace(plugins.methods()["toy_fast"], base="toy_base", says="an oracle")
+    }
+    alone = offer(grouped([*base, *others]), task, variants)
+    assert alone is not None
+    assert alone.saving("unit", "20%") is None  # a control is nobody's advice
 
 
 def test_front_leaves_out_the_dominated(toys: None) -> None:
@@ -428,7 +485,7 @@ def test_track_page_has_charts_and_reasons(built: Path, pages: dict[str, Page]) 
     identifiers = [tag.attributes["id"] for tag in page.tags if "id" in tag.attributes]
     assert len(identifiers) == len(set(identifiers))
     _, _, middle, high = known()
-    assert f"toy_fast matches it at rung {middle}: {figure(high / middle)}× fewer evaluations" in page.content
+    assert f"{times(high / middle)} fewer evaluations with toy_fast at rung {middle}" in page.content
     assert "energy: no counter" in page.content
 
 
