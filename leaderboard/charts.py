@@ -197,8 +197,8 @@ def _faint(name: str, places: Sequence[tuple[float, float]]) -> str:
         return ""
     dots = "".join(f"M{across:.1f},{up:.1f}h0" for across, up in places)
     look = f'data-method="{name}" fill="none" stroke="currentColor" stroke-linecap="round"'
-    line = f'<path d="{_path(places)}" {look} stroke-width="1" opacity="0.1"/>' if len(places) > 1 else ""
-    return f'{line}<path d="{dots}" {look} stroke-width="4" opacity="0.15"/>'
+    line = f'<path {look} d="{_path(places)}" stroke-width="1" opacity="0.1"/>' if len(places) > 1 else ""
+    return f'{line}<path {look} d="{dots}" stroke-width="4" opacity="0.15"/>'
 
 
 def _axes(x: Scale, y: Scale, across: str, up: str) -> list[str]:

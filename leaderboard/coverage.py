@@ -42,8 +42,8 @@ class CatalogueEntry(NamedTuple):
 
 @dataclass
 class Covered:
-    """A paper, its plugins, and how far it has come. `states` counts the verdicts of the claims of all its plugins,
-    each in its best covered place.
+    """A paper, its plugins (variants after their method), and how far it has come. `states` counts the verdicts of the
+    claims of all its plugins, each in its best covered place.
     """
 
     entry: CatalogueEntry
@@ -82,22 +82,26 @@ def covered(
     found: Sequence[Row],
     judged: Mapping[str, Verdicts] | None = None,
 ) -> list[Covered]:
-    """Every paper with its computed status. Plugins belong to the paper that their `Paper.id` names; one that has run
-    makes it live. `judged` holds the verdicts by method (default: they are computed).
+    """Every paper with its computed status. Plugins belong to the paper that their `Paper.id` names, variants to that of
+    their method. A plugin that has run makes its paper live; a control alone does not. `judged` holds the verdicts by
+    method (default: they are computed).
     """
     if judged is None:
         have = index(found)
         judged = {name: verdicts(info, found, have) for name, info in infos.items()}
     by_paper: dict[str, list[MethodInfo]] = defaultdict(list)
     for info in infos.values():
-        if info.paper:
-            by_paper[info.paper.id].append(info)
+        paper = infos[info.base].paper if info.base is not None and info.base in infos else info.paper
+        if paper:
+            by_paper[paper.id].append(info)
     live = {row.method for row in found if row.measured}
     result: list[Covered] = []
     for entry in papers:
-        mine = by_paper.get(entry.id, [])
+        mine = sorted(
+            by_paper.get(entry.id, []), key=lambda info: (info.base or info.id, info.base is not None, info.id)
+        )
         status: Coverage = "no plugin yet" if not mine else "not run"
-        if any(info.id in live for info in mine):
+        if any(info.id in live for info in mine if info.base is None):
             status = "live"
         states: Counter[str] = sum((tally(judged[info.id]) for info in mine), Counter())
         result.append(Covered(entry, tuple(mine), status, states))

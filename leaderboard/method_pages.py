@@ -14,6 +14,7 @@ from stepmark.leaderboard.pages import (
     curves,
     element,
     figures,
+    method_cell,
     record_cell,
     slug,
     trust_cell,
@@ -31,9 +32,9 @@ SET = "From the docstring of the source; letters, indices and powers are set fro
 
 
 def index(found: Board) -> list[str]:
-    """The table of all methods."""
+    """The table of all methods, variants below theirs."""
     lines = []
-    for name in sorted({*found.methods, *found.by_method}):
+    for name in sorted({*found.methods, *found.by_method}, key=found.kin):
         info = found.methods.get(name)
         rows = found.by_method.get(name, [])
         states = tally(found.verdicts[name]) if info else Counter()
@@ -42,13 +43,14 @@ def index(found: Board) -> list[str]:
         lines.append(
             Line(
                 [
-                    Cell(link(f"{name}.html", name), name),
+                    method_cell(found, name, ""),
                     markup.text(info.title if info else "not in this checkout"),
                     Cell(link(f"../tracks/{track}.html", words(track)) if track in found.tracks() else esc(track)),
                     markup.text(paper),
                     number(len({row.task for row in rows if row.measured})),
                     verdict_counts(states),
-                ]
+                ],
+                variant=found.is_variant(name),
             )
         )
     head = ("Method", "What it does", "Track", "Paper", "Tasks measured", "Claims")
@@ -68,7 +70,11 @@ def page(found: Board, name: str) -> list[str]:
     else:
         parts.append(_reference(found, info))
         parts += ["## Claims", paper_pages.claims_table(found, info, "../")] if info.claims else []
-        parts += ["## What it is", markup.docstring(info.doc), element("p", SET, "sm-note")]
+        if info.base is None:
+            parts += ["## What it is", markup.docstring(info.doc), element("p", SET, "sm-note")]
+        variants = found.variants(name)
+        if variants:
+            parts += ["## Variants", paper_pages.variants_table(found, variants, "")]
     parts.append("## Ladder curves")
     if not rows:
         parts.append(element("div", "<p>Not run yet.</p>", "sm-empty"))
@@ -132,8 +138,13 @@ def _elsewhere(found: Board, task_id: str, by_place: Mapping[Place, Sequence[Row
 
 
 def _reference(found: Board, info: MethodInfo) -> str:
-    paper = info.paper
+    base = found.methods.get(info.base or "")
+    paper = info.paper or (base.paper if base else None)
     pairs: list[tuple[str, str]] = []
+    if info.base is not None:
+        changed = ", ".join(f"<code>{esc(name)} = {esc(repr(value))}</code>" for name, value in info.overrides.items())
+        whole = f"{link(f'{info.base}.html', info.base)}: {esc(info.says)}"
+        pairs.append(("Variant of", whole + (f" ({changed})" if changed else "")))
     if paper:
         where = [link(f"https://arxiv.org/abs/{paper.arxiv}", f"arXiv:{paper.arxiv}")] if paper.arxiv else []
         where += [link(paper.url, paper.url)] if paper.url else []
@@ -145,11 +156,13 @@ def _reference(found: Board, info: MethodInfo) -> str:
     else:
         pairs.append(("Paper", "none: a reference method of the track"))
     pairs.append(("Compared with", ", ".join(link(f"{b}.html", b) for b in info.baselines) or "none: it is a baseline"))
-    files = [link(f"../source/{info.id}.py.txt", "the file as it was read for this page")]
+    files = [link(f"../source/{info.base or info.id}.py.txt", "the file as it was read for this page")]
     root = plugins.checkout()
-    if found.repository and root is not None and info.path.is_relative_to(root):
-        files.append(link(f"{found.repository}/blob/HEAD/{info.path.relative_to(root)}", "in the repository"))
-    pairs.append(("Source", f"<code>methods/{info.track}/{info.id}.py</code>: {', '.join(files)}"))
+    inside = root is not None and info.path.is_relative_to(root)
+    path = info.path.relative_to(root).as_posix() if root and inside else f"methods/{info.track}/{info.path.name}"
+    if found.repository and inside:
+        files.append(link(f"{found.repository}/blob/HEAD/{path}", "in the repository"))
+    pairs.append(("Source", f"<code>{esc(path)}</code>: {', '.join(files)}"))
     return markup.definitions(pairs)
 
 

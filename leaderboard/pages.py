@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from stepmark.leaderboard import charts, coverage, markup
 from stepmark.leaderboard.coverage import Covered
@@ -169,7 +170,38 @@ class Board:
 
     def kin(self, name: str) -> tuple[str, bool, str]:
         """What sorts methods by name so that variants follow their method."""
-        return (self.family(name), name != self.family(name), name)
+        return (self.family(name), self.is_variant(name), name)
+
+    def is_variant(self, name: str) -> bool:
+        """Whether a method is another setting of one in whose file it stands."""
+        return self.family(name) != name
+
+    def variants(self, name: str) -> list[MethodInfo]:
+        """The variants of a method, in the order of its file."""
+        return [info for info in self.methods.values() if info.base == name]
+
+    def ranked(self, rows: Iterable[Row], task: Task) -> list[Row]:
+        """Rows of a task in one place, best first at each rung. Variants stand below their method, which takes its own
+        place; where it has no row at that rung, the best of them takes it.
+        """
+        metric, higher = headline(task)
+        rows = list(rows)
+
+        def merit(row: Row) -> tuple[float, float]:
+            value = row.quality[metric].value if metric in row.quality else 0.0
+            return (row.group or 10**6, -value if higher else value)
+
+        heads: dict[tuple[int, str], tuple[bool, tuple[float, float]]] = {}
+        for row in rows:
+            key = (row.rung, self.family(row.method))
+            mine = (self.is_variant(row.method), merit(row))
+            heads[key] = min(heads.get(key, mine), mine)
+
+        def place(row: Row) -> tuple[Any, ...]:
+            family = self.family(row.method)
+            return (row.rung, heads[row.rung, family][1], family, self.is_variant(row.method), merit(row), row.method)
+
+        return sorted(rows, key=place)
 
     def is_baseline(self, name: str) -> bool:
         """Whether a method is compared with no other."""
@@ -254,6 +286,15 @@ def record_cell(found: Board, row: Row) -> Cell:
     return Cell(f'<a href="{esc(address)}" title="Dispute this record"><code>{name}</code></a>', name)
 
 
+def method_cell(found: Board, name: str, up: str = "../methods/") -> Cell:
+    """A method's name with its page; of a variant also whose it is and what it changes."""
+    linked = link(f"{up}{name}.html", name)
+    if not found.is_variant(name):
+        return Cell(linked, name)
+    said = f"A variant of {found.family(name)}: {found.methods[name].says}"
+    return Cell(f'<span title="{esc(said)}">{linked}</span>', name)
+
+
 def verdict_counts(states: Counter[str]) -> Cell:
     """How many claims got which verdict."""
     return Cell(markup.tally(states, markup.VERDICT_MOOD) or "–", float(states["reproduced"]))
@@ -313,7 +354,6 @@ def shown_notes(row: Row) -> list[str]:
 
 def figures(found: Board, rows: Sequence[Row], task: Task, ids: bool = False) -> str:
     """The table of one task in one place, best first at each rung, with the reasons of what is null below it."""
-    metric, higher = headline(task)
     with_equivalents = any(row.nfe_equivalent is not None for row in rows)
     arrows = {"higher": "↑", "lower": "↓"}
     head = ["Rung"] if ids else ["Method", "Rung", "Group"]
@@ -323,17 +363,13 @@ def figures(found: Board, rows: Sequence[Row], task: Task, ids: bool = False) ->
     with_energy = not ids or any(row.joules is not None for row in rows)
     head += [*(["J/item"] if with_energy else []), "Status", *(["Record"] if ids else [])]
 
-    def order(row: Row) -> tuple[float, ...]:
-        value = row.quality[metric].value if metric in row.quality else 0.0
-        return (row.rung, row.group or 10**6, -value if higher else value)
-
     lines = []
-    for row in sorted(rows, key=order):
+    for row in found.ranked(rows, task):
         state = chip(row.status, markup.STATUS_MOOD[row.status]) + (
             " " + chip("older source", "open", OLDER) if found.is_stale(row) else ""
         )
         notes = "".join(f'<br><span class="sm-range">{esc(note)}</span>' for note in shown_notes(row))
-        name = Cell(link(f"../methods/{row.method}.html", row.method), row.method)
+        name = method_cell(found, row.method)
         cells = [
             *([number(row.rung)] if ids else [name, number(row.rung), number(row.group)]),
             *[estimate(row.quality.get(m)) for m in task.metrics],
@@ -350,7 +386,7 @@ def figures(found: Board, rows: Sequence[Row], task: Task, ids: bool = False) ->
         marks = (
             {} if ids else {"training": found.training[row.method], "tags": ",".join(found.tags.get(row.method, ()))}
         )
-        lines.append(Line(cells, row.rung, not row.ranked, marks))
+        lines.append(Line(cells, row.rung, not row.ranked, marks, not ids and found.is_variant(row.method)))
     hints = {"Group": TIED, "NFE/item": NFE, "NFE-eq/item": NFE_EQUIVALENT}
     return table(head, lines, f"Figures on {task.id}", picks=tuple(lines[0].marks) if lines else (), hints=hints) + (
         '<div class="sm-reasons">' + "".join(f'<p class="sm-note">{esc(note)}</p>' for note in reasons(rows)) + "</div>"

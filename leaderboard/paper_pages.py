@@ -12,7 +12,7 @@ from stepmark.leaderboard.estimates import figure
 from stepmark.leaderboard.markup import Cell, Line, chip, esc, link, table
 from stepmark.leaderboard.pages import Board, crumbs, element, slug, verdict_counts, words
 from stepmark.leaderboard.trust import Standing
-from stepmark.leaderboard.verdicts import claim_task
+from stepmark.leaderboard.verdicts import claim_task, tally
 
 from stepmark.plugins import MethodInfo
 
@@ -63,7 +63,7 @@ def index(found: Board) -> list[str]:
         }
         lines.append(Line(cells, marks=marks))
     known = {each.entry.id for each in found.covered}
-    more = [info for info in found.methods.values() if info.paper and info.paper.id not in known]
+    more = [info for info in found.methods.values() if info.base is None and info.paper and info.paper.id not in known]
     parts = [
         element(
             "p",
@@ -132,7 +132,7 @@ def _measured(found: Board, each: Covered) -> list[str]:
             )
         ]
     parts = []
-    for info in each.infos:
+    for info in (info for info in each.infos if info.base is None):
         title = f"{link(f'../methods/{info.id}.html', info.id)}: {esc(info.title)}"
         parts.append(element("p", title))
         trust = standing_list(found, info.id, "../")
@@ -141,7 +141,29 @@ def _measured(found: Board, each: Covered) -> list[str]:
             parts.append(claims_table(found, info, "../"))
         else:
             parts.append(element("p", "The plugin states no claim.", "sm-note"))
+        variants = [variant for variant in each.infos if variant.base == info.id]
+        if variants:
+            parts.append(element("p", "Controls and ablations in the same file, each with a page of its own:"))
+            parts.append(variants_table(found, variants, "../methods/"))
+            parts += [claims_table(found, variant, "../") for variant in variants if variant.claims]
     return parts
+
+
+def variants_table(found: Board, variants: Sequence[MethodInfo], up: str) -> str:
+    """The variants of a method, what each changes, and how far it has been measured."""
+    lines = []
+    for info in variants:
+        rows = found.by_method.get(info.id, [])
+        overrides = ", ".join(f"{name} = {value!r}" for name, value in info.overrides.items())
+        cells = [
+            Cell(link(f"{up}{info.id}.html", info.id), info.id),
+            markup.text(info.says),
+            Cell(f"<code>{esc(overrides)}</code>" if overrides else "–", overrides),
+            markup.number(len({row.task for row in rows if row.measured})),
+            verdict_counts(tally(found.verdicts[info.id])),
+        ]
+        lines.append(Line(cells))
+    return table(("Variant", "What is different", "In its source", "Tasks measured", "Claims"), lines, "Variants")
 
 
 def standing_list(found: Board, method: str, up: str) -> str:

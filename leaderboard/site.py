@@ -167,6 +167,8 @@ def write(found: Board, source: Path, root: Path) -> list[str]:
     page("compare.md", "Compare", compare_page.page(found))
     track_pages.write_assets(source / "assets")
     for info in found.methods.values():
+        if info.base is not None:
+            continue  # it stands in its method's file
         path = source / "source" / f"{info.id}.py.txt"
         path.parent.mkdir(exist_ok=True)
         shutil.copy(info.path, path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from stepmark.leaderboard import markup
 from stepmark.leaderboard.markup import Cell, Line, esc, link, number, table
 from stepmark.leaderboard.pages import Board, crumbs, element, slug, words
@@ -42,7 +44,7 @@ def page(found: Board, task_id: str) -> list[str]:
     networks = ", ".join(f"{role} = {name}" for role, name in task.backbones.items()) or "none"
     judges = ", ".join(f"{role} = {name}" for role, name in task.judges.items()) or "none"
     bounded = "every network" if task.bounded == ("*",) else ", ".join(task.bounded)
-    runners = [m.id for m in found.methods.values() if task_id in m.tasks]
+    runners = sorted((m.id for m in found.methods.values() if task_id in m.tasks), key=found.kin)
     metrics = [f"{m} ({d} is better)" for m, d in task.metrics.items()]
     pairs = [
         ("Version", esc(task.version)),
@@ -58,10 +60,16 @@ def page(found: Board, task_id: str) -> list[str]:
         ("Networks a method gets", esc(networks)),
         ("Networks of the metrics", esc(judges)),
         ("Figures", link(f"../tracks/{track}.html#{slug(task_id)}", f"track {words(track).lower()}")),
-        ("Methods", ", ".join(link(f"../methods/{m}.html", m) for m in runners) or "none yet"),
+        ("Methods", _linked(name for name in runners if not found.is_variant(name)) or "none yet"),
     ]
+    if variants := _linked(name for name in runners if found.is_variant(name)):
+        pairs.append(("Their variants", variants))
     return [
         crumbs(("index.html", "Tasks"), (f"../tracks/{track}.html", words(track)), (f"{slug(task_id)}.html", task_id)),
         element("p", esc(task.summary) + "."),
         markup.definitions(pairs),
     ]
+
+
+def _linked(names: Iterable[str]) -> str:
+    return ", ".join(link(f"../methods/{name}.html", name) for name in names)

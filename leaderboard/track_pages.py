@@ -18,9 +18,20 @@ from typing import Any
 
 from stepmark.leaderboard import charts
 from stepmark.leaderboard.estimates import factor, figure
-from stepmark.leaderboard.fronts import COSTS
+from stepmark.leaderboard.fronts import COSTS, Ladder
 from stepmark.leaderboard.markup import Cell, Line, esc, link, number, table
-from stepmark.leaderboard.pages import Board, crumbs, curves, element, figures, reasons, shown_notes, slug, words
+from stepmark.leaderboard.pages import (
+    Board,
+    crumbs,
+    curves,
+    element,
+    figures,
+    method_cell,
+    reasons,
+    shown_notes,
+    slug,
+    words,
+)
 from stepmark.leaderboard.paper_pages import trust_on_task
 from stepmark.leaderboard.rows import Place, Row, headline
 
@@ -47,20 +58,22 @@ def index(found: Board) -> list[str]:
     lines = []
     for track in found.tracks():
         tasks = [t for t, (owner, _) in found.tasks.items() if owner == track]
-        plugs = [m for m in found.methods.values() if m.track == track]
+        plugs = [m for m in found.methods.values() if m.track == track and m.base is None]
         live = {row.method for row in found.rows if row.track == track and row.measured}
+        variants = {name for name in live if found.is_variant(name)}
         cells = [
             Cell(link(f"{track}.html", words(track)), track),
             number(len(tasks)),
             number(len(plugs)),
-            number(len(live)),
+            number(len(live - variants)),
+            number(len(variants)),
         ]
         lines.append(Line(cells))
     elsewhere = Counter(c.entry.track for c in found.covered if c.entry.track not in found.tracks())
     waiting = ", ".join(f"{esc(words(t).lower())} ({n})" for t, n in elsewhere.most_common())
     return [
         element("p", "A track is a kind of problem: what a method is given, what it returns, how that is scored."),
-        table(("Track", "Tasks", "Plugins", "Live methods"), lines, "Tracks"),
+        table(("Track", "Tasks", "Plugins", "Live methods", "Live variants"), lines, "Tracks"),
         element("p", f"Tracks of the catalogue that have no task yet, with their papers: {waiting}.")
         if waiting
         else "",
@@ -161,11 +174,11 @@ def whole_ladders(found: Board, task: Task, place: Place) -> str:
     """The table of whole ladders in one place: a line per method, with how its two figures come about below it."""
     metric, _ = headline(task)
     lines = []
-    for each in found.ladders(task.id, place):
+    for each in _kindred(found, task.id, place):
         tags = found.tags.get(each.method, [])
         training = found.training[each.method]
         cells = [
-            Cell(link(f"../methods/{each.method}.html", each.method), each.method),
+            method_cell(found, each.method),
             Cell(esc(training), training),
             Cell(f'<span class="sm-tags">{esc(", ".join(tags)) or "–"}</span>', ", ".join(tags)),
             number(each.best.quality[metric].value),
@@ -173,7 +186,8 @@ def whole_ladders(found: Board, task: Task, place: Place) -> str:
             *[number(each.matching[axis], "no rung matches the baseline's best") for axis in COSTS],
             *[number(each.area[axis], "no reference, or a cost is missing") for axis in COSTS],
         ]
-        lines.append(Line(cells, marks={"training": training, "tags": ",".join(tags)}))
+        marks = {"training": training, "tags": ",".join(tags)}
+        lines.append(Line(cells, marks=marks, variant=found.is_variant(each.method)))
     if not lines:
         return ""
     head = [*WHOLE[:3], f"Best {metric}", WHOLE[4]]
@@ -189,6 +203,11 @@ def whole_ladders(found: Board, task: Task, place: Place) -> str:
         + "".join(element("p", esc(text)) for text in (MATCHING, AREA, TRAINING))
         + f"<p data-yardstick>{esc(yardstick_text(found, task.id, place))}</p></details>"
     )
+
+
+def _kindred(found: Board, task_id: str, place: Place) -> list[Ladder]:
+    """The ladders of a task by name, those of variants below their method's."""
+    return sorted(found.ladders(task_id, place), key=lambda each: found.kin(each.method))
 
 
 def yardstick_text(found: Board, task_id: str, place: Place) -> str:
@@ -212,9 +231,8 @@ def task_data(found: Board, task_id: str) -> dict[str, Any]:
     task = found.tasks[task_id][1]
     here = found.places_of(task_id)
     methods = _methods(found, task_id)
-    rows = [row for place in here for row in found.of_task(task_id, place)]
-    metric, higher = headline(task)
-    rows.sort(key=lambda row: (here.index(row.place), row.rung, row.group or 10**6, _value(row, metric, higher)))
+    rows = [row for place in here for row in found.ranked(found.of_task(task_id, place), task)]
+    metric, _ = headline(task)
     latencies = [row.latency_ms for row in rows]
     speedups = [row.speedup for row in rows]
     columns: dict[str, list[Any]] = {
@@ -241,7 +259,7 @@ def task_data(found: Board, task_id: str) -> dict[str, Any]:
         for end in ("value", "low", "high"):
             estimates = [row.quality.get(name) for row in rows]
             columns[f"metric:{name}:{end}"] = [short(getattr(e, end)) if e else None for e in estimates]
-    whole = [(i, each) for i, place in enumerate(here) for each in found.ladders(task_id, place)]
+    whole = [(i, each) for i, place in enumerate(here) for each in _kindred(found, task_id, place)]
     return {
         "task": task_id,
         "version": task.version,
@@ -250,6 +268,7 @@ def task_data(found: Board, task_id: str) -> dict[str, Any]:
         "places": [{"name": str(p), "machine": p.machine, "tier": p.tier} for p in here],
         "methods": methods,
         "anchors": [_index(methods, found.anchor(found.of_task(task_id, p))) for p in here],
+        "says": [found.methods[name].says if name in found.methods else "" for name in methods],
         "bases": [base if (base := found.family(name)) != name else "" for name in methods],
         "baselines": [int(found.is_baseline(name)) for name in methods],
         "training": [found.training[name] for name in methods],
@@ -267,11 +286,6 @@ def task_data(found: Board, task_id: str) -> dict[str, Any]:
             **{f"area:{axis}": [short(each.area[axis]) for _, each in whole] for axis in COSTS},
         },
     }
-
-
-def _value(row: Row, metric: str, higher: bool) -> float:
-    value = row.quality[metric].value if metric in row.quality else 0.0
-    return -value if higher else value
 
 
 def _index(names: list[str], name: str | None) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -63,37 +64,52 @@ class Text(HTMLParser):
         return " ".join(" ".join(self.parts).split())
 
 
-def two_plugins() -> tuple[coverage.CatalogueEntry, list[plugins.MethodInfo]]:
-    """A paper of the catalogue that several plugins carry, and these."""
-    for entry in coverage.catalogue():
-        mine = [info for info in plugins.methods().values() if info.paper and info.paper.id == entry.id]
-        if len(mine) > 1:
-            return entry, mine
-    raise AssertionError("no paper has two plugins")
+Carried = tuple[coverage.CatalogueEntry, list[plugins.MethodInfo]]
 
 
-def test_every_plugin_of_a_paper_counts() -> None:
-    entry, mine = two_plugins()
-    rung = plugins.tasks()[mine[1].tasks[0]][1].rungs[0]
+@pytest.fixture
+def carried(monkeypatch: pytest.MonkeyPatch) -> Carried:
+    """A paper of the catalogue, and the plugins that carry it: two methods, and a variant of the first."""
+    papers = {entry.id: entry for entry in coverage.catalogue()}
+    plain = {name: info for name, info in plugins.methods().items() if info.base is None}
+    first = next(info for info in plain.values() if info.paper and info.paper.id in papers and info.claims)
+    assert first.paper is not None
+    plain = {name: info for name, info in plain.items() if info.paper is None or info.paper.id != first.paper.id}
+    control = replace(
+        first, id=f"a_control_of_{first.id}", base=first.id, says="without the <i>good</i> part", paper=None,
+        overrides={"good": False}, claims=(), baselines=(first.id,),
+    )  # fmt: skip
+    second = replace(first, id=f"{first.id}_too", doc="A second method.", claims=())
+    mine = [first, control, second]
+    found = plain | {info.id: info for info in mine}
+    monkeypatch.setattr(plugins, "methods", lambda: found)
+    return papers[first.paper.id], mine
+
+
+def test_every_plugin_of_a_paper_counts_and_a_control_is_none(carried: Carried) -> None:
+    entry, mine = carried
+    rung = plugins.tasks()[mine[0].tasks[0]][1].rungs[0]
     for ran in mine:
         rows = grouped([record(ran.id, ran.tasks[0], rung, 1.0)])
         covered = next(c for c in coverage.covered(coverage.catalogue(), plugins.methods(), rows) if c.entry == entry)
-        assert covered.status == "live"  # whichever of them it was
-        assert list(covered.infos) == mine
+        assert covered.status == ("live" if ran.base is None else "not run")
+        assert list(covered.infos) == mine  # the variant after its method, though its name comes before
+        assert covered.info == mine[0]
         assert sum(covered.states.values()) == sum(len(info.claims) for info in mine)
     idle = next(c for c in coverage.covered(coverage.catalogue(), plugins.methods(), []) if c.entry == entry)
     assert idle.status == "not run"
 
 
-def test_a_paper_page_says_what_is_reported_and_what_was_measured() -> None:
-    entry, mine = two_plugins()
+def test_a_paper_page_says_what_is_reported_and_what_was_measured(carried: Carried) -> None:
+    entry, mine = carried
     task = mine[0].tasks[0]
     rung = plugins.tasks()[task][1].rungs[0]
     run = record(mine[0].id, task, rung, 1.0)
     objection = Dispute(record_id(run), "counts <b>wrong</b>", "https://example.org/1")
     found = make_board([run], {objection.record: objection})
     covered = next(c for c in found.covered if c.entry == entry)
-    page = Text("\n".join(paper_pages.paper_page(found, covered, paper_pages.relatives(found.covered)[entry.id])))
+    html = "\n".join(paper_pages.paper_page(found, covered, paper_pages.relatives(found.covered)[entry.id]))
+    page = Text(html)
     for info in mine:
         assert info.title in page.content
         assert all(claim.says in page.content for claim in info.claims)
@@ -103,6 +119,8 @@ def test_a_paper_page_says_what_is_reported_and_what_was_measured() -> None:
     hrefs = {attributes["href"] for tag, attributes in page.tags if tag == "a"}
     assert {f"../methods/{info.id}.html" for info in mine} <= hrefs
     assert f"https://arxiv.org/abs/{entry.arxiv}" in hrefs or entry.arxiv is None
+    # The variant stands under its method, before the next one, with what it changes.
+    assert html.index(mine[0].title.split(":")[0]) < html.index("good = False") < html.index("A second method.")
 
 
 def test_trust_on_a_task_is_counted_and_given_its_reasons() -> None:

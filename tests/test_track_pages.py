@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import permutations
 from pathlib import Path
@@ -14,7 +15,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stepmark.leaderboard import charts, compare_page, coverage, ledger, pages, site, track_pages
+from stepmark.leaderboard import (
+    charts,
+    compare_page,
+    coverage,
+    fronts,
+    ledger,
+    method_pages,
+    pages,
+    picker,
+    site,
+    track_pages,
+)
 from stepmark.leaderboard.comparisons import comparisons
 from stepmark.leaderboard.estimates import figure
 from stepmark.leaderboard.fronts import COSTS, ladders, yardstick
@@ -403,6 +415,145 @@ def test_wild_records_reach_every_page_and_harm_none(tmp_path: Path, monkeypatch
     # Counts that no column is made for are shown by their names.
     counted = next(text for text in aside if 'aria-label="Counts"' in text and "absurd" in text)
     assert "absurd 1.00e+308; sent bytes 4,096" in counted
+
+
+@pytest.fixture
+def variant(toys: Mapping[str, plugins.MethodInfo], monkeypatch: pytest.MonkeyPatch) -> str:
+    """A variant of toy_half whose name comes first of all, and that is better than its method at one rung."""
+    name = "a_control"
+    info = replace(
+        toys["toy_half"], id=name, base="toy_half", says="without <half>", overrides={"half": False},
+        baselines=("toy_base", "toy_half"),
+    )  # fmt: skip
+    found = {name: info, **toys}
+    monkeypatch.setattr(plugins, "methods", lambda: found)
+    return name
+
+
+def first_cells(html: str, label: str) -> list[tuple[str, bool]]:
+    """The methods of a table's lines from top to bottom, and whether each stands below another."""
+    table = html[html.index(f'aria-label="{label}"') :]
+    table = table[: table.index("</table>")]
+    lines = re.findall(r"<tr([^>]*)><th scope=\"row\"[^>]*>(.*?)</th>", table)
+    return [(re.sub("<[^>]*>", "", cell), "sm-variant" in kinds) for kinds, cell in lines]
+
+
+def test_a_variant_stands_under_its_method_everywhere(variant: str, tmp_path: Path) -> None:
+    low, middle, _ = ladder()
+    records = [
+        *suite(),
+        *(make(variant, rung, value, s) for s in (0, 1) for rung, value in ((low, 0.5), (middle, 9.0))),
+    ]
+    found = make_board(records)
+    task = plugins.tasks()[TASK][1]
+    rows = found.of_task(TASK, found.places_of(TASK)[0])
+    html = pages.figures(found, rows, task)
+    shown = first_cells(html, f"Figures on {TASK}")
+    at = [i for i, (name, _) in enumerate(shown) if name == variant]
+    assert len(at) == 2
+    assert all(shown[i][1] and shown[i - 1] == ("toy_half", False) for i in at)
+    assert not any(below for name, below in shown if name != variant)
+    assert 'title="A variant of toy_half: without &lt;half&gt;"' in html
+    whole = [
+        name
+        for name, _ in first_cells(track_pages.whole_ladders(found, task, rows[0].place), f"Whole ladders on {TASK}")
+    ]
+    assert whole.index(variant) == whole.index("toy_half") + 1
+    names = [name for name, _ in first_cells("".join(method_pages.index(found)), "Methods")]
+    assert names.index(variant) == names.index("toy_half") + 1
+
+    # The script of the track page puts the same lines in the same order.
+    block = track_pages.task_data(found, TASK)
+    first = [i for i, place in enumerate(block["rows"]["place"]) if place == 0]
+    assert [block["methods"][block["rows"]["method"][i]] for i in first] == [name for name, _ in shown]
+    assert dict(zip(block["methods"], block["bases"], strict=True))[variant] == "toy_half"
+
+    page = "".join(method_pages.page(found, variant))
+    assert '<a href="toy_half.html">toy_half</a>: without &lt;half&gt; (<code>half = False</code>)' in page
+    assert "../source/toy_half.py.txt" in page
+    assert "What it is" not in page  # its method's page says so
+    assert f'<a href="{variant}.html">{variant}</a>' in "".join(method_pages.page(found, "toy_half"))
+    assert variant not in {row.method for row in found.offer(TASK, rows[0].place).keeping["20%"]}
+
+
+def test_a_variant_whose_method_has_no_row_there_keeps_a_place_of_its_own(variant: str) -> None:
+    low, *_ = ladder()
+    found = make_board([make("toy_base", low, 1.0), make(variant, low, 0.5), make("toy_worse", low, 2.0)])
+    task = plugins.tasks()[TASK][1]
+    rows = found.ranked(found.of_task(TASK, found.places_of(TASK)[0]), task)
+    assert [row.method for row in rows] == [variant, "toy_base", "toy_worse"]
+
+
+def test_a_chart_has_colour_for_what_leads_only() -> None:
+    found = make_board(suite())
+    task = plugins.tasks()[TASK][1]
+    rows = found.of_task(TASK, found.places_of(TASK)[0])
+    leading = found.leading(rows, task)
+    assert leading[0] == "toy_base"
+    assert "toy_half" in leading
+    assert "toy_worse" not in leading
+    styles = charts.style(found.order(rows))
+    svg = charts.curve(rows, task, "unit", styles, leading=leading)
+    worse = re.findall(r'<[a-z]+ data-method="toy_worse"[^>]*>', svg)
+    assert worse
+    assert all('stroke="currentColor"' in mark for mark in worse)
+    assert "toy_worse, rung" not in svg
+    assert "toy_half, rung" in svg
+    assert "toy_worse, rung" in charts.curve(rows, task, "unit", styles)
+    names = charts.legend(styles, leading=leading)
+    assert "toy_worse" not in names
+    assert f"{len(styles) - len(leading)} more without colour" in names
+
+
+def test_an_interval_below_nought_leaves_the_scale_logarithmic() -> None:
+    low, middle, high = ladder()
+    metric = next(iter(plugins.tasks()[TASK][1].metrics))
+    wide = {metric: Quality(value=0.1, resamples=np.linspace(-0.2, 0.4, 100).tolist())}
+    found = make_board(
+        [make("toy_base", low, 60.0), make("toy_base", middle, 6.0), make("toy_base", high, 0.1, quality=wide)]
+    )
+    rows = found.of_task(TASK, found.places_of(TASK)[0])
+    svg = charts.curve(rows, plugins.tasks()[TASK][1], "unit", charts.style(["toy_base"]))
+    ticks = {float(text) for text in re.findall(r'text-anchor="end"[^>]*>([^<]+)</text>', svg)}
+    assert {0.1, 1, 10} <= ticks
+    ends = [float(y) for y in re.findall(r'y[12]="([\d.]+)"', svg)]
+    assert max(ends) <= charts.HEIGHT - charts.BELOW + 0.1  # no bar leaves the chart
+
+
+def test_the_picker_answers_what_the_board_offers() -> None:
+    found = make_board(suite())
+    (track,) = picker.data(found)["tracks"]
+    (block,) = track["tasks"]
+    deal = found.offer(TASK, found.places_of(TASK)[0])
+    assert deal is not None
+    assert block["title"] == found.titles[TASK]
+    base = block["rows"][0]
+    assert (base["method"], base["rung"]) == (deal.baseline.method, deal.baseline.rung)
+    asked = 0
+    for keep in fronts.KEEP:
+        for axis in fronts.SAVED:
+            saving = deal.saving(axis, keep)
+            answer = block["answers"].get(f"{keep} {axis} any")
+            assert (answer is None) == (saving is None)
+            if saving is not None:
+                row = block["rows"][answer[0]]
+                assert (row["method"], row["rung"]) == (saving.row.method, saving.row.rung)
+                assert row["command"] == saving.row.first.command
+                asked += 1
+    assert asked
+    untrained = [block["rows"][answer[0]] for key, answer in block["answers"].items() if key.endswith(" none")]
+    assert untrained
+    assert all(row["training"] != "trained" for row in untrained)
+
+
+def test_titles_are_short_and_tell_tasks_apart() -> None:
+    titles = make_board([]).titles
+    assert set(titles) == set(plugins.tasks())
+    by_track: dict[str, list[str]] = {}
+    for name, (track, _) in plugins.tasks().items():
+        by_track.setdefault(track, []).append(titles[name])
+    assert all(len(set(mine)) == len(mine) for mine in by_track.values())
+    assert any(titles[name] != task.summary for name, (_, task) in plugins.tasks().items())
 
 
 def test_a_script_cannot_be_left() -> None:

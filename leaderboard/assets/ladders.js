@@ -155,9 +155,8 @@
     const name = task.methods[method];
     const anchor = element("a", name);
     anchor.href = "../methods/" + name + ".html";
-    const base = task.bases[method];
-    const made = element("th", anchor, base ? "sm-variant" : "");
-    if (base) made.title = "A variant of " + base;
+    const made = element("th", anchor);
+    if (task.bases[method]) anchor.title = "A variant of " + task.bases[method] + ": " + task.says[method];
     made.scope = "row";
     made.dataset.v = name;
     return made;
@@ -167,7 +166,8 @@
 
   function line(task, method, cells, weak) {
     const made = element("tr", cells);
-    if (weak) made.className = "sm-weak";
+    if (weak) made.classList.add("sm-weak");
+    if (task.bases[method]) made.classList.add("sm-variant");
     made.dataset.training = task.training[method];
     made.dataset.tags = task.tags[method].join(",");
     return made;
