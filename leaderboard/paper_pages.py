@@ -145,7 +145,10 @@ def _measured(found: Board, each: Covered) -> list[str]:
         if variants:
             parts.append(element("p", "Controls and ablations in the same file, each with a page of its own:"))
             parts.append(variants_table(found, variants, "../methods/"))
-            parts += [claims_table(found, variant, "../") for variant in variants if variant.claims]
+            for variant in variants:
+                if variant.claims:
+                    parts.append(element("p", f"Claims about {link(f'../methods/{variant.id}.html', variant.id)}:"))
+                    parts.append(claims_table(found, variant, "../"))
     return parts
 
 
