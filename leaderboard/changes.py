@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from stepmark.leaderboard import board, markup
-from stepmark.leaderboard.board import Estimate, Row
+from stepmark.leaderboard import markup
+from stepmark.leaderboard.estimates import Estimate
 from stepmark.leaderboard.markup import Cell, Line, esc, estimate, link, number, table
 from stepmark.leaderboard.pages import Board, element
+from stepmark.leaderboard.rows import Place, Row, headline
 
 from stepmark import plugins
 from stepmark.record import Record
@@ -165,13 +166,15 @@ def history(versions: Mapping[str, Sequence[Row]], method: str) -> str:
         said = f"Measured in suite version {esc(next(iter(mine)))} only." if mine else "Not measured in any version."
         return element("p", said)
     known = plugins.tasks()
-    cells = {(row.task, row.rung, row.place): {} for rows in mine.values() for row in rows}  # type: dict[tuple[str, int, board.Place], dict[str, Row]]
+    cells: dict[tuple[str, int, Place], dict[str, Row]] = {
+        (row.task, row.rung, row.place): {} for rows in mine.values() for row in rows
+    }
     for suite, rows in mine.items():
         for row in rows:
             cells[row.task, row.rung, row.place][suite] = row
     lines = []
     for (task, rung, place), found in sorted(cells.items()):
-        metric, _ = board.headline(known[task][1])
+        metric, _ = headline(known[task][1])
         values = [
             estimate(found[suite].quality.get(metric)) if suite in found else number(None, "not measured")
             for suite in mine

@@ -6,7 +6,9 @@ import html
 import math
 from collections.abc import Sequence
 
-from stepmark.leaderboard.board import Row, figure, front
+from stepmark.leaderboard.estimates import figure
+from stepmark.leaderboard.fronts import front
+from stepmark.leaderboard.rows import Row
 
 from stepmark.task import Task
 
@@ -52,14 +54,25 @@ def style(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
     return {name: LOOKS[i % len(LOOKS)] for i, name in enumerate(methods)}
 
 
-def legend(styles: dict[str, tuple[str, str]], baselines: Sequence[str] = (), buttons: bool = True) -> str:
-    """The legend as HTML: a button per method (script dims the others), or plain names; baselines marked."""
+def legend(
+    styles: dict[str, tuple[str, str]],
+    baselines: Sequence[str] = (),
+    buttons: bool = True,
+    leading: Sequence[str] | None = None,
+) -> str:
+    """The legend as HTML: a button per method (script dims the others), or plain names; baselines marked. Where methods
+    are `leading`, the others are only counted.
+    """
+    others = 0 if leading is None else sum(name not in leading for name in styles)
     opening, end = ('button type="button"', "button") if buttons else ("span", "span")
     items = [
         f'<{opening} data-method="{html.escape(name)}"><span aria-hidden="true" style="color:{colour}">'
         f"{MARKS[shape]}</span> {html.escape(name)}{' (baseline)' if name in baselines else ''}</{end}>"
         for name, (colour, shape) in styles.items()
+        if leading is None or name in leading
     ]
+    if others:
+        items.append(f"<span>{others} more without colour</span>")
     return f'<div class="sm-legend" role="group" aria-label="Methods">{"".join(items)}</div>'
 
 
@@ -69,11 +82,17 @@ def drawable(rows: Sequence[Row], axis: str, metric: str) -> list[Row]:
 
 
 def curve(
-    rows: Sequence[Row], task: Task, axis: str, styles: dict[str, tuple[str, str]], metric: str | None = None
+    rows: Sequence[Row],
+    task: Task,
+    axis: str,
+    styles: dict[str, tuple[str, str]],
+    metric: str | None = None,
+    leading: Sequence[str] | None = None,
 ) -> str:
     """Quality against a cost axis for one place: a line per method, intervals, Pareto front; "" without two points.
 
-    Points off the front are faint, flagged ones hollow. Each point says its figures when it is pointed at.
+    Points off the front are faint, flagged ones hollow. Each point says its figures when it is pointed at. Where methods
+    are `leading`, the others stand behind them without colour, interval and words.
     """
     metric = metric or next(iter(task.metrics))
     higher = task.metrics[metric] == "higher"
@@ -81,9 +100,12 @@ def curve(
     if len(shown) < 2:
         return ""
     best = front(shown, axis, metric, higher)
-    ends = [end for row in shown for end in (row.quality[metric].low, row.quality[metric].high)]
+    values = [row.quality[metric].value for row in shown]
+    logarithmic = min(values) > 0 and max(values) > 8 * min(values)
+    floor = min(values) / 2 if logarithmic else -math.inf  # an interval that reaches further down ends at the edge
+    ends = [max(end, floor) for row in shown for end in (row.quality[metric].low, row.quality[metric].high)]
     x = Scale([row.cost(axis) or 0.0 for row in shown], True, (LEFT + PADDING, WIDTH - RIGHT - PADDING))
-    y = Scale(ends, min(ends) > 0 and max(ends) > 8 * min(ends), (HEIGHT - BELOW, TOP))
+    y = Scale(ends, logarithmic, (HEIGHT - BELOW, TOP))
 
     def at(row: Row) -> tuple[float, float]:
         return x(row.cost(axis) or 0.0), y(row.quality[metric].value)
@@ -95,9 +117,12 @@ def curve(
             corners += [(at(row)[0], corners[-1][1]), at(row)]
         parts.append(f'<path d="{_path(corners)}" fill="none" stroke="currentColor" stroke-width="5" opacity="0.16"/>')
     on_front = {id(row) for row in best}
-    lines, rules, points = [], [], []
+    faint, lines, rules, points = [], [], [], []
     for name, (colour, shape) in styles.items():
         mine = sorted((row for row in shown if row.method == name), key=lambda row: row.cost(axis) or 0.0)
+        if leading is not None and name not in leading:
+            faint.append(_faint(name, [at(row) for row in mine]))
+            continue
         if len(mine) > 1:
             look = f'fill="none" stroke="{colour}" stroke-width="1.4" opacity="0.45"'
             lines.append(f'<path data-method="{name}" d="{_path([at(row) for row in mine])}" {look}/>')
@@ -107,7 +132,7 @@ def curve(
             e = row.quality[metric]
             look = f'stroke="{colour}" stroke-width="1.4"{strength}'
             rules.append(
-                f'<line data-method="{name}" x1="{across:.1f}" x2="{across:.1f}" y1="{y(e.low):.1f}" '
+                f'<line data-method="{name}" x1="{across:.1f}" x2="{across:.1f}" y1="{y(max(e.low, floor)):.1f}" '
                 f'y2="{y(e.high):.1f}" {look}/>'
             )
             label = html.escape(_label(row, task, axis, metric))
@@ -117,7 +142,7 @@ def curve(
             )
     title = html.escape(f"{metric} against {SHORT[axis]} on {task.id}, {len({row.method for row in shown})} methods")
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">'
-    return "".join([head, f"<title>{title}</title>", *parts, *lines, *rules, *points, "</svg>"])
+    return "".join([head, f"<title>{title}</title>", *parts, *faint, *lines, *rules, *points, "</svg>"])
 
 
 class Scale:
@@ -164,6 +189,16 @@ class Scale:
 
 def _path(corners: Sequence[tuple[float, float]]) -> str:
     return "M" + "L".join(f"{across:.1f},{up:.1f}" for across, up in corners)
+
+
+def _faint(name: str, places: Sequence[tuple[float, float]]) -> str:
+    """A ladder without colour: its line, and its points as dots."""
+    if not places:
+        return ""
+    dots = "".join(f"M{across:.1f},{up:.1f}h0" for across, up in places)
+    look = f'data-method="{name}" fill="none" stroke="currentColor" stroke-linecap="round"'
+    line = f'<path {look} d="{_path(places)}" stroke-width="1" opacity="0.1"/>' if len(places) > 1 else ""
+    return f'{line}<path {look} d="{dots}" stroke-width="4" opacity="0.15"/>'
 
 
 def _axes(x: Scale, y: Scale, across: str, up: str) -> list[str]:

@@ -7,9 +7,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from stepmark.leaderboard import board
+from stepmark.leaderboard.comparisons import STATES, Comparison, contrasts
+from stepmark.leaderboard.groups import ALPHA
 from stepmark.leaderboard.markup import chip, esc, link
 from stepmark.leaderboard.pages import NOTHING, Board, element, words
+from stepmark.leaderboard.rows import headline
 from stepmark.leaderboard.track_pages import script, short
 
 HEAD = (
@@ -41,7 +43,7 @@ def page(found: Board) -> list[str]:
         element(
             "p",
             f"{better}. A line counts for a method if a paired bootstrap test, Holm-corrected over all lines at "
-            f"{board.ALPHA:.0%}, tells the two apart; what is flagged or failed at some seed takes no part; "
+            f"{ALPHA:.0%}, tells the two apart; what is flagged or failed at some seed takes no part; "
             + link("how-we-measure.html", "how the tests work")
             + ". The address of the page keeps the choice.",
         ),
@@ -86,7 +88,7 @@ def track_data(found: Board, track: str) -> dict[str, Any]:
     for tier in sorted({place.tier for place in places}):
         mine = [row for row in rows if row.place.tier == tier]
         tiers[tier], left[tier] = {}, {}
-        for (a, b), contrast in board.contrasts(mine, list(combinations(names, 2)), found.tasks).items():
+        for (a, b), contrast in contrasts(mine, list(combinations(names, 2)), found.tasks).items():
             pair = f"{number[a]},{number[b]}"
             if contrast.tests:
                 tiers[tier][pair] = [_packed(test, a, tasks[test.task], places[test.place]) for test in contrast.tests]
@@ -94,14 +96,14 @@ def track_data(found: Board, track: str) -> dict[str, Any]:
                 left[tier][pair] = [[number[m], state, n] for (m, state), n in sorted(contrast.left_out.items())]
     return {
         "methods": names,
-        "tasks": [{"name": task, "metric": board.headline(found.tasks[task][1])[0]} for task in tasks],
+        "tasks": [{"name": task, "metric": headline(found.tasks[task][1])[0]} for task in tasks],
         "places": [str(place) for place in places],
         "tiers": tiers,
         "left": left,
     }
 
 
-def _packed(test: board.Comparison, a: str, task: int, place: int) -> list[Any]:
+def _packed(test: Comparison, a: str, task: int, place: int) -> list[Any]:
     figures = (test.difference, test.low, test.high, test.p, test.effect, test.latency_ratio)
     won = 0 if test.winner is None else 1 if test.winner == a else -1
     return [task, place, test.rung, *[short(x, DIGITS) for x in figures], won]
@@ -124,5 +126,5 @@ def write_data(found: Board, folder: Path) -> None:
         tracks.append({"name": track, "title": words(track), "methods": names, "tiers": tiers, "start": start})
         (folder / f"compare-{track}.js").write_text(script(f"stepmarkComparisons_{track}", data), encoding="utf-8")
     if tracks:
-        content = {"alpha": f"{board.ALPHA:.0%}", "states": board.STATES, "tracks": tracks}
+        content = {"alpha": f"{ALPHA:.0%}", "states": STATES, "tracks": tracks}
         (folder / "compare.js").write_text(script("stepmarkComparisons", content), encoding="utf-8")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from stepmark.leaderboard.board import Intervals
+from stepmark.leaderboard.trust import Intervals
 
 from stepmark.record import LONGEST_LINE, Record
 

@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from stepmark.leaderboard import board, downloads
-from stepmark.leaderboard.board import Intervals, Row, Standing
+from stepmark.leaderboard import downloads
+from stepmark.leaderboard.groups import assign_groups
+from stepmark.leaderboard.rows import Row, cells, line_id, order, settle, version_key
+from stepmark.leaderboard.trust import Dispute, Intervals, Standing, standing
 
-from stepmark import plugins
+from stepmark import plugins, stats
 from stepmark import record as record_files
 from stepmark.record import Quality, Record, RecordError
 
@@ -52,14 +54,14 @@ class Asked(NamedTuple):
 
     newest: tuple[int, ...]
     tier: str | None
-    objections: Mapping[str, board.Dispute]
+    objections: Mapping[str, Dispute]
     folder: Path | None
 
 
 def read(
     results: Path,
     tier: str | None = None,
-    objections: Mapping[str, board.Dispute] | None = None,
+    objections: Mapping[str, Dispute] | None = None,
     folder: Path | None = None,
 ) -> Ledger:
     """Everything below a results folder, in as many processes as there are cores where there is much to read.
@@ -85,7 +87,7 @@ def read(
 
 def of(
     records: Iterable[Record],
-    objections: Mapping[str, board.Dispute] | None = None,
+    objections: Mapping[str, Dispute] | None = None,
     tier: str | None = None,
 ) -> Ledger:
     """The same of records in memory."""
@@ -93,7 +95,7 @@ def of(
     for r in records:
         units[r.track, r.method].append(r)
     found = [r for mine in units.values() for r in mine if _wanted(r, tier)]
-    newest = max((board.version_key(r.suite) for r in found), default=())
+    newest = max((version_key(r.suite) for r in found), default=())
     asked = Asked(newest, tier, objections or {}, None)
     return _merge([_sum_up(key, mine, asked) for key, mine in units.items()])
 
@@ -164,7 +166,7 @@ def _newest(results: Path, tier: str | None) -> tuple[int, ...]:
     suites: dict[tuple[int, ...], list[Path]] = defaultdict(list)
     for path in results.iterdir() if results.is_dir() else ():
         if not path.name.startswith("."):
-            suites[board.version_key(path.name)].append(path)
+            suites[version_key(path.name)].append(path)
     for key in sorted(suites, reverse=True):
         files = (file for folder in suites[key] for file in record_files.files(folder))
         if any(_wanted(r, tier) for file in files for r in record_files.read(file)):
@@ -192,26 +194,24 @@ def _sum_up(key: tuple[str, str], everything: Sequence[Record], asked: Asked) ->
     once = {r.model_dump_json(): r for r in everything}  # a merge of two branches may leave a line twice
     texts, everything = list(once), list(once.values())
     within = intervals(everything)
-    names = {id(r): board.line_id(text) for r, text in zip(everything, texts, strict=True)}
+    names = {id(r): line_id(text) for r, text in zip(everything, texts, strict=True)}
     if asked.folder is not None:
         downloads.write_part(asked.folder, key, everything, texts, list(names.values()), within)
     latest = record_files.latest(everything)
-    current = [r for r in latest if _wanted(r, asked.tier) and board.version_key(r.suite) == asked.newest]
-    rows = board.cells(current, known)
+    current = [r for r in latest if _wanted(r, asked.tier) and version_key(r.suite) == asked.newest]
+    rows = cells(current, known)
     shown = {r.suite for r in current}
     versions: dict[str, list[Row]] = {}
     for suite in {r.suite for r in latest if r.tier != "smoke"}:
         same = asked.tier is None and shown == {suite}
-        versions[suite] = (
-            rows if same else board.cells((r for r in latest if r.suite == suite and r.tier != "smoke"), known)
-        )
+        versions[suite] = rows if same else cells((r for r in latest if r.suite == suite and r.tier != "smoke"), known)
     every = list({id(row): row for mine in (rows, *versions.values()) for row in mine}.values())
-    board.settle(every)
+    settle(every)
     standings = {}
     by_record = {id(r): found for r, found in zip(everything, within, strict=True)}
     for task in {row.task for row in rows}:
         mine = [r for r in everything if r.task == task]
-        standings[key[1], task] = board.standing(key[1], task, mine, asked.objections, lambda r: by_record[id(r)])
+        standings[key[1], task] = standing(key[1], task, mine, asked.objections, lambda r: by_record[id(r)])
     keep = _Thin()
     thin = {id(r): keep(r, True) for r in current}
     newest = {id(row) for row in rows}
@@ -232,7 +232,7 @@ def intervals(records: Sequence[Record]) -> list[Intervals]:
     for keys in alike.values():
         for start in range(0, len(keys), 1024):
             some = keys[start : start + 1024]
-            low, high = board.intervals(np.array([records[i].quality[name].resamples for i, name in some]))
+            low, high = stats.intervals(np.array([records[i].quality[name].resamples for i, name in some]))
             for (i, name), a, b in zip(some, low.tolist(), high.tolist(), strict=True):
                 found[i][name] = (a, b)
     return list(found)
@@ -286,8 +286,8 @@ def _merge(parts: Sequence[_Part]) -> Ledger:
         found.files[part.key] = part.count
         for suite, rows in part.versions.items():
             found.versions.setdefault(suite, []).extend(rows)
-    order = sorted(found.versions, key=lambda suite: (board.version_key(suite), suite))
-    found.versions = {suite: sorted(found.versions[suite], key=board.order) for suite in order}
-    found.rows.sort(key=board.order)
-    board.assign_groups(found.rows, plugins.tasks())
+    suites = sorted(found.versions, key=lambda suite: (version_key(suite), suite))
+    found.versions = {suite: sorted(found.versions[suite], key=order) for suite in suites}
+    found.rows.sort(key=order)
+    assign_groups(found.rows, plugins.tasks())
     return found

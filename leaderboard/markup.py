@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from stepmark.leaderboard.board import Estimate, figure
 from stepmark.leaderboard.equations import typeset
+from stepmark.leaderboard.estimates import Estimate, figure
 
 
 def esc(text: object) -> str:
@@ -54,13 +54,14 @@ def text(content: object) -> Cell:
 
 class Line(NamedTuple):
     """A table row: its cells (the first is its head), its rung for the filter, whether it is set back, more to filter
-    by (each value a list parted by commas).
+    by (each value a list parted by commas), whether it is of a variant, which stands below its method.
     """
 
     cells: Sequence[Cell]
     rung: int | None = None
     weak: bool = False
     marks: Mapping[str, str] = {}
+    variant: bool = False
 
 
 def table(
@@ -91,8 +92,9 @@ def table(
             cells.append(f"<{tag}{_class(cell.number)}{value}>{cell.html}</{tag.split()[0]}>")
         rung = "" if line.rung is None else f' data-rung="{line.rung}"'
         rung += "".join(f' data-{name}="{esc(value)}"' for name, value in line.marks.items())
-        weak = ' class="sm-weak"' if line.weak else ""
-        body.append(f"<tr{rung}{weak}>{''.join(cells)}</tr>")
+        kinds = " ".join(["sm-weak"] * line.weak + ["sm-variant"] * line.variant)
+        kinds = f' class="{kinds}"' if kinds else ""
+        body.append(f"<tr{rung}{kinds}>{''.join(cells)}</tr>")
     hidden = "" if searched else " data-search-exclude"
     chosen = f' data-picks="{" ".join(picks)}"' if picks else ""
     return (

@@ -6,10 +6,13 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from urllib.parse import quote
 
-from stepmark.leaderboard import board, markup, taxonomy
-from stepmark.leaderboard.board import CatalogueEntry, Covered, Standing
+from stepmark.leaderboard import markup, taxonomy
+from stepmark.leaderboard.coverage import CatalogueEntry, Covered
+from stepmark.leaderboard.estimates import figure
 from stepmark.leaderboard.markup import Cell, Line, chip, esc, link, table
 from stepmark.leaderboard.pages import Board, crumbs, element, slug, verdict_counts, words
+from stepmark.leaderboard.trust import Standing
+from stepmark.leaderboard.verdicts import claim_task, tally
 
 from stepmark.plugins import MethodInfo
 
@@ -60,7 +63,7 @@ def index(found: Board) -> list[str]:
         }
         lines.append(Line(cells, marks=marks))
     known = {each.entry.id for each in found.covered}
-    more = [info for info in found.methods.values() if info.paper and info.paper.id not in known]
+    more = [info for info in found.methods.values() if info.base is None and info.paper and info.paper.id not in known]
     parts = [
         element(
             "p",
@@ -129,7 +132,7 @@ def _measured(found: Board, each: Covered) -> list[str]:
             )
         ]
     parts = []
-    for info in each.infos:
+    for info in (info for info in each.infos if info.base is None):
         title = f"{link(f'../methods/{info.id}.html', info.id)}: {esc(info.title)}"
         parts.append(element("p", title))
         trust = standing_list(found, info.id, "../")
@@ -138,7 +141,32 @@ def _measured(found: Board, each: Covered) -> list[str]:
             parts.append(claims_table(found, info, "../"))
         else:
             parts.append(element("p", "The plugin states no claim.", "sm-note"))
+        variants = [variant for variant in each.infos if variant.base == info.id]
+        if variants:
+            parts.append(element("p", "Controls and ablations in the same file, each with a page of its own:"))
+            parts.append(variants_table(found, variants, "../methods/"))
+            for variant in variants:
+                if variant.claims:
+                    parts.append(element("p", f"Claims about {link(f'../methods/{variant.id}.html', variant.id)}:"))
+                    parts.append(claims_table(found, variant, "../"))
     return parts
+
+
+def variants_table(found: Board, variants: Sequence[MethodInfo], up: str) -> str:
+    """The variants of a method, what each changes, and how far it has been measured."""
+    lines = []
+    for info in variants:
+        rows = found.by_method.get(info.id, [])
+        overrides = ", ".join(f"{name} = {value!r}" for name, value in info.overrides.items())
+        cells = [
+            Cell(link(f"{up}{info.id}.html", info.id), info.id),
+            markup.text(info.says),
+            Cell(f"<code>{esc(overrides)}</code>" if overrides else "–", overrides),
+            markup.number(len({row.task for row in rows if row.measured})),
+            verdict_counts(tally(found.verdicts[info.id])),
+        ]
+        lines.append(Line(cells))
+    return table(("Variant", "What is different", "In its source", "Tasks measured", "Claims"), lines, "Variants")
 
 
 def standing_list(found: Board, method: str, up: str) -> str:
@@ -178,11 +206,11 @@ def claims_table(found: Board, info: MethodInfo, up: str) -> str:
     lines = []
     places = {place for _, by_place in found.verdicts[info.id] for place in by_place}
     for claim, by_place in found.verdicts[info.id]:
-        task = board.claim_task(claim, info)
+        task = claim_task(claim, info)
         for place, verdict in by_place.items() or [(None, None)]:
             state = verdict.state if verdict else "not run"
             fraction = verdict.fraction if verdict else None
-            values = ", ".join(f"{k} = {board.figure(v)}" for k, v in verdict.values.items()) if verdict else ""
+            values = ", ".join(f"{k} = {figure(v)}" for k, v in verdict.values.items()) if verdict else ""
             why = values or (verdict.text if verdict else "no records of this method")
             share = Cell("–", "", True) if fraction is None else Cell(f"{100 * fraction:.1f} %", fraction, True)
             lines.append(

@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
-from stepmark.leaderboard import board
+from stepmark.leaderboard.rows import version_key
 
 from stepmark import __version__, plugins
 from stepmark.record import read_all
@@ -213,7 +213,7 @@ def read(folder: Path) -> Manifest:
 def releases(results: Path) -> list[tuple[Path, Manifest]]:
     """Every release below a results folder, oldest first."""
     found = [(path.parent, read(path.parent)) for path in results.glob("*/release/manifest.json")]
-    return sorted(found, key=lambda pair: (board.version_key(pair[1].suite), pair[1].suite))
+    return sorted(found, key=lambda pair: (version_key(pair[1].suite), pair[1].suite))
 
 
 def unpack_sites(results: Path, out: Path) -> list[str]:

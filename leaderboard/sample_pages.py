@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from itertools import zip_longest
 
 from stepmark.leaderboard import markup
-from stepmark.leaderboard.board import Place, Row, split
 from stepmark.leaderboard.markup import Cell, Line, esc, number, table
 from stepmark.leaderboard.pages import Board, element
+from stepmark.leaderboard.rows import Row, split
 
 from stepmark.samples import Mark, Pictures, Points, Sample, SampleFile, Shown, Texts, source_of
 
@@ -21,7 +21,7 @@ def section(found: Board, files: Sequence[SampleFile], name: str) -> list[str]:
     info = found.methods.get(name)
     wanted = {name, *(info.baselines if info else ())}
     have = {
-        (Place(file.machine, sample.tier, sample.device), file.method, sample.task, sample.rung): sample
+        (file.machine, sample.tier, sample.device, file.method, sample.task, sample.rung): sample
         for file in files
         if file.method in wanted
         for sample in file.samples
@@ -33,12 +33,12 @@ def section(found: Board, files: Sequence[SampleFile], name: str) -> list[str]:
         base = next((b for b in (info.baselines if info else ()) if b in present), None)
         lines = []
         for row in sorted(mine, key=lambda row: row.rung):
-            own = have.get((place, name, task_id, row.rung))
+            own = have.get((place.machine, place.tier, place.device, name, task_id, row.rung))
             if own is None:
                 continue
             cells = [number(row.rung), _cell(own, row, name)]
             if base is not None:
-                other = have.get((place, base, task_id, row.rung))
+                other = have.get((place.machine, place.tier, place.device, base, task_id, row.rung))
                 beside = next(
                     (r for r in found.of_task(task_id, place) if (r.method, r.rung) == (base, row.rung)), None
                 )

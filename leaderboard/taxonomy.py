@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from stepmark.leaderboard import markup
-from stepmark.leaderboard.board import CatalogueEntry
+from stepmark.leaderboard.coverage import CatalogueEntry
 from stepmark.leaderboard.markup import chip, esc, link
 from stepmark.leaderboard.pages import Board
 
@@ -78,6 +78,8 @@ def place(found: Board, known: Sequence[Node]) -> tuple[dict[str, list[str]], di
     entries: dict[str, list[str]] = {node.id: [] for node in known} | {ELSEWHERE: []}
     for name in sorted({row.method for row in found.rows if row.measured}):
         info = found.methods.get(name)
+        if info is not None and info.base is not None:
+            continue  # its method stands for it
         for node in (of_method(info, papers, known) if info else []) or [ELSEWHERE]:
             methods[node].append(name)
     for entry in papers.values():

@@ -16,11 +16,24 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from stepmark.leaderboard import board, charts
-from stepmark.leaderboard.board import Place, Row
+from stepmark.leaderboard import charts
+from stepmark.leaderboard.estimates import factor, figure
+from stepmark.leaderboard.fronts import COSTS, Ladder
 from stepmark.leaderboard.markup import Cell, Line, esc, link, number, table
-from stepmark.leaderboard.pages import Board, crumbs, curves, element, figures, reasons, shown_notes, slug, words
+from stepmark.leaderboard.pages import (
+    Board,
+    crumbs,
+    curves,
+    element,
+    figures,
+    method_cell,
+    reasons,
+    shown_notes,
+    slug,
+    words,
+)
 from stepmark.leaderboard.paper_pages import trust_on_task
+from stepmark.leaderboard.rows import Place, Row, headline
 
 from stepmark.task import Task
 
@@ -45,20 +58,22 @@ def index(found: Board) -> list[str]:
     lines = []
     for track in found.tracks():
         tasks = [t for t, (owner, _) in found.tasks.items() if owner == track]
-        plugs = [m for m in found.methods.values() if m.track == track]
+        plugs = [m for m in found.methods.values() if m.track == track and m.base is None]
         live = {row.method for row in found.rows if row.track == track and row.measured}
+        variants = {name for name in live if found.is_variant(name)}
         cells = [
             Cell(link(f"{track}.html", words(track)), track),
             number(len(tasks)),
             number(len(plugs)),
-            number(len(live)),
+            number(len(live - variants)),
+            number(len(variants)),
         ]
         lines.append(Line(cells))
     elsewhere = Counter(c.entry.track for c in found.covered if c.entry.track not in found.tracks())
     waiting = ", ".join(f"{esc(words(t).lower())} ({n})" for t, n in elsewhere.most_common())
     return [
         element("p", "A track is a kind of problem: what a method is given, what it returns, how that is scored."),
-        table(("Track", "Tasks", "Plugins", "Live methods"), lines, "Tracks"),
+        table(("Track", "Tasks", "Plugins", "Live methods", "Live variants"), lines, "Tracks"),
         element("p", f"Tracks of the catalogue that have no task yet, with their papers: {waiting}.")
         if waiting
         else "",
@@ -77,11 +92,10 @@ def track_page(found: Board, track: str, data: Path) -> list[str]:
         element(
             "p",
             "Rows at one rung in the same group are not told apart by a paired bootstrap test (Holm-corrected at 5 %); "
-            "group 1 holds the best. On the charts the broad step line is the Pareto front, points behind it are "
-            "faint, flagged ones hollow; bands and bars are 95 % intervals. Hover over a point for its figures, click "
-            "it for the method's page; click names to compare a few. "
-            + link("../compare.html", "Compare two methods by paired tests")
-            + ".",
+            "group 1 holds the best. On the charts the broad step line is the Pareto front; the methods on it and the "
+            "baseline have colour, the others stand faint behind until you point at one or choose its name; flagged "
+            "points are hollow. Click a point for the method's page; choose names to see a few alone, and 95 % intervals "
+            "where you want them. " + link("../compare.html", "Compare two methods by paired tests") + ".",
             "sm-note",
         )
     )
@@ -119,44 +133,61 @@ def track_page(found: Board, track: str, data: Path) -> list[str]:
 
 
 def _methods(found: Board, task_id: str) -> list[str]:
-    """Every method on a task, whatever the place: so that each keeps its colour."""
-    return found.order(row for place in found.places_of(task_id) for row in found.of_task(task_id, place))
+    """Every method on a task, whatever the place, so that each keeps its colour: those that lead in the first place come
+    first, so that their colours differ.
+    """
+    here = found.places_of(task_id)
+    leading = found.leading(found.of_task(task_id, here[0]), found.tasks[task_id][1])
+    every = found.order(row for place in here for row in found.of_task(task_id, place))
+    return [*leading, *(name for name in every if name not in leading)]
+
+
+LESS = {
+    "unit": "fewer evaluations",
+    "nfe_equivalent": "fewer NFE-equivalents",
+    "latency_ms": "less time",
+    "memory_mib": "less memory",
+    "joules": "less energy",
+}
 
 
 def deal_text(found: Board, task_id: str, place: Place) -> str:
-    """What the best method buys, as a sentence; "" without a baseline. Plain text."""
-    deal = found.bargain(task_id, place)
+    """What keeps the baseline's best quality for less, axis by axis, as a sentence; "" without a baseline. Plain text."""
+    deal = found.offer(task_id, place)
     if deal is None:
         return ""
-    base = deal.baseline
-    begin = f"The baseline {base.method} is best at rung {base.rung}. "
-    if deal.row is None:
-        return begin + "No method matches that for fewer evaluations."
-    said = [f"{board.figure(f)}× fewer evaluations" for f in [deal.factor("unit")] if f]
-    said += [f"{board.figure(f)}× fewer NFE-equivalents" for f in [deal.factor("nfe_equivalent")] if f]
-    time = deal.factor("latency_ms")
-    if time:
-        said.append(f"{board.figure(time)}× less time" if time >= 1 else f"{board.figure(1 / time)}× more time")
-    return f"{begin}{deal.row.method} matches it at rung {deal.row.rung}: {', '.join(said)}."
+    said = []
+    for axis, less in LESS.items():
+        saving = deal.saving(axis)
+        if saving is not None:
+            said.append(f"{' '.join(filter(None, factor(saving.factor)))} {less} with {_at(saving.row)}")
+    if not said:
+        return f"The best of the baseline is {_at(deal.baseline)}. Nothing measured keeps that quality for less."
+    return f"The best of the baseline is {_at(deal.baseline)}. What keeps that quality for less: {'; '.join(said)}."
+
+
+def _at(row: Row) -> str:
+    return f"{row.method} at rung {row.rung}"
 
 
 def whole_ladders(found: Board, task: Task, place: Place) -> str:
     """The table of whole ladders in one place: a line per method, with how its two figures come about below it."""
-    metric, _ = board.headline(task)
+    metric, _ = headline(task)
     lines = []
-    for each in found.ladders(task.id, place):
+    for each in _kindred(found, task.id, place):
         tags = found.tags.get(each.method, [])
         training = found.training[each.method]
         cells = [
-            Cell(link(f"../methods/{each.method}.html", each.method), each.method),
+            method_cell(found, each.method),
             Cell(esc(training), training),
             Cell(f'<span class="sm-tags">{esc(", ".join(tags)) or "–"}</span>', ", ".join(tags)),
             number(each.best.quality[metric].value),
             number(each.best.rung),
-            *[number(each.matching[axis], "no rung matches the baseline's best") for axis in board.COSTS],
-            *[number(each.area[axis], "no reference, or a cost is missing") for axis in board.COSTS],
+            *[number(each.matching[axis], "no rung matches the baseline's best") for axis in COSTS],
+            *[number(each.area[axis], "no reference, or a cost is missing") for axis in COSTS],
         ]
-        lines.append(Line(cells, marks={"training": training, "tags": ",".join(tags)}))
+        marks = {"training": training, "tags": ",".join(tags)}
+        lines.append(Line(cells, marks=marks, variant=found.is_variant(each.method)))
     if not lines:
         return ""
     head = [*WHOLE[:3], f"Best {metric}", WHOLE[4]]
@@ -174,16 +205,21 @@ def whole_ladders(found: Board, task: Task, place: Place) -> str:
     )
 
 
+def _kindred(found: Board, task_id: str, place: Place) -> list[Ladder]:
+    """The ladders of a task by name, those of variants below their method's."""
+    return sorted(found.ladders(task_id, place), key=lambda each: found.kin(each.method))
+
+
 def yardstick_text(found: Board, task_id: str, place: Place) -> str:
     """The reference point of the hypervolume, in figures. Plain text."""
     stick = found.yardstick(task_id, place)
     if stick is None:
         return "No baseline has been measured here, so neither figure can be computed."
     best = stick.best.quality[stick.metric].value
-    costs = ", ".join(f"{board.figure(c)} {COST_NAMES[axis]}" for axis, c in stick.dearest.items() if c is not None)
+    costs = ", ".join(f"{figure(c)} {COST_NAMES[axis]}" for axis, c in stick.dearest.items() if c is not None)
     return (
-        f"Here the baseline is {stick.best.method}: quality 0 is {stick.metric} {board.figure(stick.worst)}, quality 1 "
-        f"is {board.figure(best)} at rung {stick.best.rung}; the reference point is quality 0 at {costs or 'no cost'}."
+        f"Here the baseline is {stick.best.method}: quality 0 is {stick.metric} {figure(stick.worst)}, quality 1 "
+        f"is {figure(best)} at rung {stick.best.rung}; the reference point is quality 0 at {costs or 'no cost'}."
     )
 
 
@@ -195,9 +231,8 @@ def task_data(found: Board, task_id: str) -> dict[str, Any]:
     task = found.tasks[task_id][1]
     here = found.places_of(task_id)
     methods = _methods(found, task_id)
-    rows = [row for place in here for row in found.of_task(task_id, place)]
-    metric, higher = board.headline(task)
-    rows.sort(key=lambda row: (here.index(row.place), row.rung, row.group or 10**6, _value(row, metric, higher)))
+    rows = [row for place in here for row in found.ranked(found.of_task(task_id, place), task)]
+    metric, _ = headline(task)
     latencies = [row.latency_ms for row in rows]
     speedups = [row.speedup for row in rows]
     columns: dict[str, list[Any]] = {
@@ -224,7 +259,7 @@ def task_data(found: Board, task_id: str) -> dict[str, Any]:
         for end in ("value", "low", "high"):
             estimates = [row.quality.get(name) for row in rows]
             columns[f"metric:{name}:{end}"] = [short(getattr(e, end)) if e else None for e in estimates]
-    whole = [(i, each) for i, place in enumerate(here) for each in found.ladders(task_id, place)]
+    whole = [(i, each) for i, place in enumerate(here) for each in _kindred(found, task_id, place)]
     return {
         "task": task_id,
         "version": task.version,
@@ -232,6 +267,9 @@ def task_data(found: Board, task_id: str) -> dict[str, Any]:
         "metrics": dict(task.metrics),
         "places": [{"name": str(p), "machine": p.where, "tier": p.tier} for p in here],
         "methods": methods,
+        "anchors": [_index(methods, found.anchor(found.of_task(task_id, p))) for p in here],
+        "says": [found.methods[name].says if name in found.methods else "" for name in methods],
+        "bases": [base if (base := found.family(name)) != name else "" for name in methods],
         "baselines": [int(found.is_baseline(name)) for name in methods],
         "training": [found.training[name] for name in methods],
         "tags": [found.tags.get(name, []) for name in methods],
@@ -244,15 +282,14 @@ def task_data(found: Board, task_id: str) -> dict[str, Any]:
             "method": [methods.index(each.method) for _, each in whole],
             "best": [short(each.best.quality[metric].value) for _, each in whole],
             "rung": [each.best.rung for _, each in whole],
-            **{f"matching:{axis}": [short(each.matching[axis]) for _, each in whole] for axis in board.COSTS},
-            **{f"area:{axis}": [short(each.area[axis]) for _, each in whole] for axis in board.COSTS},
+            **{f"matching:{axis}": [short(each.matching[axis]) for _, each in whole] for axis in COSTS},
+            **{f"area:{axis}": [short(each.area[axis]) for _, each in whole] for axis in COSTS},
         },
     }
 
 
-def _value(row: Row, metric: str, higher: bool) -> float:
-    value = row.quality[metric].value if metric in row.quality else 0.0
-    return -value if higher else value
+def _index(names: list[str], name: str | None) -> int | None:
+    return names.index(name) if name in names else None
 
 
 def short(x: float | None, digits: int = 6) -> float | int | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stepmark.leaderboard import board
+from stepmark.leaderboard import groups
 
 from stepmark import frame, plugins
 from stepmark import record as records
@@ -93,7 +93,7 @@ def test_the_published_figures_are_those_of_the_board() -> None:
     assert len(table) > 10 * len(everything)
     assert (table.low.isna() | ((table.low <= table.value) & (table.value <= table.high))).all()
     mine = [r for r in everything if r.method == "ddim" and r.task == "class_to_image/digits_eps" and r.latency]
-    theirs = {row.rung: row for row in board.rows(mine)}
+    theirs = {row.rung: row for row in groups.grouped(mine)}
     for name, of in (("latency_ms", lambda row: row.latency_ms), ("memory_mib", lambda row: row.memory_mib)):
         found = table[(table.figure == name) & (table.method == "ddim") & (table.task == "class_to_image/digits_eps")]
         assert len(found) == len(theirs)

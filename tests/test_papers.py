@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,11 @@ from typing import Any
 import markdown
 import numpy as np
 import pytest
-from stepmark.leaderboard import board, equations, ledger, markup, paper_pages, site, taxonomy
+from stepmark.leaderboard import coverage, equations, ledger, markup, paper_pages, site, taxonomy
+from stepmark.leaderboard.groups import grouped
 from stepmark.leaderboard.pages import Board
+from stepmark.leaderboard.rows import record_id
+from stepmark.leaderboard.trust import Dispute
 
 from stepmark import plugins
 from stepmark.record import Quality, Record
@@ -33,7 +38,7 @@ def record(method: str, task: str, rung: int, value: float, **fields: Any) -> Re
     return Record(**(full | fields))
 
 
-def make_board(records: Sequence[Record], objections: Mapping[str, board.Dispute] | None = None) -> Board:
+def make_board(records: Sequence[Record], objections: Mapping[str, Dispute] | None = None) -> Board:
     """All that pages are made from, of the real plugins and catalogue."""
     return Board(ledger.of(records, objections), plugins.methods(), plugins.tasks(), "https://example.org/r")
 
@@ -59,37 +64,52 @@ class Text(HTMLParser):
         return " ".join(" ".join(self.parts).split())
 
 
-def two_plugins() -> tuple[board.CatalogueEntry, list[plugins.MethodInfo]]:
-    """A paper of the catalogue that several plugins carry, and these."""
-    for entry in board.catalogue():
-        mine = [info for info in plugins.methods().values() if info.paper and info.paper.id == entry.id]
-        if len(mine) > 1:
-            return entry, mine
-    raise AssertionError("no paper has two plugins")
+Carried = tuple[coverage.CatalogueEntry, list[plugins.MethodInfo]]
 
 
-def test_every_plugin_of_a_paper_counts() -> None:
-    entry, mine = two_plugins()
-    rung = plugins.tasks()[mine[1].tasks[0]][1].rungs[0]
+@pytest.fixture
+def carried(monkeypatch: pytest.MonkeyPatch) -> Carried:
+    """A paper of the catalogue, and the plugins that carry it: two methods, and a variant of the first."""
+    papers = {entry.id: entry for entry in coverage.catalogue()}
+    plain = {name: info for name, info in plugins.methods().items() if info.base is None}
+    first = next(info for info in plain.values() if info.paper and info.paper.id in papers and info.claims)
+    assert first.paper is not None
+    plain = {name: info for name, info in plain.items() if info.paper is None or info.paper.id != first.paper.id}
+    control = replace(
+        first, id=f"a_control_of_{first.id}", base=first.id, says="without the <i>good</i> part", paper=None,
+        overrides={"good": False}, claims=(), baselines=(first.id,),
+    )  # fmt: skip
+    second = replace(first, id=f"{first.id}_too", doc="A second method.", claims=())
+    mine = [first, control, second]
+    found = plain | {info.id: info for info in mine}
+    monkeypatch.setattr(plugins, "methods", lambda: found)
+    return papers[first.paper.id], mine
+
+
+def test_every_plugin_of_a_paper_counts_and_a_control_is_none(carried: Carried) -> None:
+    entry, mine = carried
+    rung = plugins.tasks()[mine[0].tasks[0]][1].rungs[0]
     for ran in mine:
-        rows = board.rows([record(ran.id, ran.tasks[0], rung, 1.0)])
-        covered = next(c for c in board.coverage(board.catalogue(), plugins.methods(), rows) if c.entry == entry)
-        assert covered.status == "live"  # whichever of them it was
-        assert list(covered.infos) == mine
+        rows = grouped([record(ran.id, ran.tasks[0], rung, 1.0)])
+        covered = next(c for c in coverage.covered(coverage.catalogue(), plugins.methods(), rows) if c.entry == entry)
+        assert covered.status == ("live" if ran.base is None else "not run")
+        assert list(covered.infos) == mine  # the variant after its method, though its name comes before
+        assert covered.info == mine[0]
         assert sum(covered.states.values()) == sum(len(info.claims) for info in mine)
-    idle = next(c for c in board.coverage(board.catalogue(), plugins.methods(), []) if c.entry == entry)
+    idle = next(c for c in coverage.covered(coverage.catalogue(), plugins.methods(), []) if c.entry == entry)
     assert idle.status == "not run"
 
 
-def test_a_paper_page_says_what_is_reported_and_what_was_measured() -> None:
-    entry, mine = two_plugins()
+def test_a_paper_page_says_what_is_reported_and_what_was_measured(carried: Carried) -> None:
+    entry, mine = carried
     task = mine[0].tasks[0]
     rung = plugins.tasks()[task][1].rungs[0]
     run = record(mine[0].id, task, rung, 1.0)
-    objection = board.Dispute(board.record_id(run), "counts <b>wrong</b>", "https://example.org/1")
+    objection = Dispute(record_id(run), "counts <b>wrong</b>", "https://example.org/1")
     found = make_board([run], {objection.record: objection})
     covered = next(c for c in found.covered if c.entry == entry)
-    page = Text("\n".join(paper_pages.paper_page(found, covered, paper_pages.relatives(found.covered)[entry.id])))
+    html = "\n".join(paper_pages.paper_page(found, covered, paper_pages.relatives(found.covered)[entry.id]))
+    page = Text(html)
     for info in mine:
         assert info.title in page.content
         assert all(claim.says in page.content for claim in info.claims)
@@ -99,12 +119,14 @@ def test_a_paper_page_says_what_is_reported_and_what_was_measured() -> None:
     hrefs = {attributes["href"] for tag, attributes in page.tags if tag == "a"}
     assert {f"../methods/{info.id}.html" for info in mine} <= hrefs
     assert f"https://arxiv.org/abs/{entry.arxiv}" in hrefs or entry.arxiv is None
+    # The variant stands under its method, before the next one, with what it changes.
+    assert html.index(mine[0].title.split(":")[0]) < html.index("good = False") < html.index("A second method.")
 
 
 def test_trust_on_a_task_is_counted_and_given_its_reasons() -> None:
     task = plugins.tasks()[TASK_OF["image"]][1]
     runs = [record(name, task.id, task.rungs[0], 1.0) for name in ("ddim", "euler")]
-    objection = board.Dispute(board.record_id(runs[1]), "too <i>good</i>", "https://example.org/1")
+    objection = Dispute(record_id(runs[1]), "too <i>good</i>", "https://example.org/1")
     html = paper_pages.trust_on_task(make_board(runs, {objection.record: objection}), task.id)
     page = Text(html)
     assert "Trust: 1 measured, 1 disputed" in page.content
@@ -127,7 +149,7 @@ def test_the_table_holds_every_paper_and_stays_small() -> None:
     html = "\n".join(paper_pages.index(found))
     assert len(html.encode()) < 600_000
     hrefs = {attributes.get("href") for _, attributes in Text(html).tags}
-    assert all(f"papers/{entry.id}.html" in hrefs for entry in board.catalogue())
+    assert all(f"papers/{entry.id}.html" in hrefs for entry in coverage.catalogue())
     assert 'data-picks="track kind status verdict year tag"' in html
     rows = [attributes for tag, attributes in Text(html).tags if tag == "tr"][1:]
     # What is live leads; within a status the order is that of the catalogue.
@@ -141,9 +163,9 @@ def test_the_table_holds_every_paper_and_stays_small() -> None:
 
 
 def test_relatives_share_tags_and_rare_ones_weigh_more() -> None:
-    def covered(name: str, *tags: str) -> board.Covered:
-        base = board.catalogue()[0]
-        return board.Covered(base._replace(id=name, tags=list(tags)), (), "no plugin yet", board.Counter())
+    def covered(name: str, *tags: str) -> coverage.Covered:
+        base = coverage.catalogue()[0]
+        return coverage.Covered(base._replace(id=name, tags=list(tags)), (), "no plugin yet", Counter())
 
     papers = [
         covered("a", "rare", "common"), covered("b", "common"), covered("c", "rare"), covered("d", "common"),
@@ -167,10 +189,10 @@ def test_a_hostile_title_stays_text(tmp_path: Path) -> None:
 
 
 def test_the_catalogue_names_no_file_outside_its_folder(tmp_path: Path) -> None:
-    line = board.catalogue()[0]._asdict() | {"id": "../../index"}
+    line = coverage.catalogue()[0]._asdict() | {"id": "../../index"}
     (tmp_path / "c.jsonl").write_text(json.dumps(line) + "\n")
     with pytest.raises(ValueError, match=r"c\.jsonl:1: an id is made of"):
-        board.catalogue(tmp_path / "c.jsonl")
+        coverage.catalogue(tmp_path / "c.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -221,7 +243,7 @@ def test_no_live_method_and_no_paper_is_lost_from_the_taxonomy() -> None:
     methods, papers = taxonomy.place(found, taxonomy.nodes())
     assert {name for names in methods.values() for name in names} == {*plugins.methods(), "nobody_knows_it"}
     assert "nobody_knows_it" in methods[taxonomy.ELSEWHERE]
-    assert {name for names in papers.values() for name in names} == {entry.id for entry in board.catalogue()}
+    assert {name for names in papers.values() for name in names} == {entry.id for entry in coverage.catalogue()}
     root = plugins.checkout()
     assert root is not None
     text = taxonomy.fill((root / "docs" / "taxonomy.md").read_text(encoding="utf-8"), found)
@@ -234,7 +256,7 @@ TASK_OF = {track: task for task, (track, _) in plugins.tasks().items()}
 
 
 def test_the_taxonomy_names_only_what_there_is() -> None:
-    tags = {tag for entry in board.catalogue() for tag in entry.tags}
+    tags = {tag for entry in coverage.catalogue() for tag in entry.tags}
     known = taxonomy.nodes()
     assert {tag for node in known for tag in node.tags} <= tags
     assert all(

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stepmark.leaderboard import board, ledger
+from stepmark.leaderboard import ledger
+from stepmark.leaderboard.rows import cells as rows_of
 
 import stepmark
 from stepmark import plugins, run
@@ -257,7 +258,7 @@ def test_devices_and_checkpoints_are_cells_of_their_own(tmp_path: Path) -> None:
     for each in (cpu, *(cpu.model_copy(update=change) for change in others)):
         records.append(records.path_of(tmp_path, cpu), each)
     assert len(records.read_all(tmp_path)) == len(records.keys(records.path_of(tmp_path, cpu))) == 4
-    rows = board.cells(records.read_all(tmp_path), plugins.tasks())
+    rows = rows_of(records.read_all(tmp_path), plugins.tasks())
     assert len({row.place for row in rows}) == len({str(row.place) for row in rows}) == 4
 
 

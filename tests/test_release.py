@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stepmark.leaderboard import board, changes, ledger, release, site
+from stepmark.leaderboard import changes, ledger, release, site
+from stepmark.leaderboard.groups import grouped
 from stepmark.leaderboard.pages import Board
+from stepmark.leaderboard.rows import Row
 
 from stepmark import __version__, plugins
 from stepmark import record as record_files
@@ -46,7 +48,7 @@ def write(records: list[Record], root: Path) -> Path:
 # what moved -------------------------------------------------------------------------------------
 
 
-def versions() -> dict[str, list[board.Row]]:
+def versions() -> dict[str, list[Row]]:
     """Two suite versions: rung 4 got better with another method file, 8 stays, 16 moved to another machine, 2 is new."""
     old = [record(2.0, suite="0.1.0"), record(1.5, suite="0.1.0", rung=8), record(1.0, suite="0.1.0", rung=16)]
     old.append(record(1.0, suite="0.1.0", method="heun"))
@@ -58,7 +60,7 @@ def versions() -> dict[str, list[board.Row]]:
         record(3.0, suite="0.2.0", rung=2),
         record(3.0, suite="0.2.0", method="euler"),
     ]
-    return {"0.1.0": board.rows(old), "0.2.0": board.rows(new)}
+    return {"0.1.0": grouped(old), "0.2.0": grouped(new)}
 
 
 def test_moves_are_those_whose_intervals_part_and_name_what_differs() -> None:
@@ -72,7 +74,7 @@ def test_moves_are_those_whose_intervals_part_and_name_what_differs() -> None:
 
 
 def test_counts_and_latency_can_move_too() -> None:
-    old, new = board.rows([record(1.0)]), board.rows([record(1.0, ms=3.0, counts={"nfe": 5.0})])
+    old, new = grouped([record(1.0)]), grouped([record(1.0, ms=3.0, counts={"nfe": 5.0})])
     (step,) = changes.steps({"1": old, "2": new})
     assert {move.metric for move in step.moves} == {"nfe", "latency_ms"}
     assert all(move.why == () for move in step.moves)

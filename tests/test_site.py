@@ -15,7 +15,14 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pytest
 from pyarrow import parquet
-from stepmark.leaderboard import board, downloads, markup, site
+from stepmark.leaderboard import coverage, downloads, markup, site
+from stepmark.leaderboard.estimates import times
+from stepmark.leaderboard.fronts import COSTS, KEEP, Offer, Saving, front, offer
+from stepmark.leaderboard.groups import grouped
+from stepmark.leaderboard.rows import current, headline, record_id
+from stepmark.leaderboard.tables import compare, show
+from stepmark.leaderboard.trust import Dispute, stale, standing
+from stepmark.leaderboard.verdicts import verdicts
 
 from stepmark import plugins
 from stepmark import record as record_files
@@ -47,7 +54,7 @@ class Toy(Method):
 def known() -> tuple[str, int, int, int]:
     """(metric, and three rungs) of the task under test, whose metric must be one where lower is better."""
     task = plugins.tasks()[TASK][1]
-    metric, higher = board.headline(task)
+    metric, higher = headline(task)
     assert not higher
     return metric, *sorted(task.rungs)[:3]
 
@@ -163,7 +170,7 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         f'Claim("speedup[toy_fast,{low}] >= 1.5 and nfe[toy_fast,{low}] == {low}", says="twice as fast"),'
         f'Claim("{metric}[toy_cheat,{low}] <= 9", says="rests on a flagged record"),'
     )
-    first = board.catalogue()[0].id
+    first = coverage.catalogue()[0].id
     for name, paper, baselines, stated in (
         ("toy_base", "toy_base", (), ""),
         ("toy_fast", first, ("toy_base",), claims),
@@ -171,7 +178,7 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     ):
         text = PLUGIN.format(title=name, paper=paper, task=TASK, baselines=repr(baselines), claims=stated)
         (folder / f"{name}.py").write_text(text)
-    found = {path.stem: plugins.read_methods(path)[0] for path in folder.iterdir()}
+    found = {path.stem: plugins.read_method(path) for path in folder.iterdir()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plugins, "methods", lambda: found)
         yield
@@ -181,9 +188,9 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def built(toys: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site of `suite()`, built with --strict."""
     root = tmp_path_factory.mktemp("site")
-    few = board.catalogue()[:20]  # pages of papers are all alike, and there are hundreds
+    few = coverage.catalogue()[:20]  # pages of papers are all alike, and there are hundreds
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(board, "catalogue", lambda: few)
+        patch.setattr(coverage, "catalogue", lambda: few)
         home = site.build(write(suite(), root / "results"), root / "out")
     assert home.exists()
     return home.parent
@@ -200,7 +207,7 @@ def pages(built: Path) -> dict[str, Page]:
 
 def test_rows_average_seeds_and_carry_an_interval(toys: None) -> None:
     metric, low, *_ = known()
-    row = next(r for r in board.rows([make("toy_base", low, 3.0, 0), make("toy_base", low, 5.0, 1)]))
+    row = next(r for r in grouped([make("toy_base", low, 3.0, 0), make("toy_base", low, 5.0, 1)]))
     estimate = row.quality[metric]
     assert estimate.value == pytest.approx(4.0)
     assert 2.7 < estimate.low < 3.3  # a draw of two equal seeds is as low as the lower seed
@@ -212,7 +219,7 @@ def test_rows_average_seeds_and_carry_an_interval(toys: None) -> None:
 
 def test_groups_tell_apart_what_differs_and_leave_out_flags(toys: None) -> None:
     _, low, *_ = known()
-    found = board.rows(
+    found = grouped(
         [make("toy_base", low, 2.0, s) for s in (0, 1)]
         + [make("toy_fast", low, 1.0, s) for s in (0, 1)]
         + [make("toy_same", low, 2.0, s) for s in (0, 1)]
@@ -226,24 +233,81 @@ def test_groups_tell_apart_what_differs_and_leave_out_flags(toys: None) -> None:
     }
 
 
-def test_the_bargain_is_the_cheapest_row_that_does_not_lose(toys: None) -> None:
-    _, _, middle, high = known()
+def timed(rung: int, per_call: float, spread: float = 0.01) -> Latency:
+    """A reading of nine rounds about `per_call` ms."""
+    rounds = [per_call + spread * i for i in range(-4, 5)]
+    return Latency(items=10, median_ms=per_call, iqr_ms=0.1, p95_ms=rounds[-1], samples_ms=rounds)
+
+
+def test_every_axis_has_a_best_method_of_its_own(toys: None) -> None:
+    _, low, middle, high = known()
     task = plugins.tasks()[TASK][1]
-    deal = board.bargain(board.rows(suite()), task, plugins.methods())
+    deal = offer(grouped(suite()), task, plugins.methods())
     assert deal is not None
-    assert deal.row is not None
     assert (deal.baseline.method, deal.baseline.rung) == ("toy_base", high)
-    assert (deal.row.method, deal.row.rung) == ("toy_fast", middle)
-    assert deal.factor("unit") == pytest.approx(high / middle)
-    worse = [r for r in suite() if r.method == "toy_base"] + [make("toy_fast", middle, 1.5, s) for s in (0, 1)]
-    lost = board.bargain(board.rows(worse), task, plugins.methods())
-    assert lost is not None
-    assert lost.row is None
+    saving = deal.saving("unit")
+    assert saving is not None
+    assert (saving.row.method, saving.row.rung) == ("toy_fast", middle)
+    assert saving.factor.value == pytest.approx(high / middle)
+    assert deal.saving("memory_mib") is None  # all take the same
+    assert deal.saving("joules") is None  # nobody was read
+
+    # Fewest evaluations, but slower than the baseline's best: a saving on one axis and none on the other.
+    slow = [make("toy_slow", low, 0.9, s, latency=timed(low, 2.0 * high) if s == 0 else None) for s in (0, 1)]
+    deal = offer(grouped([*suite(), *slow]), task, plugins.methods())
+    assert deal is not None
+    by_axis = {axis: deal.saving(axis) for axis in COSTS}
+    assert {axis: s and s.row.method for axis, s in by_axis.items()} == {
+        "unit": "toy_slow", "nfe_equivalent": "toy_slow", "latency_ms": "toy_fast",
+    }  # fmt: skip
+    time = by_axis["latency_ms"]
+    assert time is not None
+    assert time.factor.low < time.factor.value < time.factor.high
+    assert deal.saving("unit", able=lambda row: row.method != "toy_slow") == saving_of("toy_fast", deal, middle, "unit")
+
+
+def saving_of(method: str, deal: Offer, rung: int, axis: str) -> Saving:
+    """The saving of a row that is known to be offered."""
+    row = next(row for row in deal.keeping["same"] if (row.method, row.rung) == (method, rung))
+    factor = deal.factor(row, axis)
+    assert factor is not None
+    return Saving(row, factor)
+
+
+def test_what_may_be_chance_is_no_saving(toys: None) -> None:
+    _, _, _, high = known()
+    task = plugins.tasks()[TASK][1]
+    base = [make("toy_base", high, 1.0, s, latency=timed(high, 10.0, 2.0) if s == 0 else None) for s in (0, 1)]
+    near = [make("toy_fast", high, 0.9, s, latency=timed(high, 9.0, 2.0) if s == 0 else None) for s in (0, 1)]
+    deal = offer(grouped([*base, *near]), task, plugins.methods())
+    assert deal is not None
+    row = deal.keeping["same"][0]
+    factor = deal.factor(row, "latency_ms")
+    assert factor is not None
+    assert factor.low < 1 < factor.value  # faster by the medians, but the rounds overlap
+    assert deal.saving("latency_ms") is None
+
+
+def test_what_must_be_kept_is_a_test_or_a_share(toys: None) -> None:
+    _, low, middle, high = known()
+    task = plugins.tasks()[TASK][1]
+    base = [make("toy_base", high, 1.0, s) for s in (0, 1)]
+    others = [make("toy_fast", rung, value, s) for s in (0, 1) for rung, value in ((low, 1.15), (middle, 1.04))]
+    deal = offer(grouped([*base, *others]), task, plugins.methods())
+    assert deal is not None
+    found = {keep: (saving := deal.saving("unit", keep)) and saving.row.rung for keep in KEEP}
+    assert found == {"same": None, "5%": middle, "20%": low}  # the paired resamples tell 1.04 from 1
+    variants = plugins.methods() | {
+        "toy_fast": replace(plugins.methods()["toy_fast"], base="toy_base", says="an oracle")
+    }
+    alone = offer(grouped([*base, *others]), task, variants)
+    assert alone is not None
+    assert alone.saving("unit", "20%") is None  # a control is nobody's advice
 
 
 def test_front_leaves_out_the_dominated(toys: None) -> None:
     metric, low, middle, high = known()
-    best = board.front(board.rows(suite()), "unit", metric, False)
+    best = front(grouped(suite()), "unit", metric, False)
     assert [(row.method, row.rung) for row in best] == [
         ("toy_fast", low),
         ("toy_fast", middle),
@@ -252,7 +316,7 @@ def test_front_leaves_out_the_dominated(toys: None) -> None:
 
 
 def test_verdicts(toys: None) -> None:
-    found = board.verdicts(plugins.methods()["toy_fast"], board.rows(suite()))
+    found = verdicts(plugins.methods()["toy_fast"], grouped(suite()))
     states = [next(iter(by.values())).state for _, by in found]
     assert states == ["reproduced", "not reproduced", "reproduced", "not run"]
     last = next(iter(found[-1][1].values()))
@@ -262,7 +326,7 @@ def test_verdicts(toys: None) -> None:
 def test_standing_follows_from_second_runs_and_objections(toys: None) -> None:
     _, low, *_ = known()
     first = make("toy_base", low, 2.0)
-    state = lambda *runs, objections=None: board.standing("toy_base", TASK, runs, objections or {}).state  # noqa: E731
+    state = lambda *runs, objections=None: standing("toy_base", TASK, runs, objections or {}).state  # noqa: E731
     assert state() == "claimed"
     assert state(first) == "measured"
     assert state(first, replace_fields(first, machine="other-cpu")) == "reproduced"
@@ -270,11 +334,11 @@ def test_standing_follows_from_second_runs_and_objections(toys: None) -> None:
     assert state(first, replace_fields(first, created="2031-01-03T00:00:00Z")) == "measured"
     assert state(first, make("toy_base", low, 4.0, machine="other-cpu")) == "disputed"
     assert state(first, make("toy_base", low, 4.0, machine="other-cpu", digests={"task": "0" * 64})) == "measured"
-    objection = board.Dispute(board.record_id(first), "too good", "https://example.org/1")
+    objection = Dispute(record_id(first), "too good", "https://example.org/1")
     assert state(first, objections={objection.record: objection}) == "disputed"
     others = [make("toy_base", low, 4.0 + i, machine=f"other-{i}") for i in range(5)]
-    last = board.Dispute(board.record_id(others[-1]), "too bad", "https://example.org/2")
-    found = board.standing("toy_base", TASK, [first, *others], {last.record: last})
+    last = Dispute(record_id(others[-1]), "too bad", "https://example.org/2")
+    found = standing("toy_base", TASK, [first, *others], {last.record: last})
     assert len(found.reasons) == 6
     assert "too bad" in found.said.split("; ")[0]
     assert found.said.endswith("; and 3 more")
@@ -289,36 +353,36 @@ def test_newest_suite_only(toys: None) -> None:
     _, low, *_ = known()
     old, new = make("toy_base", low, 2.0, suite="0.9.0"), make("toy_base", low, 1.0, suite="0.10.0")
     smoke = make("toy_base", low, 1.0, tier="smoke", suite="0.10.0")
-    assert board.current([old, new, smoke]) == [new]
-    assert board.current([old, new, smoke], "smoke") == [smoke]
+    assert current([old, new, smoke]) == [new]
+    assert current([old, new, smoke], "smoke") == [smoke]
 
 
 def test_show_and_compare(toys: None) -> None:
     _, low, middle, _ = known()
-    table = board.show(suite()).splitlines()
+    table = show(suite()).splitlines()
     assert table[0].startswith(f"{TASK} v")
     line = next(text for text in table if text.split()[:1] == [str(middle)] and "toy_fast" in text)
     assert line.split()[:4] == [str(middle), "1", "toy_fast", "0.9"]
     assert any("failed: =HYPERLINK" in text for text in table)
     assert all(text.isprintable() for text in table)
-    said = board.compare(suite(), "toy_fast", "toy_base")
+    said = compare(suite(), "toy_fast", "toy_base")
     assert "toy_fast is better than toy_base in 3 of 3 comparisons" in said
     assert "Left out" not in said
     assert f"{low} " in said
     with pytest.raises(ValueError, match="no records of method 'nobody'"):
-        board.compare(suite(), "toy_fast", "nobody")
+        compare(suite(), "toy_fast", "nobody")
 
 
 def test_catalogue_is_well_formed(toys: None) -> None:
-    entries = board.catalogue()
+    entries = coverage.catalogue()
     assert len({entry.id for entry in entries}) == len(entries) >= 330
     kinds = {"method", "analysis", "benchmark", "survey", "system", "theory"}
     assert all(entry.title and entry.track and entry.kind in kinds for entry in entries)
-    covered = board.coverage(entries, plugins.methods(), board.rows(suite()))
+    covered = coverage.covered(entries, plugins.methods(), grouped(suite()))
     assert covered[0].status == "live"
     assert covered[0].states["reproduced"] == 2
     assert {each.status for each in covered[1:]} == {"no plugin yet"}
-    assert board.coverage(entries, plugins.methods(), [])[0].status == "not run"
+    assert coverage.covered(entries, plugins.methods(), [])[0].status == "not run"
 
 
 def test_a_changed_source_shows(toys: None) -> None:
@@ -326,9 +390,9 @@ def test_a_changed_source_shows(toys: None) -> None:
     task, info = plugins.tasks()[TASK][1], plugins.methods()["toy_base"]
     current = plugins.source_digests(info, task)
     fresh = make("toy_base", low, 1.0, digests=current)
-    assert not board.stale(fresh, info, task)
-    assert board.stale(make("toy_base", low, 1.0, digests=current | {"method": "0" * 64}), info, task)
-    assert board.stale(fresh, info, replace(task, version=task.version + 1))
+    assert not stale(fresh, info, task)
+    assert stale(make("toy_base", low, 1.0, digests=current | {"method": "0" * 64}), info, task)
+    assert stale(fresh, info, replace(task, version=task.version + 1))
 
 
 def test_docstring_keeps_equations() -> None:
@@ -422,7 +486,7 @@ def test_track_page_has_charts_and_reasons(built: Path, pages: dict[str, Page]) 
     identifiers = [tag.attributes["id"] for tag in page.tags if "id" in tag.attributes]
     assert len(identifiers) == len(set(identifiers))
     _, _, middle, high = known()
-    assert f"toy_fast matches it at rung {middle}: {board.figure(high / middle)}× fewer evaluations" in page.content
+    assert f"{times(high / middle)} fewer evaluations with toy_fast at rung {middle}" in page.content
     assert "energy: no counter" in page.content
 
 
@@ -444,14 +508,12 @@ def test_downloads_parse(built: Path) -> None:
     ]
     entries = json.loads((built / "data" / "image.json").read_text(encoding="utf-8"))
     again = [Record.model_validate(entry) for entry in entries]
-    assert (
-        {board.record_id(r) for r in again} == {line["id"] for line in lines} == {board.record_id(r) for r in suite()}
-    )
+    assert {record_id(r) for r in again} == {line["id"] for line in lines} == {record_id(r) for r in suite()}
 
 
 def test_a_site_without_records_says_so(toys: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = board.catalogue()[:2]
-    monkeypatch.setattr(board, "catalogue", lambda: few)
+    few = coverage.catalogue()[:2]
+    monkeypatch.setattr(coverage, "catalogue", lambda: few)
     home = site.build(tmp_path / "nothing", tmp_path / "out")
     assert "No records yet" in Page(home).content
     assert "Not run yet" in Page(home.parent / "methods" / "toy_fast.html").content

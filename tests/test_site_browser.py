@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stepmark.leaderboard import board, site
+from stepmark.leaderboard import coverage, site
+from stepmark.leaderboard.comparisons import comparisons, in_a_sentence
+from stepmark.leaderboard.estimates import figure
 
 from stepmark import plugins
 from stepmark import record as record_files
@@ -80,7 +82,7 @@ def suite() -> list[Record]:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The site of `suite()`, with a catalogue of a few papers: that many pages are enough here."""
-    entries = board.catalogue()[:4]
+    entries = coverage.catalogue()[:4]
     path = next(iter(plugins.methods().values())).path
     paper = Paper(id=entries[-1].id, title="A title", authors="A. Author", year=2031)
     found = {
@@ -93,7 +95,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     root = tmp_path_factory.mktemp("browser")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plugins, "methods", lambda: found)
-        patch.setattr(board, "catalogue", lambda: entries)
+        patch.setattr(coverage, "catalogue", lambda: entries)
         for each in suite():
             record_files.append(record_files.path_of(root / "results", each), each)
         # A few papers are less than the taxonomy speaks of; what MkDocs says of that is tested elsewhere.
@@ -257,22 +259,86 @@ def test_the_chart_answers(reader: Reader) -> None:
     page.wait_for_url("**/methods/toy_half.html")
 
 
+def test_what_does_not_lead_is_faint_until_asked_for(reader: Reader) -> None:
+    page = reader.open("tracks/image.html")
+    box = page.locator(f'.sm-task[data-task="{TASK}"]')
+    box.locator(".sm-live").scroll_into_view_if_needed()
+    box.locator(".sm-chart svg").wait_for()
+
+    def looks(method: str) -> set[tuple[str, bool]]:
+        """Colour and whether it is faint, of all points of a method."""
+        points = box.locator(f'.sm-chart svg .mark-symbol path[aria-label^="{method},"]').all()
+        assert points
+        return {(p.get_attribute("stroke"), float(p.get_attribute("opacity") or 1) < 0.2) for p in points}
+
+    ((base, faint),) = looks("toy_base")
+    assert base != "currentColor"
+    assert not faint
+    assert looks("toy_wild") == {("currentColor", True)}  # one rung, behind the front
+    assert not box.locator(".sm-legend > button", has_text="toy_wild").count()
+    assert not box.locator(".sm-chart svg .mark-area path").count()
+    box.get_by_label("95 % intervals").check()
+    box.locator(".sm-chart svg .mark-area path").first.wait_for(state="attached")
+    assert box.locator(".sm-chart svg .mark-area path").count() == 2  # of toy_base and toy_half, no others
+
+    point = box.locator('.sm-chart svg .mark-symbol path[aria-label^="toy_wild,"]').first
+    point.hover(force=True)
+    page.wait_for_function(
+        """() => [...document.querySelectorAll('.sm-chart svg .mark-symbol path[aria-label^="toy_wild,"]')]
+        .every((point) => point.getAttribute("stroke") !== "currentColor")"""
+    )
+    page.mouse.move(0, 0)
+
+    box.locator(".sm-legend summary").click()
+    box.locator(".sm-legend button", has_text="toy_wild").click()
+    box.locator('.sm-legend > button[data-method="toy_wild"][aria-pressed="true"]').wait_for()  # it stands open now
+    ((wild, faint),) = looks("toy_wild")
+    assert wild != "currentColor"
+    assert not faint
+    assert looks("toy_base") == {("currentColor", True)}
+
+
+def test_the_picker_answers(reader: Reader) -> None:
+    page = reader.open("index.html")
+    box = page.locator("[data-picker]")
+    _, middle, high = sorted(plugins.tasks()[TASK][1].rungs)[:3]
+    answer = box.locator(".sm-answer")
+
+    def says(text: str) -> str:
+        page.wait_for_function("(text) => document.querySelector('.sm-answer').innerText.includes(text)", arg=text)
+        return answer.inner_text()
+
+    said = says(f"toy_half at rung {middle}")
+    assert "less time than toy_base at its best rung" in said
+    assert "It is trained first: 2.5 s, once." in said
+    assert answer.locator("pre").inner_text().strip() == "stepmark run"
+    assert [cell.inner_text().split(" ")[0] for cell in answer.locator("tbody th").all()] == ["toy_half", "toy_base"]
+    box.get_by_label("I want").select_option("unit")
+    says(f"{high / middle:.2f}".rstrip("0").rstrip(".") + "× fewer evaluations")
+    box.get_by_label("Before it runs").select_option("none")
+    says("Nothing measured keeps that for fewer evaluations")
+    assert not answer.locator("pre").count()
+    # The table says the same without a script: one best method per axis.
+    table = page.locator('.sm-scroll[aria-label^="What methods save"]')
+    assert f"toy_half at {middle}" in table.inner_text().replace("\n", " ")
+
+
 def test_compare_says_what_the_terminal_says(reader: Reader) -> None:
     page = reader.open("compare.html#a=toy_half&b=toy_base")
     lines = page.locator(".sm-compare tbody tr")
     lines.first.wait_for()
 
     def check(a: str, b: str) -> None:
-        expected = board.comparisons(suite(), a, b, "image")
+        expected = comparisons(suite(), a, b, "image")
         page.locator("[data-result]", has_text=f"{a} {'is better than' if expected.tests else 'and'} {b}").wait_for()
-        assert page.locator("[data-result]").inner_text() == board.in_a_sentence(expected, a, b, "image")
+        assert page.locator("[data-result]").inner_text() == in_a_sentence(expected, a, b, "image")
         shown = [[cell.inner_text().strip() for cell in line.locator("th,td").all()] for line in lines.all()]
         terminal = [
             [
                 test.task, str(test.place), str(test.rung), next(iter(plugins.tasks()[TASK][1].metrics)),
-                board.figure(test.difference), f"[{board.figure(test.low)}, {board.figure(test.high)}]",
-                f"{test.p:.3f}" if test.p >= 0.001 else "<0.001", board.figure(test.effect), test.winner or "tied",
-                board.figure(test.latency_ratio),
+                figure(test.difference), f"[{figure(test.low)}, {figure(test.high)}]",
+                f"{test.p:.3f}" if test.p >= 0.001 else "<0.001", figure(test.effect), test.winner or "tied",
+                figure(test.latency_ratio),
             ]
             for test in expected.tests
         ]  # fmt: skip
@@ -290,7 +356,7 @@ def test_compare_says_what_the_terminal_says(reader: Reader) -> None:
 
 
 def test_papers_are_chosen_by_what_they_are(reader: Reader) -> None:
-    entries = board.catalogue()[:4]
+    entries = coverage.catalogue()[:4]
     page = reader.open("papers.html")
     bar = page.locator('.sm-filter:has(+ .sm-scroll[aria-label="Papers"])')
     titles = [entry.title for entry in entries]

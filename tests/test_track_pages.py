@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import permutations
 from pathlib import Path
@@ -14,7 +15,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stepmark.leaderboard import board, charts, compare_page, ledger, pages, site, track_pages
+from stepmark.leaderboard import (
+    charts,
+    compare_page,
+    coverage,
+    fronts,
+    ledger,
+    method_pages,
+    pages,
+    picker,
+    site,
+    track_pages,
+)
+from stepmark.leaderboard.comparisons import comparisons
+from stepmark.leaderboard.estimates import figure
+from stepmark.leaderboard.fronts import COSTS, ladders, yardstick
+from stepmark.leaderboard.groups import grouped
+from stepmark.leaderboard.rows import training
+from stepmark.leaderboard.tables import compare
 
 from stepmark import plugins
 from stepmark import record as record_files
@@ -80,7 +98,7 @@ def suite() -> list[Record]:
 def toys() -> Iterator[Mapping[str, plugins.MethodInfo]]:
     """Plugins of these names, of which only the metadata matters."""
     path = next(iter(plugins.methods().values())).path
-    paper = Paper(id=board.catalogue()[0].id, title="T", authors="A", year=2031)
+    paper = Paper(id=coverage.catalogue()[0].id, title="T", authors="A", year=2031)
     found = {
         name: plugins.MethodInfo(
             id=name, track="image", path=path, class_name="Toy", doc=f"{name}.", paper=paper, tasks=(TASK,),
@@ -132,16 +150,16 @@ def test_effect_size_is_cohens_d_of_paired_means() -> None:
 def test_whole_ladders_against_the_baseline() -> None:
     low, middle, high = ladder()
     task = plugins.tasks()[TASK][1]
-    rows = [row for row in board.rows(suite()) if row.place.machine == "test-cpu"]
-    stick = board.yardstick(rows, task, plugins.methods())
+    rows = [row for row in grouped(suite()) if row.place.machine == "test-cpu"]
+    stick = yardstick(rows, task, plugins.methods())
     assert stick is not None
     assert (stick.best.method, stick.best.rung, stick.worst) == ("toy_base", high, 4.0)
     assert stick.dearest == {"unit": high, "nfe_equivalent": 1.5 * high, "latency_ms": high}
-    found = {each.method: each for each in board.ladders(rows, task, plugins.methods())}
+    found = {each.method: each for each in ladders(rows, task, plugins.methods())}
     assert set(found) == {"toy_base", "toy_half", "toy_worse", "toy_trained"}  # not the flagged one
     assert found["toy_base"].matching == {"unit": high, "nfe_equivalent": 1.5 * high, "latency_ms": high}
     assert found["toy_half"].matching == {"unit": middle, "nfe_equivalent": 1.5 * middle, "latency_ms": middle}
-    assert found["toy_worse"].matching == dict.fromkeys(board.COSTS)
+    assert found["toy_worse"].matching == dict.fromkeys(COSTS)
     assert found["toy_trained"].matching["unit"] == low
     # By hand: quality 0 is 4.0, quality 1 is 1.0; strips from the cheapest rung on, up to the dearest of the baseline.
     decades = {rung: math.log10(high / rung) for rung in (low, middle, high)}
@@ -155,16 +173,16 @@ def test_whole_ladders_against_the_baseline() -> None:
 def test_without_baseline_or_cost_there_is_no_figure() -> None:
     low, middle, _ = ladder()
     task = plugins.tasks()[TASK][1]
-    alone = board.rows([make("toy_half", low, 1.0)])
-    assert board.yardstick(alone, task, plugins.methods()) is None
-    (only,) = board.ladders(alone, task, plugins.methods())
+    alone = grouped([make("toy_half", low, 1.0)])
+    assert yardstick(alone, task, plugins.methods()) is None
+    (only,) = ladders(alone, task, plugins.methods())
     assert set(only.matching.values()) == set(only.area.values()) == {None}
     untimed = [make("toy_base", r, v, latency=None) for r, v in ((low, 2.0), (middle, 1.0))]
-    (base,) = board.ladders(board.rows(untimed), task, plugins.methods())
+    (base,) = ladders(grouped(untimed), task, plugins.methods())
     assert base.area["latency_ms"] is None
     assert base.area["unit"] is not None
     flat = [make("toy_base", rung, 1.0) for rung in (low, middle)]
-    (level,) = board.ladders(board.rows(flat), task, plugins.methods())
+    (level,) = ladders(grouped(flat), task, plugins.methods())
     assert level.area["unit"] is None
 
 
@@ -175,7 +193,7 @@ def test_training_follows_from_the_records() -> None:
     searched = make(
         "toy_half", ladder()[0], 1.0, offline=Offline(seconds=9.0, evaluations={"teacher": 5.0}, state_mib=0.0)
     )
-    assert board.training(board.rows([searched])) == "calibrated"
+    assert training(grouped([searched])) == "calibrated"
 
 
 # data files -------------------------------------------------------------------------------------
@@ -196,7 +214,7 @@ def test_data_of_a_track_holds_every_row(data: Path) -> None:
     assert list(content["axes"]) == list(charts.AXES)
     block = content["tasks"][TASK]
     assert json.loads((data / "ladders-class_to_image-digits_flow.json").read_text()) == block
-    found = board.rows(suite())
+    found = grouped(suite())
     assert len(block["rows"]["method"]) == len(found)
     assert {len(column) for column in block["rows"].values()} == {len(found)}
     assert [each["machine"] for each in block["places"]] == ["test-cpu", "other-cpu"]
@@ -225,7 +243,7 @@ def test_the_comparisons_are_those_of_the_terminal(data: Path) -> None:
     assert names == sorted(plugins.methods())
     for a, b in permutations(names, 2):
         i, j = names.index(a), names.index(b)
-        contrast = board.comparisons(suite(), a, b, "image")
+        contrast = comparisons(suite(), a, b, "image")
         expected = contrast.tests
         pair = f"{min(i, j)},{max(i, j)}"
         stored = content["tiers"]["embedded"].get(pair, [])
@@ -251,11 +269,11 @@ def test_the_comparisons_are_those_of_the_terminal(data: Path) -> None:
 
 
 def test_the_terminal_shows_the_effect_size() -> None:
-    table = board.compare(suite(), "toy_half", "toy_base")
+    table = compare(suite(), "toy_half", "toy_base")
     head, line = table.splitlines()[:2]
-    test = board.comparisons(suite(), "toy_half", "toy_base").tests[0]
+    test = comparisons(suite(), "toy_half", "toy_base").tests[0]
     assert "effect" in head
-    assert board.figure(test.effect) in line.split()
+    assert figure(test.effect) in line.split()
 
 
 def test_a_flagged_record_neither_wins_nor_counts() -> None:
@@ -268,18 +286,16 @@ def test_a_flagged_record_neither_wins_nor_counts() -> None:
         else r
         for r in clean
     ]
-    before, after = (board.comparisons(runs, "toy_half", "toy_base") for runs in (clean, spoilt))
+    before, after = (comparisons(runs, "toy_half", "toy_base") for runs in (clean, spoilt))
     assert [test.rung for test in before.tests] == [low, middle]
     assert [test.rung for test in after.tests] == [low]  # though one of two seeds is clean
     assert after.left_out == {("toy_half", "flagged"): 1}
-    assert after.tests[0].p == board.comparisons([r for r in clean if r.rung == low], "toy_half", "toy_base").tests[0].p
+    assert after.tests[0].p == comparisons([r for r in clean if r.rung == low], "toy_half", "toy_base").tests[0].p
     cheat = [make("toy_cheat", low, 0.1, s, status="flagged") for s in (0, 1)]
-    said = board.compare([*clean, *cheat], "toy_cheat", "toy_base")
+    said = compare([*clean, *cheat], "toy_cheat", "toy_base")
     assert "better" not in said
     assert said.endswith("Left out of the comparison: 1 where toy_cheat is flagged.")
-    assert board.compare(spoilt, "toy_base", "toy_half").endswith(
-        "Left out of the comparison: 1 where toy_half is flagged."
-    )
+    assert compare(spoilt, "toy_base", "toy_half").endswith("Left out of the comparison: 1 where toy_half is flagged.")
 
 
 # reading ----------------------------------------------------------------------------------------
@@ -362,8 +378,8 @@ def test_hostile_records_neither_break_nor_deface(tmp_path: Path) -> None:
 
 
 def test_wild_records_reach_every_page_and_harm_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = board.catalogue()[:3]
-    monkeypatch.setattr(board, "catalogue", lambda: few)
+    few = coverage.catalogue()[:3]
+    monkeypatch.setattr(coverage, "catalogue", lambda: few)
     root = plugins.checkout()
     assert root is not None
     low, middle, _ = ladder()
@@ -399,6 +415,145 @@ def test_wild_records_reach_every_page_and_harm_none(tmp_path: Path, monkeypatch
     # Counts that no column is made for are shown by their names.
     counted = next(text for text in aside if 'aria-label="Counts"' in text and "absurd" in text)
     assert "absurd 1.00e+308; sent bytes 4,096" in counted
+
+
+@pytest.fixture
+def variant(toys: Mapping[str, plugins.MethodInfo], monkeypatch: pytest.MonkeyPatch) -> str:
+    """A variant of toy_half whose name comes first of all, and that is better than its method at one rung."""
+    name = "a_control"
+    info = replace(
+        toys["toy_half"], id=name, base="toy_half", says="without <half>", overrides={"half": False},
+        baselines=("toy_base", "toy_half"),
+    )  # fmt: skip
+    found = {name: info, **toys}
+    monkeypatch.setattr(plugins, "methods", lambda: found)
+    return name
+
+
+def first_cells(html: str, label: str) -> list[tuple[str, bool]]:
+    """The methods of a table's lines from top to bottom, and whether each stands below another."""
+    table = html[html.index(f'aria-label="{label}"') :]
+    table = table[: table.index("</table>")]
+    lines = re.findall(r"<tr([^>]*)><th scope=\"row\"[^>]*>(.*?)</th>", table)
+    return [(re.sub("<[^>]*>", "", cell), "sm-variant" in kinds) for kinds, cell in lines]
+
+
+def test_a_variant_stands_under_its_method_everywhere(variant: str, tmp_path: Path) -> None:
+    low, middle, _ = ladder()
+    records = [
+        *suite(),
+        *(make(variant, rung, value, s) for s in (0, 1) for rung, value in ((low, 0.5), (middle, 9.0))),
+    ]
+    found = make_board(records)
+    task = plugins.tasks()[TASK][1]
+    rows = found.of_task(TASK, found.places_of(TASK)[0])
+    html = pages.figures(found, rows, task)
+    shown = first_cells(html, f"Figures on {TASK}")
+    at = [i for i, (name, _) in enumerate(shown) if name == variant]
+    assert len(at) == 2
+    assert all(shown[i][1] and shown[i - 1] == ("toy_half", False) for i in at)
+    assert not any(below for name, below in shown if name != variant)
+    assert 'title="A variant of toy_half: without &lt;half&gt;"' in html
+    whole = [
+        name
+        for name, _ in first_cells(track_pages.whole_ladders(found, task, rows[0].place), f"Whole ladders on {TASK}")
+    ]
+    assert whole.index(variant) == whole.index("toy_half") + 1
+    names = [name for name, _ in first_cells("".join(method_pages.index(found)), "Methods")]
+    assert names.index(variant) == names.index("toy_half") + 1
+
+    # The script of the track page puts the same lines in the same order.
+    block = track_pages.task_data(found, TASK)
+    first = [i for i, place in enumerate(block["rows"]["place"]) if place == 0]
+    assert [block["methods"][block["rows"]["method"][i]] for i in first] == [name for name, _ in shown]
+    assert dict(zip(block["methods"], block["bases"], strict=True))[variant] == "toy_half"
+
+    page = "".join(method_pages.page(found, variant))
+    assert '<a href="toy_half.html">toy_half</a>: without &lt;half&gt; (<code>half = False</code>)' in page
+    assert "../source/toy_half.py.txt" in page
+    assert "What it is" not in page  # its method's page says so
+    assert f'<a href="{variant}.html">{variant}</a>' in "".join(method_pages.page(found, "toy_half"))
+    assert variant not in {row.method for row in found.offer(TASK, rows[0].place).keeping["20%"]}
+
+
+def test_a_variant_whose_method_has_no_row_there_keeps_a_place_of_its_own(variant: str) -> None:
+    low, *_ = ladder()
+    found = make_board([make("toy_base", low, 1.0), make(variant, low, 0.5), make("toy_worse", low, 2.0)])
+    task = plugins.tasks()[TASK][1]
+    rows = found.ranked(found.of_task(TASK, found.places_of(TASK)[0]), task)
+    assert [row.method for row in rows] == [variant, "toy_base", "toy_worse"]
+
+
+def test_a_chart_has_colour_for_what_leads_only() -> None:
+    found = make_board(suite())
+    task = plugins.tasks()[TASK][1]
+    rows = found.of_task(TASK, found.places_of(TASK)[0])
+    leading = found.leading(rows, task)
+    assert leading[0] == "toy_base"
+    assert "toy_half" in leading
+    assert "toy_worse" not in leading
+    styles = charts.style(found.order(rows))
+    svg = charts.curve(rows, task, "unit", styles, leading=leading)
+    worse = re.findall(r'<[a-z]+ data-method="toy_worse"[^>]*>', svg)
+    assert worse
+    assert all('stroke="currentColor"' in mark for mark in worse)
+    assert "toy_worse, rung" not in svg
+    assert "toy_half, rung" in svg
+    assert "toy_worse, rung" in charts.curve(rows, task, "unit", styles)
+    names = charts.legend(styles, leading=leading)
+    assert "toy_worse" not in names
+    assert f"{len(styles) - len(leading)} more without colour" in names
+
+
+def test_an_interval_below_nought_leaves_the_scale_logarithmic() -> None:
+    low, middle, high = ladder()
+    metric = next(iter(plugins.tasks()[TASK][1].metrics))
+    wide = {metric: Quality(value=0.1, resamples=np.linspace(-0.2, 0.4, 100).tolist())}
+    found = make_board(
+        [make("toy_base", low, 60.0), make("toy_base", middle, 6.0), make("toy_base", high, 0.1, quality=wide)]
+    )
+    rows = found.of_task(TASK, found.places_of(TASK)[0])
+    svg = charts.curve(rows, plugins.tasks()[TASK][1], "unit", charts.style(["toy_base"]))
+    ticks = {float(text) for text in re.findall(r'text-anchor="end"[^>]*>([^<]+)</text>', svg)}
+    assert {0.1, 1, 10} <= ticks
+    ends = [float(y) for y in re.findall(r'y[12]="([\d.]+)"', svg)]
+    assert max(ends) <= charts.HEIGHT - charts.BELOW + 0.1  # no bar leaves the chart
+
+
+def test_the_picker_answers_what_the_board_offers() -> None:
+    found = make_board(suite())
+    (track,) = picker.data(found)["tracks"]
+    (block,) = track["tasks"]
+    deal = found.offer(TASK, found.places_of(TASK)[0])
+    assert deal is not None
+    assert block["title"] == found.titles[TASK]
+    base = block["rows"][0]
+    assert (base["method"], base["rung"]) == (deal.baseline.method, deal.baseline.rung)
+    asked = 0
+    for keep in fronts.KEEP:
+        for axis in fronts.SAVED:
+            saving = deal.saving(axis, keep)
+            answer = block["answers"].get(f"{keep} {axis} any")
+            assert (answer is None) == (saving is None)
+            if saving is not None:
+                row = block["rows"][answer[0]]
+                assert (row["method"], row["rung"]) == (saving.row.method, saving.row.rung)
+                assert row["command"] == saving.row.first.command
+                asked += 1
+    assert asked
+    untrained = [block["rows"][answer[0]] for key, answer in block["answers"].items() if key.endswith(" none")]
+    assert untrained
+    assert all(row["training"] != "trained" for row in untrained)
+
+
+def test_titles_are_short_and_tell_tasks_apart() -> None:
+    titles = make_board([]).titles
+    assert set(titles) == set(plugins.tasks())
+    by_track: dict[str, list[str]] = {}
+    for name, (track, _) in plugins.tasks().items():
+        by_track.setdefault(track, []).append(titles[name])
+    assert all(len(set(mine)) == len(mine) for mine in by_track.values())
+    assert any(titles[name] != task.summary for name, (_, task) in plugins.tasks().items())
 
 
 def test_a_script_cannot_be_left() -> None:

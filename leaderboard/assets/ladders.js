@@ -25,7 +25,7 @@
     });
   }
 
-  // Rows that no other beats on both cost and quality, cheapest first: `front` of board.py.
+  // Rows that no other beats on both cost and quality, cheapest first: `front` of fronts.py.
   function front(rows, axis, metric, higher) {
     const sign = higher ? 1 : -1;
     const able = rows.filter((row) => row.status === "ok");
@@ -40,20 +40,20 @@
 
   function spec(task, drawn, state) {
     const { axis, metric, chosen } = state;
+    const anchor = task.methods[task.anchors[state.place]];
     const higher = task.metrics[metric] === "higher";
     const best = front(drawn, axis, metric, higher);
+    const ahead = new Set([anchor, ...best.map((row) => row.name)]);
     const alone = new Map();
     for (const row of drawn) alone.set(row.name, (alone.get(row.name) ?? 0) + 1);
     const values = drawn.map((row) => {
       const q = row.q[metric];
-      const out = chosen.size > 0 && !chosen.has(row.name);
       const state = row.status === "ok" ? "" : ", " + row.status;
       return {
         method: row.name, cost: row[axis], rung: row.rung, value: q.value, low: q.low, high: q.high,
         flagged: row.status !== "ok",
-        strength: out ? 0.06 : best.includes(row) ? 1 : 0.4,
-        band: out ? 0.02 : 0.13,
-        trace: out ? 0.06 : 0.5,
+        lead: chosen.size > 0 ? chosen.has(row.name) : ahead.has(row.name), // the others are faint until asked for
+        strength: best.includes(row) || chosen.has(row.name) ? 1 : 0.45,
         barred: !SWEPT.includes(axis) || alone.get(row.name) < 2,
         href: "../methods/" + row.name + ".html",
         quality: figure(q.value) + " [" + figure(q.low) + ", " + figure(q.high) + "]",
@@ -61,9 +61,9 @@
         label: row.name + ", rung " + row.rung + ": " + metric + " " + figure(q.value) + " at " + figure(row[axis]) + state,
       };
     });
-    const least = Math.min(...values.map((d) => d.low));
-    const most = Math.max(...values.map((d) => d.high));
-    const logarithmic = least > 0 && most > 8 * least;
+    const least = Math.min(...values.map((d) => d.value));
+    const logarithmic = least > 0 && Math.max(...values.map((d) => d.value)) > 8 * least;
+    if (logarithmic) for (const d of values) d.low = Math.max(d.low, least / 2); // a longer interval ends at the edge
     const present = task.methods.filter((name) => alone.has(name));
     const look = (list) => present.map((name) => list[task.methods.indexOf(name) % list.length]);
     const x = {
@@ -76,9 +76,17 @@
       scale: logarithmic ? { type: "log", nice: false, padding: 6 } : { zero: false, nice: true },
       axis: { tickCount: 6, format: "~g", labelOverlap: "greedy" },
     };
-    const color = { field: "method", type: "nominal", legend: null, scale: { domain: present, range: look(data.colours) } };
+    // In colour: what leads or was chosen, and what is pointed at.
+    const asked = { or: [{ param: "pointed", empty: false }, "datum.lead"] };
+    const colours = { field: "method", type: "nominal", legend: null, scale: { domain: present, range: look(data.colours) } };
+    const color = { condition: { test: asked, ...colours }, value: "currentColor" };
+    const detail = { field: "method" };
     const shape = { field: "method", type: "nominal", legend: null, scale: { domain: present, range: look(data.shapes) } };
-    const opacity = { field: "strength", type: "quantitative", scale: null, legend: null };
+    const opacity = {
+      condition: { test: asked, field: "strength", type: "quantitative", scale: null, legend: null }, value: 0.13,
+    };
+    const trace = { condition: { test: asked, value: 0.55 }, value: 0.08 };
+    const spread = state.bands ? "datum.lead" : "false"; // intervals are for those that have colour, and on demand
     const text = { field: "label" };
     return {
       $schema: "https://vega.github.io/schema/vega-lite/v6.json",
@@ -92,30 +100,33 @@
           encoding: { x, y, order: { field: "cost" } },
         },
         {
-          transform: [{ filter: "!datum.barred" }],
-          mark: { type: "area", aria: false },
-          encoding: {
-            x, y: { ...y, field: "low" }, y2: { field: "high" }, color,
-            opacity: { ...opacity, field: "band" },
-          },
+          transform: [{ filter: spread + " && !datum.barred" }],
+          mark: { type: "area", aria: false, opacity: 0.15 },
+          encoding: { x, y: { ...y, field: "low" }, y2: { field: "high" }, color: colours },
         },
         {
-          transform: [{ filter: "datum.barred" }],
+          transform: [{ filter: spread + " && datum.barred" }],
           mark: { type: "rule", strokeWidth: 1.4, aria: false },
-          encoding: { x, y: { ...y, field: "low" }, y2: { field: "high" }, color, opacity },
+          encoding: { x, y: { ...y, field: "low" }, y2: { field: "high" }, color: colours },
         },
         {
           mark: { type: "line", strokeWidth: 1.4, aria: false },
           encoding: {
-            x, y, color, order: { field: "rung" },
-            opacity: { ...opacity, field: "trace" },
+            x, y, color, detail, order: { field: "rung" }, opacity: trace,
           },
         },
         {
-          mark: { type: "point", size: 70, strokeWidth: 1.5, cursor: "pointer" },
+          params: [{
+            name: "pointed", select: { type: "point", fields: ["method"], on: "pointerover", clear: "pointerout", nearest: false },
+          }],
+          mark: { type: "point", strokeWidth: 1.5, cursor: "pointer" },
           encoding: {
-            x, y, color, shape, opacity, description: text,
-            fill: { condition: { test: "datum.flagged", value: "transparent" }, ...color },
+            x, y, color, shape, opacity, detail, description: text,
+            size: { condition: { test: asked, value: 70 }, value: 26 },
+            fill: {
+              condition: [{ test: "datum.flagged", value: "transparent" }, { test: { not: asked }, value: "currentColor" }],
+              ...colours,
+            },
             tooltip: [
               { field: "method", title: "method" }, { field: "quality", title: metric }, { field: "at", title: "at" },
             ],
@@ -140,10 +151,12 @@
     return cell([figure(e.value) + (unit ?? "") + " ", range], e.value, "n");
   };
 
-  function head(name) {
+  function head(task, method) {
+    const name = task.methods[method];
     const anchor = element("a", name);
     anchor.href = "../methods/" + name + ".html";
     const made = element("th", anchor);
+    if (task.bases[method]) anchor.title = "A variant of " + task.bases[method] + ": " + task.says[method];
     made.scope = "row";
     made.dataset.v = name;
     return made;
@@ -153,7 +166,8 @@
 
   function line(task, method, cells, weak) {
     const made = element("tr", cells);
-    if (weak) made.className = "sm-weak";
+    if (weak) made.classList.add("sm-weak");
+    if (task.bases[method]) made.classList.add("sm-variant");
     made.dataset.training = task.training[method];
     made.dataset.tags = task.tags[method].join(",");
     return made;
@@ -166,7 +180,7 @@
       for (const note of row.notes) state.append(document.createElement("br"), element("span", note, "sm-range"));
       const triple = (name) => ({ value: row[name], low: row[name + "_low"], high: row[name + "_high"] });
       const cells = [
-        head(row.name), number(row.rung), number(row.group),
+        head(task, row.method), number(row.rung), number(row.group),
         ...Object.keys(task.metrics).map((metric) => estimate(row.q[metric])),
         number(row.unit), ...(withEquivalents ? [number(row.nfe_equivalent)] : []),
         estimate(triple("latency_ms")), estimate(triple("speedup"), "×"), number(row.memory_mib), number(row.joules), state,
@@ -184,7 +198,7 @@
       if (ladders.place[i] !== place) return [];
       const tags = task.tags[method].join(", ");
       const cells = [
-        head(task.methods[method]), element("td", task.training[method]), cell(element("span", tags || "–", "sm-tags"), tags),
+        head(task, method), element("td", task.training[method]), cell(element("span", tags || "–", "sm-tags"), tags),
         number(ladders.best[i]), number(ladders.rung[i]),
         ...costs.map((axis) => number(ladders["matching:" + axis][i])),
         ...costs.map((axis) => number(ladders["area:" + axis][i])),
@@ -204,7 +218,7 @@
     if (!task) return;
     const rows = unpack(task);
     const metrics = Object.keys(task.metrics);
-    const state = { axis: "unit", metric: metrics[0], place: 0, chosen: new Set() };
+    const state = { axis: "unit", metric: metrics[0], place: 0, chosen: new Set(), bands: false, all: false };
     const live = element("div", [], "sm-live");
     const mount = element("div", [], "sm-chart");
     const note = element("p", [], "sm-note");
@@ -224,7 +238,7 @@
       note.textContent = !drawn.length
         ? "Nothing here has a reading on this axis."
         : lacking ? lacking + " rows have no reading above nought on this axis." : "";
-      drawLegend(new Set(drawn.map((row) => row.name)));
+      drawLegend(drawn);
       view?.finalize();
       view = null;
       if (!drawn.length) {
@@ -238,15 +252,26 @@
         return;
       }
       view = made;
-      made.view.addEventListener("click", (_, item) => {
-        if (item?.mark?.marktype === "symbol" && item.datum.href) location.href = item.datum.href;
+      made.view.addEventListener("click", (event, item) => {
+        if (item?.mark?.marktype !== "symbol" || !item.datum.href) return;
+        if (event.pointerType === "touch") toggle(item.datum.method); // a finger has no other way to point
+        else location.href = item.datum.href;
       });
       box.classList.add("sm-on");
     }
 
-    function drawLegend(present) {
-      const buttons = task.methods.flatMap((name, i) => {
-        if (!present.has(name)) return [];
+    function toggle(name) {
+      if (!state.chosen.delete(name)) state.chosen.add(name);
+      return draw();
+    }
+
+    // What leads and what was chosen stands open; the rest of the names waits until it is asked for.
+    function drawLegend(drawn) {
+      const present = new Set(drawn.map((row) => row.name));
+      const best = front(drawn, state.axis, state.metric, task.metrics[state.metric] === "higher");
+      const ahead = new Set([task.methods[task.anchors[state.place]], ...best.map((row) => row.name), ...state.chosen]);
+      const button = (name) => {
+        const i = task.methods.indexOf(name);
         const mark = element("span", data.marks[data.shapes[i % data.shapes.length]]);
         mark.setAttribute("aria-hidden", "true");
         mark.style.color = data.colours[i % data.colours.length];
@@ -255,12 +280,20 @@
         button.dataset.method = name;
         button.setAttribute("aria-pressed", String(state.chosen.has(name)));
         button.addEventListener("click", () => {
-          if (!state.chosen.delete(name)) state.chosen.add(name);
-          draw().then(() => legend.querySelector('[data-method="' + name + '"]')?.focus());
+          toggle(name).then(() => legend.querySelector('[data-method="' + name + '"]')?.focus());
         });
-        return [button];
-      });
-      legend.replaceChildren(...buttons);
+        return button;
+      };
+      const shown = task.methods.filter((name) => present.has(name));
+      const rest = shown.filter((name) => !ahead.has(name));
+      const parts = shown.filter((name) => ahead.has(name)).map(button);
+      if (rest.length) {
+        const more = element("details", [element("summary", rest.length + " more"), element("div", rest.map(button))]);
+        more.open = state.all;
+        more.addEventListener("toggle", () => { state.all = more.open; });
+        parts.push(more);
+      }
+      legend.replaceChildren(...parts);
     }
 
     function move(place) {
@@ -316,6 +349,10 @@
         bar.append(tier.box);
       }
     }
+    const tick = element("input");
+    tick.type = "checkbox";
+    tick.addEventListener("change", () => { state.bands = tick.checked; draw(); });
+    bar.append(element("label", [tick, " 95 % intervals"]));
     live.append(bar, mount, note, legend);
     box.querySelector("[data-deal]").after(live);
 

@@ -9,7 +9,7 @@ window.stepmark = (function () {
     return tie ? ((Math.sign(x) * Math.floor(scaled)) / 10 ** digits).toFixed(digits) : x.toFixed(digits);
   }
 
-  // The same digits as `figure` in board.py.
+  // The same digits as `figure` of estimates.py.
   function figure(x) {
     if (x === null || x === undefined) return "–";
     const size = Math.abs(x);

@@ -12,7 +12,7 @@ from stepmark.places import results_folder
 
 def show(arguments: argparse.Namespace) -> int:
     """The leaderboard as a table."""
-    from stepmark.leaderboard import board
+    from stepmark.leaderboard import tables
     from stepmark.record import read_all
 
     arguments.tier = tier_of(arguments)
@@ -25,18 +25,18 @@ def show(arguments: argparse.Namespace) -> int:
         and (not arguments.track or r.track in arguments.track)
         and (not arguments.task or r.task in arguments.task)
     ]
-    print(board.show(records) if records else f"no records below {results}; write some with: stepmark run")
+    print(tables.show(records) if records else f"no records below {results}; write some with: stepmark run")
     return 0
 
 
 def compare(arguments: argparse.Namespace) -> int:
     """Two methods by paired tests."""
-    from stepmark.leaderboard import board
+    from stepmark.leaderboard import tables
     from stepmark.record import read_all
 
     results = arguments.results or results_folder(arguments.tier)
     records = [r for r in read_all(results) if r.tier == arguments.tier]
-    print(board.compare(records, arguments.a, arguments.b, arguments.track))
+    print(tables.compare(records, arguments.a, arguments.b, arguments.track))
     return 0
 
 
@@ -85,7 +85,7 @@ def _verified(arguments: argparse.Namespace) -> int:
 
 
 def _verify_sample(arguments: argparse.Namespace) -> int:
-    from stepmark.leaderboard.board import record_id
+    from stepmark.leaderboard.rows import record_id
     from stepmark.record import read_all
     from stepmark.verify import draw, verify
 

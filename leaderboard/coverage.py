@@ -1,0 +1,108 @@
+"""The catalogue of papers, and how far each has come."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from stepmark.leaderboard.rows import Row, index
+from stepmark.leaderboard.verdicts import Verdicts, tally, verdicts
+
+from stepmark.plugins import MethodInfo
+
+Coverage = Literal["live", "not run", "no plugin yet"]
+
+
+class CatalogueEntry(NamedTuple):
+    """A paper of `leaderboard/catalogue.jsonl`. `headline`: its own figures, each with its setting; null: not found."""
+
+    id: str
+    title: str
+    authors: list[str] | None
+    year: int | None
+    arxiv: str | None
+    reference: str | None
+    kind: str
+    track: str
+    tags: list[str]
+    code: str | None
+    headline: list[str]
+
+    @property
+    def byline(self) -> str:
+        """All authors, or the first three and how many more."""
+        names = self.authors or []
+        return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
+
+
+@dataclass
+class Covered:
+    """A paper, its plugins (variants after their method), and how far it has come. `states` counts the verdicts of the
+    claims of all its plugins, each in its best covered place.
+    """
+
+    entry: CatalogueEntry
+    infos: tuple[MethodInfo, ...]
+    status: Coverage
+    states: Counter[str]
+
+    @property
+    def info(self) -> MethodInfo | None:
+        """The plugin that carries the paper's own name, else the first."""
+        return next((info for info in self.infos if info.id == self.entry.id), next(iter(self.infos), None))
+
+
+def catalogue(path: Path | None = None) -> list[CatalogueEntry]:
+    """Every paper, in the order of the file.
+
+    Raises:
+        ValueError: a line that is no entry.
+    """
+    path = path or Path(__file__).with_name("catalogue.jsonl")
+    found: list[CatalogueEntry] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            entry = CatalogueEntry(**json.loads(line))
+            if not re.fullmatch(r"[a-z0-9][a-z0-9_]{0,63}", entry.id):
+                raise ValueError("an id is made of lower-case letters, digits and underscores")
+            found.append(entry)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}:{number}: {error}; an entry has {', '.join(CatalogueEntry._fields)}") from None
+    return found
+
+
+def covered(
+    papers: Sequence[CatalogueEntry],
+    infos: Mapping[str, MethodInfo],
+    found: Sequence[Row],
+    judged: Mapping[str, Verdicts] | None = None,
+) -> list[Covered]:
+    """Every paper with its computed status. Plugins belong to the paper that their `Paper.id` names, variants to that of
+    their method. A plugin that has run makes its paper live; a control alone does not. `judged` holds the verdicts by
+    method (default: they are computed).
+    """
+    if judged is None:
+        have = index(found)
+        judged = {name: verdicts(info, found, have) for name, info in infos.items()}
+    by_paper: dict[str, list[MethodInfo]] = defaultdict(list)
+    for info in infos.values():
+        paper = infos[info.base].paper if info.base is not None and info.base in infos else info.paper
+        if paper:
+            by_paper[paper.id].append(info)
+    live = {row.method for row in found if row.measured}
+    result: list[Covered] = []
+    for entry in papers:
+        mine = sorted(
+            by_paper.get(entry.id, []), key=lambda info: (info.base or info.id, info.base is not None, info.id)
+        )
+        status: Coverage = "no plugin yet" if not mine else "not run"
+        if any(info.id in live for info in mine if info.base is None):
+            status = "live"
+        states: Counter[str] = sum((tally(judged[info.id]) for info in mine), Counter())
+        result.append(Covered(entry, tuple(mine), status, states))
+    return result
