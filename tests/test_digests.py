@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stepmark import digests, index, literals, plugins
+from stepmark import digests, index, literals, plugins, syntax
 
 METHOD = '''"""A method."""
 from stepmark.method import Claim, Method
@@ -118,7 +118,7 @@ def test_leaving_functions_out_changes_nothing_that_is_read(monkeypatch: pytest.
 
     monkeypatch.setattr(index, "load", dict)
     quick = found()
-    monkeypatch.setattr(literals, "outline", literals.parse)
+    monkeypatch.setattr(literals, "outline", syntax.parse)
     assert quick == found()
     monkeypatch.undo()
 

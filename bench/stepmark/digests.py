@@ -15,8 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from stepmark.literals import parse
 from stepmark.places import PACKAGE
+from stepmark.syntax import parse
 
 METADATA = ("paper", "claims", "tasks", "variants")  # of a method: what is said about it, not what runs
 SHARED = ("stepmark.tracks", "stepmark.backbones", "stepmark.hub")  # where what is imported is followed

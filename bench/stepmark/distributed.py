@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stepmark.meter.counts import Entry, Ledger, Traffic
-from stepmark.method import skip
+from stepmark.task import skip
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess

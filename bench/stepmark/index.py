@@ -19,7 +19,7 @@ from stepmark.method import Claim, Paper
 from stepmark.places import PACKAGE, cache_folder
 
 State = tuple[int, int, int]
-READERS = ("index.py", "literals.py", "method.py", "plugins.py")
+READERS = ("index.py", "literals.py", "method.py", "plugins.py", "syntax.py")
 
 
 def state_of(path: Path) -> State:

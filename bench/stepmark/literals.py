@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from stepmark.method import Claim, Paper, Variant
+from stepmark.syntax import PluginError, parse
 from stepmark.task import Dataset, Task
 
 CONSTRUCTORS: dict[str, type] = {"Paper": Paper, "Claim": Claim, "Task": Task, "Dataset": Dataset}
-
-
-class PluginError(Exception):
-    """A plugin cannot be read. One line that names the file, the line and the mend."""
 
 
 @dataclass(frozen=True)
@@ -78,20 +75,6 @@ def _made(kind: type, node: ast.Call, path: Path) -> Any:
         return kind(**arguments)
     except TypeError as error:
         raise PluginError(f"{path}:{node.lineno}: {error}") from None
-
-
-def parse(path: Path) -> ast.Module:
-    """The syntax tree of a file.
-
-    Raises:
-        PluginError: it has none.
-    """
-    try:
-        return ast.parse(path.read_text(encoding="utf-8"))
-    except SyntaxError as error:
-        raise PluginError(f"{path}:{error.lineno}: {error.msg}") from None
-    except UnicodeDecodeError:
-        raise PluginError(f"{path}: not UTF-8 text") from None
 
 
 _FUNCTION = re.compile(r"( *)(?:async )?def \w+\(")

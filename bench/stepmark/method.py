@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+from stepmark.task import Skip as Skip
+from stepmark.task import skip as skip
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -54,15 +57,6 @@ class Variant:
 
     def __init__(self, id: str, says: str, **overrides: Any) -> None:
         self.id, self.says, self.overrides = id, says, overrides
-
-
-class Skip(Exception):
-    """Raised by `skip`: the method does not apply here. The reason is shown in the record and on the site."""
-
-
-def skip(reason: str) -> NoReturn:
-    """Say that this method does not apply to this task, tier or device, and why (one line)."""
-    raise Skip(reason)
 
 
 class Method:

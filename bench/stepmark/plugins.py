@@ -25,9 +25,10 @@ from typing import Protocol
 
 from stepmark import index, literals
 from stepmark.digests import code_digest, reach_digest
-from stepmark.literals import MethodInfo, PluginError
+from stepmark.literals import MethodInfo
 from stepmark.method import Claim, Method, Variant
 from stepmark.places import PACKAGE, checkout
+from stepmark.syntax import PluginError
 from stepmark.task import Dataset, Task
 
 MOUNTS = ("methods", "datasets", "kernels", "leaderboard")

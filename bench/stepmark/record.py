@@ -28,7 +28,6 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
-    PlainValidator,
     StringConstraints,
     TypeAdapter,
     ValidationError,
@@ -87,16 +86,10 @@ def short(values: Sequence[float]) -> list[Any]:
     return list(values)
 
 
-_NUMBERS: TypeAdapter[list[float]] = TypeAdapter(Annotated[list[Figure], Field(max_length=2000)])
-
-
-def _read_short(value: Any) -> list[float]:
+def _read_short(value: Any, whole: Callable[[Any], list[float]]) -> list[float]:
     """What `short` wrote: figure b is (around + differences[b]) / 10^digits."""
     if not (type(value) is list and len(value) == 3 and type(value[2]) is list):
-        try:
-            return _packed(_NUMBERS.validate_python(value))
-        except ValidationError as error:
-            raise ValueError(error.errors(include_url=False, include_input=False)[0]["msg"]) from None
+        return _packed(whole(value))
     digits, around, differences = value
     if not (type(digits) is int and 0 <= digits <= MOST_DIGITS and type(around) is int and abs(around) <= LARGEST):
         raise ValueError("digits lie between 0 and 22, the middle is an integer of at most 2^53")
@@ -112,7 +105,7 @@ def _read_short(value: Any) -> list[float]:
 
 _AsList = PlainSerializer(list, return_type=list[float])
 Figures = Annotated[list[Figure], AfterValidator(_packed), _AsList]
-Resamples = Annotated[list[float], PlainValidator(_read_short), _AsList]
+Resamples = Annotated[list[Figure], Field(max_length=2000), WrapValidator(_read_short), _AsList]
 
 
 # environments -----------------------------------------------------------------------------------

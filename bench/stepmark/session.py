@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from stepmark import prepared
 from stepmark.distributed import Group
 from stepmark.meter.counts import Ledger
-from stepmark.method import skip
-from stepmark.task import Sealed, Task, digest_of, load_split
+from stepmark.task import Sealed, Task, digest_of, load_split, skip
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 
 # By track, how tasks are scored that somebody brings: a board shows their records without what was brought.
 SCORED: dict[str, dict[str, Any]] = {
@@ -30,6 +30,15 @@ class BadOutput(Exception):
 
 class Sealed(Exception):
     """A plugin reached for data or metrics that only the harness may see."""
+
+
+class Skip(Exception):
+    """Raised by `skip`: the method does not apply here. The reason is shown in the record and on the site."""
+
+
+def skip(reason: str) -> NoReturn:
+    """Say that this method does not apply to this task, tier or device, and why (one line)."""
+    raise Skip(reason)
 
 
 @dataclass(frozen=True)
