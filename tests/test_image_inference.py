@@ -130,11 +130,10 @@ def test_a_round_reuses_then_predicts_then_replays() -> None:
 
 # --- search ----------------------------------------------------------------------------------------------------------
 
-search = importlib.import_module("stepmark.tracks.image.search")
+search = module_of("diffusion_its_search")
 SEARCHES = {
-    "random": module_of("diffusion_its_search").RandomSearch,
-    "zero-order": module_of("diffusion_its_search_zero_order").ZeroOrderSearch,
-    "paths": module_of("diffusion_its_search_paths").PathSearch,
+    kind: plugins.load_class(plugins.methods()[f"diffusion_its_search{name}"])
+    for kind, name in {"random": "", "zero-order": "_zero_order", "paths": "_paths"}.items()
 }
 
 
@@ -226,7 +225,7 @@ def test_noising_again_keeps_the_marginal(prediction: str) -> None:
         torch.randn(200_000, 1, generator=draw) * scale + shift for scale, shift in ((0.5, 2), (1, 0), (1, 0))
     )
     at = schedule.alpha(0.5) * x0 + schedule.sigma(0.5) * eps
-    found = module_of("diffusion_its_search_paths").noise_again(schedule, at, noise, 0.5, 0.7)
+    found = search.noise_again(schedule, at, noise, 0.5, 0.7)
     alpha, sigma = schedule.alpha(0.7), schedule.sigma(0.7)
     assert float(found.mean()) == pytest.approx(2 * alpha, abs=0.01)
     assert float(found.std()) == pytest.approx((alpha**2 / 4 + sigma**2) ** 0.5, rel=0.01)
