@@ -38,7 +38,7 @@ TASKS = (
         n=240,
         batch=60,
         seeds=2,
-        smoke_n=12,
+        smoke_n=4,
         smoke_rungs=(4,),
     ),
 )

@@ -38,7 +38,7 @@ TASKS = (
         n=1000,
         batch=100,
         seeds=3,
-        smoke_n=16,
+        smoke_n=8,
         smoke_rungs=(2,),
     ),
 )

@@ -38,7 +38,7 @@ TASKS = (
         n=500,
         batch=100,
         seeds=2,
-        smoke_n=32,
+        smoke_n=10,
         smoke_rungs=(4, 16),
     ),
 )
