@@ -1,3 +1,5 @@
+"""DDIM with classifier-free guidance, two evaluations a step: what distillation of guidance starts from."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
