@@ -11,7 +11,7 @@ import torch
 from stepmark.datasets import shapes16, shapes32
 from torch import Tensor, nn
 
-from stepmark import backbones
+from stepmark import backbones, plugins
 from stepmark.cell import track_of
 from stepmark.meter.counts import Ledger, watch
 from stepmark.session import Session
@@ -20,16 +20,11 @@ from stepmark.task import digest_of
 torch.set_num_threads(1)
 
 TASK = "attributes_to_image/shapes32"
-cascade = importlib.import_module("stepmark.tracks.image.cascade")
-
-
-def module_of(method: str) -> Any:
-    """The module of a plugin."""
-    return importlib.import_module(f"stepmark.methods.image.{method}")
-
-
-FREE = module_of("self_cascade_free").SelfCascadeFree
-TUNED = module_of("self_cascade_diffusion").SelfCascadeDiffusion
+cascade: Any = importlib.import_module("stepmark.methods.image.self_cascade_diffusion")
+TUNED, FREE, INTERPOLATED = (
+    plugins.load_class(plugins.methods()[name])
+    for name in ("self_cascade_diffusion", "self_cascade_free", "upsampled_samples")
+)
 
 
 def session_of(network: nn.Module | None = None, **more: nn.Module) -> Session:
@@ -79,7 +74,6 @@ def test_the_network_at_its_own_size_is_the_one_that_was_trained() -> None:
 def test_the_large_image_starts_from_the_small_one_and_new_noise() -> None:
     """Against a flow whose samples are known: sizes, times, pivot and noise of every evaluation."""
     network, batch, method = Straight(), batch_of(40), FREE()
-    method.start = 0.5
     session = session_of(network)
     session.begin("run", 1, 7 * 40)
     found = method.run(session, batch, 7)
@@ -96,6 +90,24 @@ def test_the_large_image_starts_from_the_small_one_and_new_noise() -> None:
     torch.testing.assert_close(found, large / 1.5, rtol=1e-4, atol=1e-4)
 
 
+def test_the_control_spends_all_of_its_rung_on_the_small_image() -> None:
+    network, batch = Straight(), batch_of(6)
+    session = session_of(network)
+    session.begin("run", 1, 5 * 6)
+    found = INTERPOLATED().run(session, batch, 5)
+    assert [x.shape[-1] for x, _ in network.asked] == [16] * 5
+    small = torch.nn.functional.avg_pool2d(batch["noise"], 2)  # a half of the noise, which has unit variance
+    torch.testing.assert_close(found, torch.nn.functional.interpolate(small, scale_factor=2, mode="bicubic"))
+
+
+def test_only_the_tuned_cascade_has_networks_and_a_training() -> None:
+    session = session_of()
+    session.begin("prepare", 1)
+    for kind in (FREE, INTERPOLATED):
+        assert kind().networks(session) == {} and kind().prepare(session) is None
+    assert set(TUNED().networks(session)) == {"cascade"}
+
+
 def test_untrained_upsamplers_change_nothing_and_trained_ones_all_that_can() -> None:
     """At first the tuned method is the free one; training moves the upsamplers, which are few, and nothing else."""
     torch.manual_seed(0)
@@ -108,7 +120,7 @@ def test_untrained_upsamplers_change_nothing_and_trained_ones_all_that_can() -> 
 
     before = {name: value.clone() for name, value in adapted.state_dict().items()}
     session.begin("prepare", 1)
-    cascade.train_cascade(session, adapted, 0.6)
+    cascade.train_cascade(session, 0.6)
     moved = {name for name, value in adapted.state_dict().items() if not torch.equal(value, before[name])}
     assert moved and all(name.startswith("upsamplers.") for name in moved)
     assert {name.split(".")[1] for name in moved} == {"0", "1", "2"}
@@ -138,9 +150,10 @@ def test_upsamplers_learn_the_flow_of_the_times_sampled(monkeypatch: pytest.Monk
     data = {"x0": images, "condition": torch.tensor([[0, 3]])}
     monkeypatch.setattr("stepmark.session.load_split", lambda dataset, split: data)
     session, ideal = session_of(), Ideal(images[0])
+    session.networks["cascade"] = ideal
     session.tier = "embedded"
     session.begin("prepare", 1)
-    cascade.train_cascade(session, ideal, 0.3, steps=80, batch=8)
+    cascade.train_cascade(session, 0.3, steps=80, batch=8)
     assert float(ideal.factor.detach()) == pytest.approx(1, abs=0.01)
     times = torch.stack([t for _, t in ideal.asked])
     assert 0 < times.min() < 0.05 and 0.25 < times.max() < 0.3

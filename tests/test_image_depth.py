@@ -12,7 +12,7 @@ import torch
 from stepmark.datasets import scenes16
 from torch import Tensor, nn
 
-from stepmark import backbones, samples
+from stepmark import backbones, plugins, samples
 from stepmark.backbones import rgbd
 from stepmark.cell import track_of
 from stepmark.meter.counts import Ledger, watch
@@ -23,6 +23,7 @@ torch.set_num_threads(1)
 
 TASK = "training_pairs/scenes16"
 depth = importlib.import_module("stepmark.tracks.image.depth")
+d4d: Any = importlib.import_module("stepmark.methods.image.d4d_rgbd")
 FREE = ("real_pairs_only", "engine_pairs", "augmented_pairs")
 
 
@@ -32,8 +33,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def run_of(method: str, n: int = 6, rung: int = 3) -> tuple[Tensor, float]:
     """What a method returns at smoke for n items, and how many rows of the network it spent."""
-    module = importlib.import_module(f"stepmark.methods.image.{method}")
-    plugin = next(v for k, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__)()
+    plugin = plugins.load_class(plugins.methods()[method])()
     spec, ledger = track_of(TASK)[1], Ledger()
     networks = {"teacher": watch(ledger, "teacher", backbones.load("scenes16_rgbd"))}
     session = Session(spec, "smoke", torch.device("cpu"), torch.float32, networks, {}, ledger, False)
@@ -152,7 +152,7 @@ def test_colour_and_depth_are_drawn_together() -> None:
     assert rgbd.noise_loss(network, real) < 0.5 * rgbd.noise_loss(untrained, real)
     assert rgbd.noise_loss(network, real) < 0.97 * rgbd.noise_loss(network, torn)
     noise = torch.randn(60, 4, 16, 16, generator=generator(5))
-    drawn = depth.sample_pairs(network, noise, torch.zeros(60, dtype=torch.int64), 10)
+    drawn = d4d.sample_pairs(network, noise, torch.zeros(60, dtype=torch.int64), 10)
     torn = torch.cat([drawn[:, :3], drawn[:, 3:].roll(1, 0)], 1)
     assert depth.edge_agreement(drawn).mean() > depth.edge_agreement(torn).mean() + 0.1
 
@@ -177,7 +177,7 @@ def test_samples_of_a_known_model_are_its_data_at_any_number_of_steps() -> None:
     noise = torch.randn(5, 4, 16, 16, generator=generator(6))
     for steps in (1, 4):
         network = Known(pair)
-        found = depth.sample_pairs(network, noise, torch.zeros(5, dtype=torch.int64), steps)
+        found = d4d.sample_pairs(network, noise, torch.zeros(5, dtype=torch.int64), steps)
         torch.testing.assert_close(found, pair.expand_as(found), atol=2e-3, rtol=0)
         assert network.asked == pytest.approx([1000 * (1 - i / steps) - 1 for i in range(steps)], abs=1e-3)
 
@@ -199,14 +199,14 @@ def test_pairs_from_elsewhere_cost_no_evaluation_and_are_what_they_say() -> None
 
 def test_augmentation_moves_colour_and_depth_alike() -> None:
     real = load_split("scenes16", "train")["x0"]
-    whole = depth.augmented(real, generator(1), 16)
+    whole = d4d.augmented(real, generator(1), 16)
     mirrored = torch.stack([(a - b).abs().max() < 1e-4 for a, b in zip(whole.flip(3), real, strict=True)])
     same = torch.stack([(a - b).abs().max() < 1e-4 for a, b in zip(whole, real, strict=True)])
     assert (mirrored | same).all() and 30 < int(mirrored.sum()) < 70
     axis = torch.linspace(-0.9, 0.9, 16)
     ramp = torch.stack([axis[None].expand(16, 16), axis[:, None].expand(16, 16)])
     pairs = torch.stack([ramp[0], ramp[1], ramp[1], ramp[0]]).expand(50, -1, -1, -1)
-    found = depth.augmented(pairs, generator(2))
+    found = d4d.augmented(pairs, generator(2))
     assert (found[:, 0] - found[:, 3]).abs().max() < 0.07  # within a pixel: depth is not blurred
     spans = found[:, 1].amax((1, 2)) - found[:, 1].amin((1, 2))
     assert 1.3 < spans.min() < 1.45 and 1.7 < spans.max() <= 1.801  # windows of 12 to 16 pixels

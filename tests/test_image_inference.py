@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stepmark import backbones
+from stepmark import backbones, plugins
 from stepmark.cell import track_of
 from stepmark.meter.counts import Ledger, watch
 from stepmark.session import Session
@@ -130,11 +130,10 @@ def test_a_round_reuses_then_predicts_then_replays() -> None:
 
 # --- search ----------------------------------------------------------------------------------------------------------
 
-search = importlib.import_module("stepmark.tracks.image.search")
+search = module_of("diffusion_its_search")
 SEARCHES = {
-    "random": module_of("diffusion_its_search").RandomSearch,
-    "zero-order": module_of("diffusion_its_search_zero_order").ZeroOrderSearch,
-    "paths": module_of("diffusion_its_search_paths").PathSearch,
+    kind: plugins.load_class(plugins.methods()[f"diffusion_its_search{name}"])
+    for kind, name in {"random": "", "zero-order": "_zero_order", "paths": "_paths"}.items()
 }
 
 
@@ -226,7 +225,7 @@ def test_noising_again_keeps_the_marginal(prediction: str) -> None:
         torch.randn(200_000, 1, generator=draw) * scale + shift for scale, shift in ((0.5, 2), (1, 0), (1, 0))
     )
     at = schedule.alpha(0.5) * x0 + schedule.sigma(0.5) * eps
-    found = module_of("diffusion_its_search_paths").noise_again(schedule, at, noise, 0.5, 0.7)
+    found = search.noise_again(schedule, at, noise, 0.5, 0.7)
     alpha, sigma = schedule.alpha(0.7), schedule.sigma(0.7)
     assert float(found.mean()) == pytest.approx(2 * alpha, abs=0.01)
     assert float(found.std()) == pytest.approx((alpha**2 / 4 + sigma**2) ** 0.5, rel=0.01)
@@ -271,7 +270,7 @@ def test_without_weight_it_is_the_ancestral_chain_bit_for_bit() -> None:
     batch, session = batch_of(40, (2,), 1), session_of("minority/rare_eps", guide=minority.Guide())
     method = minority.SelfGuidedMinority()
     assert method.steps(64) == 45
-    plain = module_of("ancestral").Ancestral().run(session, batch, 45)
+    plain = module_of("baselines.ancestral").Ancestral().run(session, batch, 45)
     method.weight = 0.0
     session.begin("run", 1)
     assert torch.equal(method.run(session, batch, 64), plain)
@@ -284,7 +283,7 @@ def test_guidance_finds_the_rare_among_the_data_and_pays_for_it() -> None:
     asked = session._ledger.evaluations()
     assert asked == {"teacher": 2000 * (45 + 9), "guide": 2000 * 9}  # a pass backwards is an evaluation
     session.begin("run", 1, 64 * 2000)
-    plain = module_of("ancestral").Ancestral().run(session, batch, 64)
+    plain = module_of("baselines.ancestral").Ancestral().run(session, batch, 64)
     task, rows = track_of("minority/rare_eps")[1], np.arange(2000)[None]
     figures = [track_of(task.id)[0].score(task, batch, points, {}, rows) for points in (found, plain)]
     guided, usual = ({name: score.value for name, score in each.items()} for each in figures)
@@ -297,7 +296,7 @@ def test_guidance_finds_the_rare_among_the_data_and_pays_for_it() -> None:
 def test_ancestral_steps_draw_from_the_posterior() -> None:
     """On Gaussian data the chain keeps the variance of the data, and forgets the noise that it began with."""
     batch, session = batch_of(4000, (2,), 1), session_of("minority/rare_eps", Gaussian())
-    found = module_of("ancestral").Ancestral().run(session, batch, 800)
+    found = module_of("baselines.ancestral").Ancestral().run(session, batch, 800)
     assert float(found.std()) == pytest.approx(0.5, rel=0.02)
     start = torch.stack([found.flatten(), batch["noise"].flatten()])
     assert abs(float(torch.corrcoef(start)[0, 1])) < 0.05
@@ -317,7 +316,7 @@ def test_rare_points_are_as_rare_as_said_and_lie_apart() -> None:
 
 # --- brightness ------------------------------------------------------------------------------------------------------
 
-shades = importlib.import_module("stepmark.tracks.image.shades")
+zero_snr = module_of("zero_terminal_snr")
 
 
 def test_the_rescaled_schedule_is_diffusers_own() -> None:
@@ -325,7 +324,7 @@ def test_the_rescaled_schedule_is_diffusers_own() -> None:
     from diffusers import DDIMScheduler
 
     teacher = backbones.load("shades_eps")
-    found = shades.signal_of(teacher)
+    found = zero_snr.signal_of(teacher, True)
     betas = 1 - teacher.alphas_cumprod / torch.cat([torch.ones(1).double(), teacher.alphas_cumprod[:-1]])
     scheduler = DDIMScheduler(1000, trained_betas=betas.tolist(), rescale_betas_zero_snr=True)
     torch.testing.assert_close(found**2, scheduler.alphas_cumprod.double(), rtol=1e-3, atol=1e-6)
@@ -334,17 +333,17 @@ def test_the_rescaled_schedule_is_diffusers_own() -> None:
     for n in (5, 7, 25):
         scheduler.config.timestep_spacing = "trailing"
         scheduler.set_timesteps(n)
-        assert shades.trailing_timesteps(n, 1000) == scheduler.timesteps.tolist()
+        assert zero_snr.trailing_timesteps(n, 1000) == scheduler.timesteps.tolist()
 
 
 def test_guidance_is_scaled_back_to_the_conditional_deviation() -> None:
     draw = torch.Generator().manual_seed(2)
     null, conditional = (torch.randn(6, 1, 8, 8, generator=draw) for _ in range(2))
     guided = null + 5 * (conditional - null)
-    torch.testing.assert_close(shades.rescaled_guidance(null, conditional, 5.0, 0.0), guided)
-    whole = shades.rescaled_guidance(null, conditional, 5.0, 1.0)
+    torch.testing.assert_close(zero_snr.rescaled_guidance(null, conditional, 5.0, 0.0), guided)
+    whole = zero_snr.rescaled_guidance(null, conditional, 5.0, 1.0)
     torch.testing.assert_close(whole.flatten(1).std(1), conditional.flatten(1).std(1))
-    part = shades.rescaled_guidance(null, conditional, 5.0, 0.7)
+    part = zero_snr.rescaled_guidance(null, conditional, 5.0, 0.7)
     torch.testing.assert_close(part, 0.7 * whole + 0.3 * guided)
 
 
@@ -367,10 +366,10 @@ class Flat(nn.Module):
 def test_only_a_schedule_that_ends_in_noise_gives_the_brightness_of_the_data() -> None:
     """With exact networks: the flawed schedule narrows the spread of brightness, the fixed one keeps it."""
     teacher = backbones.load("shades_eps")
-    flawed, fixed = teacher.alphas_cumprod.sqrt(), shades.signal_of(teacher)
+    flawed, fixed = teacher.alphas_cumprod.sqrt(), zero_snr.signal_of(teacher, True)
     noise, kinds = batch_of(4000, (1, 8, 8), 3).values()
     spread = [
-        float(shades.sample_v(Flat(signal), signal, noise, kinds, 100, 1.0, 0.0).mean((1, 2, 3)).std())
+        float(zero_snr.sample_v(Flat(signal), signal, noise, kinds, 100, 1.0, 0.0).mean((1, 2, 3)).std())
         for signal in (flawed, fixed)
     ]
     assert spread[1] == pytest.approx(0.5, rel=0.06)
@@ -380,25 +379,44 @@ def test_only_a_schedule_that_ends_in_noise_gives_the_brightness_of_the_data() -
 def test_the_control_is_trained_alike_but_for_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw for draw the same training and sampling: given the fixed schedule, the control is `zero_terminal_snr` itself."""
     teacher, losses, samples = backbones.load("shades_eps"), [], []
-    assert torch.allclose(shades.flawed_signal(teacher), teacher.alphas_cumprod.sqrt())
-    monkeypatch.setattr(shades, "fit", lambda session, network, loss, *_, **options: losses.append((loss(), options)))
-    control, method = (module_of(name) for name in ("trailing_finetuned", "zero_terminal_snr"))
+    assert torch.allclose(zero_snr.signal_of(teacher, False), teacher.alphas_cumprod.sqrt())
+    control, method = (
+        plugins.load_class(plugins.methods()[name]) for name in ("trailing_finetuned", "zero_terminal_snr")
+    )
 
     def both(plugin: Any) -> None:
         session = session_of("class_to_image/shades", student=teacher)
         session.begin("prepare", 7)
+        names = type(plugin).prepare.__globals__
+        monkeypatch.setitem(
+            names, "fit", lambda session, network, loss, *_, **options: losses.append((loss(), options))
+        )
         plugin.prepare(session)
         session.begin("run", 7, 50)
         samples.append(plugin.run(session, batch_of(10, (1, 8, 8), 3), 5))
 
-    both(control.TrailingFinetuned())
-    both(method.ZeroTerminalSNR())
-    monkeypatch.setattr(shades, "flawed_signal", shades.signal_of)
-    monkeypatch.setattr(control, "flawed_signal", shades.signal_of)
-    both(control.TrailingFinetuned())
+    both(control())
+    both(method())
+    monkeypatch.setattr(control, "repaired", True)
+    both(control())
     assert torch.equal(samples[2], samples[1]) and losses[2] == losses[1]
     assert not torch.allclose(samples[0], samples[1]) and losses[0][0] != losses[1][0]
     assert losses[0][1] == losses[1][1]
+
+
+def test_the_grid_alone_is_ddim_that_begins_below_the_last_timestep() -> None:
+    """The other control: the untouched teacher, told 800, 600 ... 0 where the trailing grid begins at 999."""
+    control = plugins.load_class(plugins.methods()["ddim_leading"])()
+    network, batch = Gaussian(), batch_of(3, (1, 8, 8), 3)
+    session = session_of("class_to_image/shades", network)
+    assert control.networks(session) == {} and control.prepare(session) is None
+    found = control.run(session, batch, 5)
+    assert [float(t[0]) for _, t in network.asked] == pytest.approx([800, 600, 400, 200, 0], abs=1e-3)
+    x = batch["noise"]
+    for t, s in pairwise([0.801, 0.601, 0.401, 0.201, 0.001, 0.0]):
+        eps = network.gain(t) * x
+        x = SCHEDULE.alpha(s) * (x - SCHEDULE.sigma(t) * eps) / SCHEDULE.alpha(t) + SCHEDULE.sigma(s) * eps
+    torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-5)
 
 
 def test_pictures_of_shades_are_what_they_say() -> None:
@@ -412,9 +430,9 @@ def test_pictures_of_shades_are_what_they_say() -> None:
     marked = (pictures["x0"] != background.view(-1, 1, 1, 1)).sum((1, 2, 3))
     assert torch.equal(marked, torch.tensor([9, 5, 8])[pictures["condition"]])
     assert pictures["x0"].abs().max() <= 1
-    task, rows = track_of("class_to_image/shades")[1], np.arange(2000)[None]
-    real = shades.score(task, {}, data.split("reference")["x0"][:2000], {}, rows)
-    grey = shades.score(task, {}, 0.5 * data.split("reference")["x0"][:2000], {}, rows)
+    (track, task), rows = track_of("class_to_image/shades"), np.arange(2000)[None]
+    real = track.score(task, {}, data.split("reference")["x0"][:2000], {}, rows)
+    grey = track.score(task, {}, 0.5 * data.split("reference")["x0"][:2000], {}, rows)
     away = float(data.split("reference")["x0"].mean((1, 2, 3)).abs().mean()) / 2
     assert real["w1_brightness"].value < 0.02
     assert grey["w1_brightness"].value == pytest.approx(away, abs=0.01)

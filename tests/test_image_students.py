@@ -27,11 +27,11 @@ def module_of(method: str) -> Any:
     return importlib.import_module(f"stepmark.methods.image.{method}")
 
 
-guided, agd, noised, one_step, slim, naive, c2ot, ot_cfm, points, asbm, dsbm, cfg = (
+guided, agd, one_step, slim, naive, c2ot, ot_cfm, points, asbm, dsbm, cfg = (
     module_of(name)
     for name in (
-        "guided_distillation", "agd", "agd_noised_data", "one_step_regression", "slimflow", "slimflow_naive",
-        "c2ot", "ot_cfm", "flow_matching_points", "asbm", "dsbm", "ddim_cfg",
+        "guided_distillation", "agd", "one_step_regression", "slimflow", "slimflow_naive",
+        "c2ot", "ot_cfm", "flow_matching_points", "asbm", "dsbm", "baselines.ddim_cfg",
     )
 )  # fmt: skip
 DIGITS, GUIDED, POINTS = "class_to_image/digits_flow", "guided/digits_flow", "sampling/mixtures_flow"
@@ -270,6 +270,26 @@ def test_adapters_learn_guidance_on_the_states_of_guided_sampling() -> None:
     before = loss().item()
     training.fit(session, adapted, loss, 25, 1e-2, ema=0.0)
     assert loss().item() < 0.8 * before
+
+
+def test_the_ablation_stores_as_many_states_at_the_same_times_but_of_noised_data() -> None:
+    session = session_of(GUIDED)
+    kept = agd.states_of_sampling(session, 5, 4, (1.0, 6.0)), agd.states_of_data(session, 5, 4, (1.0, 6.0))
+    assert [part.shape for part in kept[0]] == [part.shape for part in kept[1]]
+    assert torch.equal(kept[0][1].sort().values, kept[1][1].sort().values)
+    x, t, condition, scale, target = kept[1]
+    data, label = session.train["x0"], session.train["condition"]
+    draw = torch.Generator().manual_seed(0)
+    session.rng.set_state(draw.get_state())
+    again = agd.states_of_data(session, 5, 4, (1.0, 6.0))
+    pick = torch.randint(len(data), (20,), generator=draw)
+    noise, when = torch.randn(data[pick].shape, generator=draw), again[1].view(-1, 1, 1, 1)
+    torch.testing.assert_close(again[0], (1 - when) * data[pick] + when * noise)
+    assert torch.equal(again[2], label[pick])
+    assert 1 <= float(scale.min()) < 3 < float(scale.max()) <= 6
+    with torch.no_grad():
+        torch.testing.assert_close(target, fusing.guided_rows(session.networks["teacher"], x, t, condition, scale))
+    assert plugins.load_class(plugins.methods()["agd_noised_data"])().noised_data and not agd.AGD().noised_data
 
 
 # --- one step from pairs ---------------------------------------------------------------------------------------------

@@ -321,7 +321,7 @@ def source_digests(info: MethodInfo, task: Task) -> dict[str, str]:
 
     Of a task all counts but its summary and how many cells there are.
     """
-    more = {"summary", "rungs", "smoke_rungs", "seeds", "module", "words", "checkpoint", "origin", "shown"}
+    more = {"summary", "rungs", "smoke_n", "smoke_rungs", "seeds", "module", "words", "checkpoint", "origin", "shown"}
     more |= {"price", "absent", "untrained", "follows"}  # which the digests of the networks and inputs hold
     asked = {name: value for name, value in asdict(task).items() if name not in more}
     files = [*info.path.parent.rglob("*.py")] if info.path.name == "__init__.py" else [info.path]

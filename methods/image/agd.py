@@ -1,24 +1,73 @@
+"""AGD: small adapters on a frozen network learn what guidance does, so that it costs one evaluation a step."""
+
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from stepmark import Claim, Method, Paper
+from stepmark import Claim, Method, Paper, Variant
+from stepmark.backbones.unet import TRAIN_TIMESTEPS
 from stepmark.session import Session
-from stepmark.tracks.image.adapters import AdaptedUNet
 from stepmark.tracks.image.fusing import guided_rows
-from stepmark.tracks.image.schedules import schedule_of, to_x0_eps, uniform_times
+from stepmark.tracks.image.schedules import add_noise, schedule_of, to_x0_eps, uniform_times
 from stepmark.tracks.image.solvers import ddim_step
-from stepmark.tracks.image.training import fit
+from stepmark.tracks.image.training import fit, sinusoids
+
+States = tuple[Tensor, ...]  # x, network times, conditions, scales, and the guided outputs that are to be learned
+
+
+class GuidanceAdapter(nn.Module):
+    """Cross-attention from features [B, C, H, W] to tokens [B, n, width], one head; gives zero until it is trained."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(channels, width, bias=False)
+        self.key, self.value = (nn.Linear(width, width, bias=False) for _ in range(2))
+        self.out = nn.Linear(width, channels, bias=False)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, features: Tensor, tokens: Tensor) -> Tensor:
+        score = self.query(features.flatten(2).mT) @ self.key(tokens).mT / math.sqrt(tokens.shape[-1])
+        return self.out(score.softmax(-1) @ self.value(tokens)).mT.reshape(features.shape)
+
+
+class AdaptedUNet(nn.Module):
+    """A frozen UNet with a `GuidanceAdapter` behind every residual block, told time, condition and guidance scale.
+
+    Called as network(x, t, condition, scale) with scale float [B]. Adapters share three small projections of the
+    time and condition as the UNet itself embeds them, and of sinusoids of the scale.
+    """
+
+    def __init__(self, base: nn.Module, width: int = 10) -> None:
+        super().__init__()
+        from diffusers.models.resnet import ResnetBlock2D
+
+        self.base, self.prediction = base.requires_grad_(False), base.prediction
+        features = base.table.embedding_dim
+        self.embed = nn.ModuleList(nn.Linear(n, width) for n in (features, features, 32))
+        blocks = [part for part in base.unet.modules() if isinstance(part, ResnetBlock2D)]
+        self.adapters = nn.ModuleList(GuidanceAdapter(block.out_channels, width) for block in blocks)
+        self._tokens = torch.zeros(0)
+        for block, adapter in zip(blocks, self.adapters, strict=True):
+            block.register_forward_hook(
+                lambda _, inputs, output, adapter=adapter: output + adapter(output, self._tokens)
+            )
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor, scale: Tensor) -> Tensor:
+        base = self.base
+        step = t * TRAIN_TIMESTEPS if self.prediction == "flow" else t
+        time = base.unet.time_embedding(base.unet.time_proj(step))
+        parts = (time, base.embed(base.table(condition)), sinusoids(scale, top=10.0))
+        self._tokens = torch.stack([embed(part) for embed, part in zip(self.embed, parts, strict=True)], 1)
+        return base(x, t, condition)
 
 
 @torch.no_grad()
-def guided_trajectories(
-    network: nn.Module, noise: Tensor, condition: Tensor, scale: Tensor, steps: int
-) -> tuple[Tensor, ...]:
+def guided_trajectories(network: nn.Module, noise: Tensor, condition: Tensor, scale: Tensor, steps: int) -> States:
     """States, network times, conditions, scales and guided outputs [steps * B, ...] that DDIM with guidance meets."""
     schedule, x, met = schedule_of(network), noise, []
     for t, s in pairwise(uniform_times(steps)):
@@ -27,6 +76,35 @@ def guided_trajectories(
         met.append((x, time, condition, scale, output))
         x = ddim_step(schedule, *to_x0_eps(schedule.prediction, output, x, schedule.alpha(t), schedule.sigma(t)), s)
     return tuple(torch.cat(part) for part in zip(*met, strict=True))
+
+
+def states_of_sampling(session: Session, paths: int, steps: int, scales: tuple[float, float]) -> States:
+    """What so many guided paths of so many steps meet, with classes of the training data and scales drawn uniformly."""
+    rng, device, (low, high) = session.rng, session.device, scales
+    label, shape = session.train["condition"].to(device), session.train["x0"].shape[1:]
+    condition = label[torch.randint(len(label), (paths,), generator=rng, device=device)]
+    noise = torch.randn(paths, *shape, generator=rng, device=device)
+    scale = low + (high - low) * torch.rand(paths, generator=rng, device=device)
+    parts = zip(*(part.split(100) for part in (noise, condition, scale)), strict=True)
+    teacher = session.networks["teacher"]
+    found = [guided_trajectories(teacher, *part, steps) for part in session.progress(list(parts))]
+    return tuple(torch.cat(part) for part in zip(*found, strict=True))
+
+
+@torch.no_grad()
+def states_of_data(session: Session, paths: int, steps: int, scales: tuple[float, float]) -> States:
+    """As many states at the same times, of training images with noise, and the guided outputs there."""
+    teacher, rng, device, (low, high) = session.networks["teacher"], session.rng, session.device, scales
+    schedule = schedule_of(teacher)
+    data, label = (session.train[key].to(device) for key in ("x0", "condition"))
+    n = steps * paths
+    pick = torch.randint(len(data), (n,), generator=rng, device=device)
+    t = torch.tensor(uniform_times(steps)[:-1], device=device).repeat(paths)
+    x = add_noise(schedule, data[pick], torch.randn(data[pick].shape, generator=rng, device=device), t)
+    scale = low + (high - low) * torch.rand(n, generator=rng, device=device)
+    states = (x, schedule.network_time(t), label[pick], scale)
+    parts = zip(*(part.split(100) for part in states), strict=True)
+    return (*states, torch.cat([guided_rows(teacher, *part) for part in session.progress(list(parts))]))
 
 
 class AGD(Method):
@@ -44,7 +122,9 @@ class AGD(Method):
 
         loss = |eps_adapted(x_t, t, c, w) - eps_w|^2.
 
-    The inputs of training are thus the states that sampling meets, not noised data. Sampling is DDIM with the scale that
+    The inputs of training are thus the states that sampling meets, not noised data x_t = (1 - t) x0 + t eps, as earlier
+    distillation of guidance takes them: guided sampling leaves the paths of noised data, and does so the further the
+    larger w is. `agd_noised_data` is the ablation. Sampling is DDIM with the scale that
     the batch asks for, in the convention above, one evaluation a step.
 
     Differs from the paper: the network is a class-conditional UNet without cross-attention, so that adapters sit where
@@ -84,28 +164,28 @@ class AGD(Method):
 
     trajectories, length, scales = 1000, 20, (1.0, 6.0)
     batch, steps, rate = 64, 1500, 2e-3
+    noised_data = False  # train on noised data instead of the states of sampling
+    variants = (
+        Variant(
+            "agd_noised_data",
+            says="the same adapters, updates and number of states, trained on noised data instead of guided trajectories",
+            baselines=(),
+            noised_data=True,
+        ),
+    )
 
     def networks(self, session: Session) -> dict[str, nn.Module]:
         return {"adapted": AdaptedUNet(session.clone("teacher"))}
 
     def prepare(self, session: Session) -> None:
         adapted, rng, device = session.networks["adapted"], session.rng, session.device
-        label, shape = session.train["condition"].to(device), session.train["x0"].shape[1:]
-        n, (low, high) = session.scale(self.trajectories, 8), self.scales
-        condition = label[torch.randint(len(label), (n,), generator=rng, device=device)]
-        noise = torch.randn(n, *shape, generator=rng, device=device)
-        scale = low + (high - low) * torch.rand(n, generator=rng, device=device)
-        parts = zip(*(part.split(100) for part in (noise, condition, scale)), strict=True)
-        length = session.scale(self.length, 3)
-        found = [
-            guided_trajectories(session.networks["teacher"], *part, length) for part in session.progress(list(parts))
-        ]
-        stored = [torch.cat(part) for part in zip(*found, strict=True)]
+        find = states_of_data if self.noised_data else states_of_sampling
+        stored = find(session, session.scale(self.trajectories, 8), session.scale(self.length, 3), self.scales)
 
         def loss() -> Tensor:
             pick = torch.randint(len(stored[0]), (self.batch,), generator=rng, device=device)
-            x, t, label, scale, target = (part[pick] for part in stored)
-            return (adapted(x, t, label, scale) - target).square().mean()
+            x, t, condition, scale, target = (part[pick] for part in stored)
+            return (adapted(x, t, condition, scale) - target).square().mean()
 
         fit(session, adapted, loss, session.scale(self.steps, 3), self.rate)
 

@@ -1,12 +1,55 @@
+"""D4D: a diffusion model that draws colour and depth together makes the pairs from which a depth network learns."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import affine_grid, grid_sample
 
-from stepmark import Claim, Method, Paper
+from stepmark import Claim, Method, Paper, Variant
 from stepmark.session import Session
-from stepmark.tracks.image.depth import sample_pairs
+from stepmark.tracks.image.schedules import uniform_times
+from stepmark.tracks.image.solvers import Denoiser, ddim_step
+
+
+@torch.no_grad()
+def sample_pairs(network: nn.Module, noise: Tensor, condition: Tensor, steps: int) -> Tensor:
+    """Pairs [B, 4, H, W] from noise in equal DDIM steps, colour and depth together; one evaluation each.
+
+    Predictions are kept to the range of the data at every step (Ho et al. 2020): close to pure noise a small error of the
+    predicted noise is a large one of the pair.
+    """
+    denoise, x = Denoiser(network, condition), noise
+    schedule = denoise.schedule
+    for t, s in pairwise(uniform_times(steps)):
+        x0 = denoise(x, t)[0].clamp(-1, 1)
+        x = ddim_step(schedule, x0, (x - schedule.alpha(t) * x0) / schedule.sigma(t), s)
+    return x
+
+
+def picked(pairs: Tensor, n: int, rng: torch.Generator) -> Tensor:
+    """n of the pairs, at random and with repetition."""
+    return pairs[torch.randint(len(pairs), (n,), generator=rng, device=pairs.device)]
+
+
+def augmented(pairs: Tensor, rng: torch.Generator, least: int = 12) -> Tensor:
+    """Each pair [n, 4, H, W] cut to a random window of at least so many pixels, enlarged to H x W again, and mirrored by
+    half the chance. Depth is kept as it is, as common in the training of depth networks.
+    """
+    size, device = pairs.shape[-1], pairs.device
+    n = len(pairs)
+    share = (least + (size - least) * torch.rand(n, generator=rng, device=device)) / size
+    away = (1 - share)[:, None] * (2 * torch.rand(n, 2, generator=rng, device=device) - 1)
+    mirror = 1 - 2 * torch.randint(2, (n,), generator=rng, device=device)
+    window = torch.zeros(n, 2, 3, device=device)
+    window[:, 0, 0], window[:, 1, 1], window[:, :, 2] = share * mirror, share, away
+    grid = affine_grid(window, list(pairs.shape), align_corners=False)
+    colour = grid_sample(pairs[:, :3], grid, padding_mode="border", align_corners=False)
+    depth = grid_sample(pairs[:, 3:], grid, mode="nearest", padding_mode="border", align_corners=False)
+    return torch.cat([colour, depth], 1)
 
 
 class D4DRGBD(Method):
@@ -28,6 +71,10 @@ class D4DRGBD(Method):
     A hundred rooms are little to draw others from, and the network knows them nearly by heart (its loss on them and on
     others is in the report of the backbone): what drawn pairs add lies between the real ones. Of engine pairs a thousand
     different ones are mixed in, of drawn ones as many.
+
+    The variants draw nothing: every item is one at random of the real pairs once more, of the same cut and mirrored, or of
+    those of a graphics engine, which have exact depth and are as many as wanted, but of another style than the real ones.
+    No network is evaluated, and all their rungs are the same.
     """
 
     paper = Paper(
@@ -50,5 +97,35 @@ class D4DRGBD(Method):
         ),
     )
 
+    source: str | None = None  # the training pairs that are handed on, instead of drawn ones
+    augment = False
+    variants = (
+        Variant(
+            "real_pairs_only",
+            says="the real pairs themselves, once more: a depth network that learns from nothing else",
+            source="x0",
+            baselines=(),
+        ),
+        Variant(
+            "engine_pairs",
+            says="pairs rendered by a graphics engine: exact depth, but of another style than the real ones",
+            source="engine",
+            baselines=(),
+        ),
+        Variant(
+            "augmented_pairs",
+            says="the real pairs, cut to a random window and mirrored by half the chance: the usual augmentation",
+            source="x0",
+            augment=True,
+            baselines=(),
+        ),
+    )
+
+    def prepare(self, session: Session) -> dict[str, Tensor]:
+        return {} if self.source is None else {"pairs": session.train[self.source]}
+
     def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> Tensor:
-        return sample_pairs(session.networks["teacher"], batch["noise"], batch["condition"], rung)
+        if self.source is None:
+            return sample_pairs(session.networks["teacher"], batch["noise"], batch["condition"], rung)
+        pairs = picked(session.state["pairs"], len(batch["noise"]), session.rng)
+        return augmented(pairs, session.rng) if self.augment else pairs

@@ -1,30 +1,100 @@
+"""Search at inference: more than one image is drawn, and a verifier says which is kept, or goes on."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from stepmark import Claim, Method, Paper
+from stepmark import Claim, Method, Paper, Variant
 from stepmark.session import Session
-from stepmark.tracks.image.search import approval, euler_sample, new_verifier, train_verifier
-from stepmark.tracks.image.solvers import Denoiser
+from stepmark.tracks.image.schedules import Schedule, uniform_times
+from stepmark.tracks.image.solvers import Denoiser, ddim_step, euler_step
+from stepmark.tracks.image.training import fit
 
 
-class RandomSearch(Method):
-    """Random search over initial noises: draw several, sample from each, keep what a verifier likes best.
+class Verifier(nn.Module):
+    """A small classifier of images [B, channels, size, size] into `kinds` classes."""
+
+    def __init__(self, channels: int, size: int, kinds: int, width: int = 16) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, width, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(2 * width, 2 * width, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.Linear(2 * width * (size // 4) ** 2, kinds),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, kinds]."""
+        return self.body(x)
+
+
+def new_verifier(session: Session) -> Verifier:
+    """Untrained, for the images and classes of the train split."""
+    shape = session.train["x0"].shape
+    return Verifier(shape[1], shape[2], 1 + int(session.train["condition"].max()))
+
+
+def approval(verifier: nn.Module, images: Tensor, wish: Tensor) -> Tensor:
+    """log p(wish | image) [B] of a verifier: one evaluation of it for every image."""
+    return verifier(images).log_softmax(1).gather(1, wish[:, None])[:, 0]
+
+
+def euler_sample(denoise: Denoiser, x: Tensor, steps: int) -> Tensor:
+    """Images [B, ...] from noise in equal Euler steps, one evaluation each."""
+    for t, s in pairwise(uniform_times(steps)):
+        x = euler_step(x, denoise.output(x, t), t, s)
+    return x
+
+
+def noise_again(schedule: Schedule, x: Tensor, noise: Tensor, t: float, s: float) -> Tensor:
+    """From x [B, ...] at time t forward to the noisier time s: the marginal of x_s, given that x is one of x_t."""
+    ratio = schedule.alpha(s) / schedule.alpha(t)
+    return ratio * x + (schedule.sigma(s) ** 2 - (ratio * schedule.sigma(t)) ** 2) ** 0.5 * noise
+
+
+class InferenceTimeSearch(Method):
+    """Inference-time scaling by search: evaluations beyond a few steps are spent on noises, and a verifier chooses.
 
     More steps refine the sample that a noise leads to; they cannot change which one it is. So evaluations beyond a few
-    steps are better spent on noises (section 3.1):
+    steps are better spent on noises. There are three searches (section 3.1). Random search draws several and keeps what a
+    verifier likes best:
 
         n_1, ..., n_N ~ N(0, I),   x_i = ODE solver from n_i,   return the x_i with the highest V(x_i, wish)
 
-    The verifier V is a supervised one, a small classifier trained here on the train split, log p(wish | x). Every image
-    takes 4 Euler steps and one evaluation of V, so that N is a fifth of the rung; a rung that leaves no choice goes into
-    steps. The judge that counts is another network: what only pleases V does not help.
+    It uses nothing of what it has seen, and with a verifier that can be fooled it finds what fools it. Zero-order search
+    (`diffusion_its_search_zero_order`) stays near: from the pivot n, the noise that was given,
+
+        n_i = (n + lambda z_i) / sqrt(1 + lambda^2),   z_i ~ N(0, I),   i = 1..N
+        x_i = ODE solver from n_i;   the n_i with the highest V(x_i, wish) is the next pivot
+
+    so long as it is better than the pivot itself. Noises keep unit variance. In both, every image takes 4 Euler steps and
+    one evaluation of V, so that a fifth of the rung are noises; a rung that leaves no choice goes into steps. Search over
+    paths (`diffusion_its_search_paths`) branches while it samples. N noises are brought to an intermediate time. Then,
+    round after round,
+
+        each path at t gets M copies with new noise, forward from t to t + df
+        each copy takes a step of the ODE back to t + df - db < t, and V judges the x0 that was predicted for it
+        the N copies with the highest V(x0, wish) go on
+
+    until the time is 0, where the best of the N is returned. Time goes down by quarters; df is an eighth. A round costs
+    two evaluations for each of N M copies, the network's and the verifier's; at the last the prediction is the image.
+    N is 2 and M what the rung allows; below 14 evaluations there is one path.
+
+    The verifier V is a supervised one, a small classifier trained here on the train split, log p(wish | x). The judge that
+    counts is another network: what only pleases V does not help.
 
     Differs from the paper: verifier and judge are small classifiers instead of Inception or DINO heads, and the model
-    knows no classes, as a base model does not know what a person wants.
+    knows no classes, as a base model does not know what a person wants. In zero-order search a pivot that is better than
+    all of its neighbours stays. In search over paths the verifier reads the prediction of the step itself, so that judging
+    needs no further evaluation of the network; paths compete within one item, as there.
     """
 
     paper = Paper(
@@ -48,23 +118,67 @@ class RandomSearch(Method):
         ),
     )
 
-    steps = 4  # of one image
+    search = "random"  # "random" | "zero_order" | "paths"
+    steps = 4  # of one image, in the first two
+    neighbours, reach = 2, 0.7  # of zero-order search: N, lambda
+    paths, levels, forward = 2, 4, 0.125  # of search over paths: N, the parts into which time falls, df
+    variants = (
+        Variant(
+            "diffusion_its_search_zero_order",
+            says="zero-order search: climb from a noise to the best of its neighbours, again and again",
+            search="zero_order",
+            baselines=("euler", "diffusion_its_search"),
+            claims=(
+                Claim(
+                    "accuracy[diffusion_its_search_zero_order,64] >= accuracy[euler,4] "
+                    "and accuracy[diffusion_its_search_zero_order,64] > accuracy[euler,64]",
+                    says="a judge who was not asked prefers the searched image to the first one, and to one of more steps",
+                ),
+                Claim(
+                    "accuracy[diffusion_its_search_zero_order,16] <= accuracy[diffusion_its_search_zero_order,32] "
+                    "<= accuracy[diffusion_its_search_zero_order,64]",
+                    says="the longer the search, the better",
+                ),
+            ),
+        ),
+        Variant(
+            "diffusion_its_search_paths",
+            says="search over paths: branch while sampling, judge what each branch is heading for, keep the best",
+            search="paths",
+            baselines=("euler", "diffusion_its_search"),
+            claims=(
+                Claim(
+                    "accuracy[diffusion_its_search_paths,64] > accuracy[euler,64]",
+                    says="at 64 evaluations search over paths is better than more denoising steps",
+                ),
+                Claim(
+                    "accuracy[diffusion_its_search_paths,16] < accuracy[diffusion_its_search_paths,32] "
+                    "< accuracy[diffusion_its_search_paths,64]",
+                    says="more paths, better images",
+                ),
+            ),
+        ),
+    )
 
     def networks(self, session: Session) -> dict[str, nn.Module]:
         return {"verifier": new_verifier(session)}
 
     def prepare(self, session: Session) -> None:
-        train_verifier(session, session.networks["verifier"])
+        train_verifier(session)
 
     @torch.no_grad()
     def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> Tensor:
-        noise, wish = batch["noise"], batch["condition"]
+        least = 1 + 2 * (self.levels - 1) if self.search == "paths" else 2 * (self.steps + 1)
+        if rung < least:  # there is nothing to choose from
+            return euler_sample(Denoiser(session.networks["teacher"], batch["condition"]), batch["noise"], rung)
+        search = {"random": self.random, "zero_order": self.zero_order, "paths": self.over_paths}[self.search]
+        return search(session, batch["noise"], batch["condition"], rung)
+
+    def random(self, session: Session, noise: Tensor, wish: Tensor, rung: int) -> Tensor:
+        """The best of the images [B, ...] of so many noises as the rung pays for, the first of them the given ones."""
         denoise, verifier = Denoiser(session.networks["teacher"], wish), session.networks["verifier"]
-        tries = rung // (self.steps + 1)
-        if tries < 2:
-            return euler_sample(denoise, noise, rung)
         best, liked = noise, torch.full((len(noise),), -torch.inf, device=noise.device)
-        for _ in range(tries):
+        for _ in range(rung // (self.steps + 1)):
             found = euler_sample(denoise, noise, self.steps)
             value = approval(verifier, found, wish)
             better = value > liked
@@ -72,3 +186,64 @@ class RandomSearch(Method):
             liked = torch.where(better, value, liked)
             noise = torch.randn(noise.shape, generator=session.rng, device=noise.device, dtype=noise.dtype)
         return best
+
+    def zero_order(self, session: Session, pivot: Tensor, wish: Tensor, rung: int) -> Tensor:
+        """The image [B, ...] of the last pivot, after as many rounds of neighbours as the rung pays for."""
+        denoise, verifier = Denoiser(session.networks["teacher"], wish), session.networks["verifier"]
+        tries = rung // (self.steps + 1)
+        best = euler_sample(denoise, pivot, self.steps)
+        liked = approval(verifier, best, wish)
+        for first in range(1, tries, self.neighbours):
+            centre = pivot
+            for _ in range(first, min(first + self.neighbours, tries)):
+                step = torch.randn(pivot.shape, generator=session.rng, device=pivot.device, dtype=pivot.dtype)
+                noise = (centre + self.reach * step) / (1 + self.reach**2) ** 0.5
+                found = euler_sample(denoise, noise, self.steps)
+                value = approval(verifier, found, wish)
+                better = value > liked
+                chosen = better[:, None, None, None]
+                best, pivot = torch.where(chosen, found, best), torch.where(chosen, noise, pivot)
+                liked = torch.where(better, value, liked)
+        return best
+
+    def over_paths(self, session: Session, first: Tensor, wish: Tensor, rung: int) -> Tensor:
+        """The best image [B, ...] of those to which the paths lead that survive every round."""
+        network, verifier, rounds = session.networks["teacher"], session.networks["verifier"], 2 * (self.levels - 1)
+        width = min(self.paths, rung // (1 + rounds))
+        copies = (rung - width) // (rounds * width)
+
+        def draw(n: int) -> Tensor:
+            shape = (n * len(first), *first.shape[1:])
+            return torch.randn(shape, generator=session.rng, device=first.device, dtype=first.dtype)
+
+        times = uniform_times(self.levels)
+        x = torch.cat([first, draw(width - 1)])  # paths of an item stand len(first) rows apart, as do their copies
+        x = euler_step(x, Denoiser(network, wish.repeat(width)).output(x, 1.0), 1.0, times[1])
+        wishes = wish.repeat(width * copies)
+        denoise = Denoiser(network, wishes)
+        for t, s in pairwise(times[1:]):
+            up = t + self.forward
+            x = noise_again(denoise.schedule, x.repeat(copies, *[1] * (x.dim() - 1)), draw(width * copies), t, up)
+            x0, eps = denoise(x, up)
+            value = approval(verifier, x0, wishes).view(-1, len(first))
+            x = ddim_step(denoise.schedule, x0, eps, s)
+            best = value.topk(width if s > 0 else 1, dim=0).indices  # [width, B]
+            x = x[(best * len(first) + torch.arange(len(first), device=best.device)).flatten()]
+        return x
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def train_verifier(session: Session) -> None:
+    """Cross entropy on the train split. A little noise on the images: early predictions are to be judged too."""
+    verifier = session.networks["verifier"]
+    data, label = (session.train[key].to(session.device) for key in ("x0", "condition"))
+
+    def loss() -> Tensor:
+        rows = torch.randint(len(data), (64,), generator=session.rng, device=session.device)
+        noise = torch.randn(data[rows].shape, generator=session.rng, device=session.device)
+        level = 0.4 * torch.rand(64, 1, 1, 1, generator=session.rng, device=session.device)
+        return nn.functional.cross_entropy(verifier(data[rows] + level * noise), label[rows])
+
+    fit(session, verifier, loss, session.scale(1000, 4), rate=3e-3)

@@ -1,3 +1,5 @@
+"""Guided distillation: classifier-free guidance is folded into one network, whose steps are then halved again and again."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping

@@ -1,3 +1,5 @@
+"""Self-guided minority sampling: towards what the model itself cannot reconstruct."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping

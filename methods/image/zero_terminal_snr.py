@@ -1,13 +1,73 @@
+"""Zero terminal SNR: a schedule that ends in the pure noise that sampling starts from, and what goes with it."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from stepmark import Claim, Method, Paper
+from stepmark import Claim, Method, Paper, Variant
 from stepmark.session import Session
-from stepmark.tracks.image.shades import finetune_v, sample_v, signal_of
+from stepmark.tracks.image.schedules import from_x0_eps, leading_times, schedule_of, to_x0_eps
+from stepmark.tracks.image.solvers import Denoiser, ddim_step
+from stepmark.tracks.image.training import fit
+
+
+def zero_terminal(signal: Tensor) -> Tensor:
+    """sqrt(abar) [N] of a schedule, moved and stretched so that the last is 0 and the first what it was (algorithm 1)."""
+    return (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
+
+
+def signal_of(network: nn.Module, repaired: bool) -> Tensor:
+    """sqrt(abar) float64 [N] of a network's schedule: as it is, or repaired, with its last timestep made pure noise."""
+    schedule = schedule_of(network)
+    signal = schedule.alpha((torch.arange(schedule.steps, dtype=torch.float64) + 1) / schedule.steps)
+    return zero_terminal(signal) if repaired else signal
+
+
+def trailing_timesteps(n: int, steps: int) -> list[int]:
+    """round(N - i N / n) - 1 for i < n: the last timestep is always the first to be sampled (table 2)."""
+    return [round(steps - i * steps / n) - 1 for i in range(n)]
+
+
+def rescaled_guidance(null: Tensor, conditional: Tensor, guidance: float, share: float) -> Tensor:
+    """null + w (conditional - null), a share of it scaled to the deviation of the conditional prediction (equations 14 to
+    16). Deviations are those over all values of an item.
+    """
+    guided = torch.lerp(null, conditional, guidance)
+    shape = (-1, *[1] * (null.dim() - 1))
+    ratio = (conditional.flatten(1).std(1) / guided.flatten(1).std(1)).view(shape)
+    return torch.lerp(guided, ratio * guided, share)
+
+
+def sample_v(
+    network: nn.Module, signal: Tensor, x: Tensor, condition: Tensor, steps: int, guidance: float, share: float
+) -> Tensor:
+    """Images [B, ...] by DDIM with a network that predicts v, from the last timestep. One row a step and item, two where
+    guidance is not 1.
+    """
+    guided = guidance != 1.0
+    asked = torch.cat([network.null_condition(condition), condition]) if guided else condition
+    timesteps = trailing_timesteps(steps, len(signal))
+    for n, after in zip(timesteps, [*timesteps[1:], -1], strict=True):
+        rows = torch.cat([x, x]) if guided else x
+        output = network(rows, torch.full((len(rows),), float(n), dtype=x.dtype, device=x.device), asked)
+        if guided:
+            null, conditional = output.chunk(2)
+            output = rescaled_guidance(null, conditional, guidance, share)
+        alpha, onward = float(signal[n]), float(signal[after]) if after >= 0 else 1.0
+        x0, eps = to_x0_eps("v", output, x, alpha, (1 - alpha**2) ** 0.5)
+        x = onward * x0 + (1 - onward**2) ** 0.5 * eps
+    return x
+
+
+def sample_leading(denoise: Denoiser, x: Tensor, steps: int) -> Tensor:
+    """Images [B, ...] by DDIM with an untouched network on the "leading" timesteps, which begin below the last one."""
+    for t, s in pairwise(leading_times(steps, denoise.schedule.steps)):
+        x = ddim_step(denoise.schedule, *denoise(x, t), s)
+    return x
 
 
 class ZeroTerminalSNR(Method):
@@ -15,18 +75,37 @@ class ZeroTerminalSNR(Method):
 
     On common schedules sqrt(abar_T) > 0: the last training timestep still shows a little of the picture, its brightness
     most of all. Sampling starts from noise that shows nothing, which the model takes for a picture of medium brightness.
-    Three fixes, in `bench/stepmark/tracks/image/shades.py`:
+    Three fixes:
 
         s'_t = (s_t - s_T) s_1 / (s_1 - s_T),   s_t = sqrt(abar_t)           (algorithm 1: s'_T = 0, s'_1 = s_1)
         loss = |v_theta(x_t, t) - v|^2,   v = s'_t eps - (1 - s'_t^2)^{1/2} x0    (equation 9)
         timesteps round(T - i T / S) - 1,   i = 0..S-1                        (table 2, "trailing")
 
     v because at s'_T = 0 noise prediction is trivial and says nothing of x0. The student starts from the teacher, which
-    predicts eps on the flawed schedule, and samples with DDIM; one evaluation a step. The fourth fix, guidance that is
-    scaled back, is `zero_terminal_snr_guided`.
+    predicts eps on the flawed schedule, and samples with DDIM; one evaluation a step.
+
+    The fourth fix is `zero_terminal_snr_guided`. Once the model may predict any brightness, strong classifier-free
+    guidance overshoots the range of the data. The guided prediction is scaled back to the deviation of the conditional
+    one, and mixed with itself unscaled as full scaling looks too plain (equations 14 to 16):
+
+        v_cfg  = v_null + w (v_cond - v_null)
+        v_rs   = v_cfg std(v_cond) / std(v_cfg)
+        output = phi v_rs + (1 - phi) v_cfg,   w = 5,   phi = 0.7
+
+    Schedule, training and grid are the same. A guided step evaluates two rows, so the rung pays for half as many steps.
+    `zero_terminal_snr_unscaled` has phi = 0.
+
+    Two controls take the fixes apart. `trailing_finetuned` has the same student, updates, prediction of v and grid on the
+    schedule as it was: whatever both gain over the teacher is due to further training. `ddim_leading` is the teacher by
+    DDIM on the timesteps of the original paper and of many pipelines since, (n - 1) k, ..., k, 0 with k = N // n, so that
+    sampling begins below the last timestep with what is pure noise only there (section 3.3). The fewer the steps, the
+    lower it begins; `ddim` is the same on the "trailing" grid.
 
     Differs from the paper: pictures instead of latents, of 64 values, so the flawed schedule keeps more signal at its end;
     brightness is not named by the condition.
+
+    What limits it here: scoring clamps images to the range of the data, and overexposure beyond that range, which rescaled
+    guidance repairs, is then not seen.
     """
 
     paper = Paper(
@@ -53,17 +132,86 @@ class ZeroTerminalSNR(Method):
         ),
     )
 
-    guidance, share = 1.0, 0.0
+    finetuned, repaired = True, True  # a student instead of the teacher; on the schedule that ends in pure noise
+    guidance, share = 1.0, 0.0  # w, phi
+    variants = (
+        Variant(
+            "zero_terminal_snr_guided",
+            says="with strong guidance, rescaled so that nothing is overexposed",
+            guidance=5.0,
+            share=0.7,
+            baselines=("zero_terminal_snr_unscaled", "zero_terminal_snr"),
+            claims=(
+                Claim(
+                    "fd[zero_terminal_snr_guided,50] < fd[zero_terminal_snr_unscaled,50]",
+                    says="rescaled guidance keeps to the data better than plain guidance of the same strength",
+                ),
+            ),
+        ),
+        Variant(
+            "zero_terminal_snr_unscaled",
+            says="with plain classifier-free guidance of the same strength, nothing scaled back",
+            guidance=5.0,
+            baselines=("zero_terminal_snr",),
+        ),
+        Variant(
+            "trailing_finetuned",
+            says="the trailing grid with a model that was trained as much further, on the flawed schedule",
+            repaired=False,
+            baselines=(),
+        ),
+        Variant(
+            "ddim_leading",
+            says="DDIM with the teacher on the leading grid, which begins below the last timestep",
+            finetuned=False,
+            repaired=False,
+            baselines=("ddim",),
+            claims=(
+                Claim(
+                    "fd[ddim,5] < fd[ddim_leading,5]",
+                    says="at five steps the trailing grid is better than the leading one",
+                ),
+            ),
+        ),
+    )
 
     def networks(self, session: Session) -> dict[str, nn.Module]:
-        return {"student": session.clone("teacher")}
+        return {"student": session.clone("teacher")} if self.finetuned else {}
 
     def prepare(self, session: Session) -> None:
-        finetune_v(session, session.networks["student"])
+        if self.finetuned:
+            finetune_v(session, self.repaired)
 
     @torch.no_grad()
     def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> Tensor:
+        teacher, x, condition = session.networks["teacher"], batch["noise"], batch["condition"]
+        if not self.finetuned:
+            return sample_leading(Denoiser(teacher, condition), x, rung)
         steps = rung if self.guidance == 1.0 else rung // 2
-        signal = signal_of(session.networks["teacher"])
-        student, x, condition = session.networks["student"], batch["noise"], batch["condition"]
+        signal, student = signal_of(teacher, self.repaired), session.networks["student"]
         return sample_v(student, signal, x, condition, steps, self.guidance, self.share)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def finetune_v(session: Session, repaired: bool) -> None:
+    """Train the student, a copy of the teacher, to predict v on the teacher's schedule, repaired or as it is; conditions
+    are sometimes dropped.
+    """
+    student = session.networks["student"]
+    data, label = (session.train[key].to(session.device) for key in ("x0", "condition"))
+    signal = signal_of(session.networks["teacher"], repaired).to(session.device)
+    noise_scale = (1 - signal.square()).sqrt()
+
+    def loss() -> Tensor:
+        rows = torch.randint(len(data), (128,), generator=session.rng, device=session.device)
+        index = torch.randint(len(signal), (128,), generator=session.rng, device=session.device)
+        eps = torch.randn(data[rows].shape, generator=session.rng, device=session.device)
+        dropped = torch.rand(128, generator=session.rng, device=session.device) < 0.15
+        condition = torch.where(dropped, student.null_condition(label[rows]), label[rows])
+        alpha, sigma = (part[index].float().view(-1, 1, 1, 1) for part in (signal, noise_scale))
+        target = from_x0_eps("v", data[rows], eps, alpha, sigma)
+        return (student(alpha * data[rows] + sigma * eps, index.float(), condition) - target).square().mean()
+
+    fit(session, student, loss, session.scale(5000, 4), rate=1e-3, ema=0.997, clip=1.0)

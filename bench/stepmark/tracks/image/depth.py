@@ -11,21 +11,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from itertools import pairwise
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import affine_grid, avg_pool2d, grid_sample, interpolate, pixel_shuffle, pixel_unshuffle
+from torch.nn.functional import avg_pool2d, interpolate, pixel_shuffle, pixel_unshuffle
 
 from stepmark.task import Score, Task, digest_of, harness_only, load_split
 from stepmark.tracks.image import check as check
 from stepmark.tracks.image import handles as handles
 from stepmark.tracks.image import layers as layers
 from stepmark.tracks.image import reference_call as reference_call
-from stepmark.tracks.image.schedules import uniform_times
-from stepmark.tracks.image.solvers import Denoiser, ddim_step
 
 TASKS = (
     Task(
@@ -41,7 +38,7 @@ TASKS = (
         n=1000,
         batch=100,
         seeds=3,
-        smoke_n=16,
+        smoke_n=8,
         smoke_rungs=(2,),
     ),
 )
@@ -99,43 +96,6 @@ def edge_agreement(pairs: Tensor) -> Tensor:
     colour, depth = (length - length.mean(1, keepdim=True) for length in lengths)
     norms = colour.norm(dim=1) * depth.norm(dim=1)
     return torch.where(norms > 1e-9, (colour * depth).sum(1) / norms.clamp(min=1e-9), 0.0)
-
-
-@torch.no_grad()
-def sample_pairs(network: nn.Module, noise: Tensor, condition: Tensor, steps: int) -> Tensor:
-    """Pairs [B, 4, H, W] from noise in equal DDIM steps, colour and depth together; one evaluation each.
-
-    Predictions are kept to the range of the data at every step (Ho et al. 2020): close to pure noise a small error of the
-    predicted noise is a large one of the pair.
-    """
-    denoise, x = Denoiser(network, condition), noise
-    schedule = denoise.schedule
-    for t, s in pairwise(uniform_times(steps)):
-        x0 = denoise(x, t)[0].clamp(-1, 1)
-        x = ddim_step(schedule, x0, (x - schedule.alpha(t) * x0) / schedule.sigma(t), s)
-    return x
-
-
-def picked(pairs: Tensor, n: int, rng: torch.Generator) -> Tensor:
-    """n of the pairs, at random and with repetition."""
-    return pairs[torch.randint(len(pairs), (n,), generator=rng, device=pairs.device)]
-
-
-def augmented(pairs: Tensor, rng: torch.Generator, least: int = 12) -> Tensor:
-    """Each pair [n, 4, H, W] cut to a random window of at least so many pixels, enlarged to H x W again, and mirrored by
-    half the chance. Depth is kept as it is, as common in the training of depth networks.
-    """
-    size, device = pairs.shape[-1], pairs.device
-    n = len(pairs)
-    share = (least + (size - least) * torch.rand(n, generator=rng, device=device)) / size
-    away = (1 - share)[:, None] * (2 * torch.rand(n, 2, generator=rng, device=device) - 1)
-    mirror = 1 - 2 * torch.randint(2, (n,), generator=rng, device=device)
-    window = torch.zeros(n, 2, 3, device=device)
-    window[:, 0, 0], window[:, 1, 1], window[:, :, 2] = share * mirror, share, away
-    grid = affine_grid(window, list(pairs.shape), align_corners=False)
-    colour = grid_sample(pairs[:, :3], grid, padding_mode="border", align_corners=False)
-    depth = grid_sample(pairs[:, 3:], grid, mode="nearest", padding_mode="border", align_corners=False)
-    return torch.cat([colour, depth], 1)
 
 
 # --- the judge: a depth network --------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ TASKS = (
         n=400,
         batch=200,
         seeds=2,
-        smoke_n=20,
+        smoke_n=10,
         smoke_rungs=(4,),
     ),
 )

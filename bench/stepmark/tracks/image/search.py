@@ -9,8 +9,6 @@ the rows of all its networks, the verifier's too. The judge of the metric is ano
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,12 +22,6 @@ from stepmark.tracks.image import inputs as inputs
 from stepmark.tracks.image import layers as layers
 from stepmark.tracks.image import reference_call as reference_call
 from stepmark.tracks.image import score as distances
-from stepmark.tracks.image.schedules import uniform_times
-from stepmark.tracks.image.solvers import Denoiser, euler_step
-from stepmark.tracks.image.training import fit
-
-if TYPE_CHECKING:
-    from stepmark.session import Session
 
 TASKS = (
     Task(
@@ -46,7 +38,7 @@ TASKS = (
         n=500,
         batch=100,
         seeds=2,
-        smoke_n=32,
+        smoke_n=10,
         smoke_rungs=(4, 16),
     ),
 )
@@ -67,58 +59,3 @@ def score(
         read = torch.cat([classifier(part.to(device)).argmax(1) for part in outputs.float().clamp(-1, 1).split(500)])
     right = (read.cpu() == batch["condition"].cpu()).numpy().astype(np.float64)
     return {"accuracy": Score(float(right.mean()), right[resample].mean(1).tolist())} | scores
-
-
-# --- what searches share ----------------------------------------------------------------------------------------------
-
-
-class Verifier(nn.Module):
-    """A small classifier of images [B, channels, size, size] into `kinds` classes, for a method to train."""
-
-    def __init__(self, channels: int, size: int, kinds: int, width: int = 16) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(channels, width, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(2 * width, 2 * width, 3, stride=2, padding=1),
-            nn.SiLU(),
-            nn.Flatten(),
-            nn.Linear(2 * width * (size // 4) ** 2, kinds),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits [B, kinds]."""
-        return self.body(x)
-
-
-def new_verifier(session: Session) -> Verifier:
-    """Untrained, for the images and classes of the train split."""
-    shape = session.train["x0"].shape
-    return Verifier(shape[1], shape[2], 1 + int(session.train["condition"].max()))
-
-
-def train_verifier(session: Session, verifier: nn.Module) -> None:
-    """Cross entropy on the train split. A little noise on the images: early predictions are to be judged too."""
-    data, label = (session.train[key].to(session.device) for key in ("x0", "condition"))
-
-    def loss() -> Tensor:
-        rows = torch.randint(len(data), (64,), generator=session.rng, device=session.device)
-        noise = torch.randn(data[rows].shape, generator=session.rng, device=session.device)
-        level = 0.4 * torch.rand(64, 1, 1, 1, generator=session.rng, device=session.device)
-        return nn.functional.cross_entropy(verifier(data[rows] + level * noise), label[rows])
-
-    fit(session, verifier, loss, session.scale(1000, 4), rate=3e-3)
-
-
-def approval(verifier: nn.Module, images: Tensor, wish: Tensor) -> Tensor:
-    """log p(wish | image) [B] of a verifier: one evaluation of it for every image."""
-    return verifier(images).log_softmax(1).gather(1, wish[:, None])[:, 0]
-
-
-def euler_sample(denoise: Denoiser, x: Tensor, steps: int) -> Tensor:
-    """Images [B, ...] from noise in equal Euler steps, one evaluation each."""
-    for t, s in pairwise(uniform_times(steps)):
-        x = euler_step(x, denoise.output(x, t), t, s)
-    return x

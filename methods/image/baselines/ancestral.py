@@ -1,3 +1,5 @@
+"""Ancestral sampling, the reverse chain itself: the reference point of samplers that push it elsewhere."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping

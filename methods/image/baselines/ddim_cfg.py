@@ -1,3 +1,5 @@
+"""DDIM with classifier-free guidance, two evaluations a step: what distillation of guidance starts from."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -47,12 +49,14 @@ class DDIMWithGuidance(Method):
             skip("a guided step takes two evaluations")
         network, x = session.networks["teacher"], batch["noise"]
         schedule, scale = schedule_of(network), batch.get("guidance")
+        guidance = 1 + self.weight
+        if scale is not None:  # one for each item, where the kernel takes one number
+            scale, guidance = scale.view(-1, *[1] * (x.dim() - 1)), 1.0
         condition = torch.cat([network.null_condition(batch["condition"]), batch["condition"]])
         for t, s in pairwise(uniform_times(rung // 2)):
             time = torch.full((2 * len(x),), schedule.network_time(t), dtype=x.dtype, device=x.device)
             output = network(torch.cat([x, x]), time, condition)
-            guidance = 1 + self.weight
-            if scale is not None:  # one for each item, where the kernel takes one number
-                output, guidance = torch.lerp(*output.chunk(2), scale.view(-1, *[1] * (x.dim() - 1))), 1.0
+            if scale is not None:
+                output = torch.lerp(*output.chunk(2), scale)
             x = fused("sampler_step", x, output, guidance, *ddim_coefficients(schedule, t, s))
         return x
