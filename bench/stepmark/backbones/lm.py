@@ -364,6 +364,17 @@ def make_outliers(model: nn.Module, progress: Progress) -> dict[str, float]:
     return {"greatest": float(factor.max())}
 
 
+def rotate_by(states: Tensor, amounts: Tensor, rotary: nn.Module) -> Tensor:
+    """Rotated states [.., S, d] moved on by `amounts` positions, which broadcast to [.., S] and may be negative.
+
+    Rotary embeddings add up: what stood at position p stands at p + amount, as if it had been written there.
+    """
+    cos, sin = rotary(states, amounts.reshape(1, -1))
+    cos, sin = (part.reshape(*amounts.shape, states.shape[-1]) for part in (cos, sin))
+    first, second = states.chunk(2, -1)
+    return states * cos + torch.cat((-second, first), -1) * sin
+
+
 class WorkersView:
     """Who sees what, and at which distance, where several workers write below one prompt at once: for training.
 
@@ -418,8 +429,6 @@ class WorkersView:
         self, module: nn.Module, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, **_: Any
     ) -> tuple[Tensor, None]:
         """Attention outputs [B, L, H, d] of queries and keys that are rotated at their places in the row."""
-        from stepmark.tracks.decoding.recall import rotate_by
-
         logits = queries.new_zeros(*queries.shape[:3], queries.shape[2])
         for block in range(self.shifts.shape[1]):
             moved = rotate_by(queries, self.shifts[:, block, None].expand(queries.shape[:3]), self.rotary)
