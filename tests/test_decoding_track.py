@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from stepmark.methods.decoding.baselines.prompt_lookup import prompt_lookup
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -20,12 +21,12 @@ from stepmark.backbones import lm
 from stepmark.meter.counts import BudgetExceeded, Ledger, watch
 from stepmark.task import BadOutput, load_split
 from stepmark.tracks import decoding
-from stepmark.tracks.decoding import metrics, speculation
+from stepmark.tracks.decoding import metrics, speculation, targets
 from stepmark.tracks.decoding.decoder import Decoder
-from stepmark.tracks.decoding.speculation import draw, prompt_lookup, speculate, verify_greedy, verify_sampling
+from stepmark.tracks.decoding.speculation import draw, speculate, verify_greedy, verify_sampling
 
 WORKLOADS = ("sums", "words", "hops", "stories")
-TASKS = {task.id: task for task in decoding.TASKS}
+TASKS = {task.id: task for task in (*decoding.TASKS, *targets.TASKS)}
 
 
 @pytest.fixture(scope="module", autouse=True)
