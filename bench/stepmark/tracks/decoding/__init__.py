@@ -98,7 +98,7 @@ TASKS = (
         batch=4,
         seeds=1,
         smoke_n=2,
-        smoke_rungs=(8,),
+        smoke_rungs=(4,),
         probe=1,
     ),
     Task(
@@ -116,7 +116,7 @@ TASKS = (
         batch=4,
         seeds=3,
         smoke_n=2,
-        smoke_rungs=(8,),
+        smoke_rungs=(4,),
         probe=1,
     ),
 )

@@ -42,7 +42,7 @@ TASKS = (
         batch=4,
         seeds=1,
         smoke_n=1,
-        smoke_rungs=(16,),
+        smoke_rungs=(6,),
         probe=1,
     ),
 )
