@@ -529,6 +529,30 @@ def test_training_is_deterministic_and_learns() -> None:
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
 
 
+# -- drafts ------------------------------------------------------------------------------------------------------
+
+
+def test_a_draft_ends_when_unsure_at_its_end_or_without_budget() -> None:
+    """Four words, word 3 the end. The unsure token stays, confidence is that of temperature 1, q that of what was drawn."""
+    sharp, flat, end = torch.tensor([5.0, 0, 0, 0]), torch.tensor([0.0, 0.1, 0, 0]), torch.tensor([0.0, 0, 0, 5])
+    rng = torch.Generator().manual_seed(0)
+
+    def draft(
+        rows: list[Tensor | None], most: int, temperature: float, least: float
+    ) -> tuple[list[int], Tensor | None]:
+        return speculation.draft_while_sure(lambda done: rows[len(done)], most, 3, temperature, rng, least)
+
+    assert draft([sharp, flat, sharp], 3, 0.0, 0.6) == ([0, 1], None)
+    assert draft([sharp, flat, sharp], 3, 0.0, 0.0) == ([0, 1, 0], None)
+    assert draft([sharp, end, sharp], 3, 0.0, 0.0) == ([0, 3], None)
+    assert draft([sharp, sharp, None], 3, 0.0, 0.0) == ([0, 0], None)
+    assert draft([sharp, sharp, sharp], 1, 0.0, 0.0) == ([0], None)
+    assert draft([None], 0, 1.0, 0.0) == ([], None)
+    written, q = draft([sharp, sharp / 2], 2, 2.0, 0.9)
+    assert q is not None and len(written) == len(q) >= 1
+    torch.testing.assert_close(q[0], (sharp.double() / 2).softmax(-1))
+
+
 # -- what was drafted ----------------------------------------------------------------------------------------
 
 
