@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy import stats
 from stepmark.datasets import friend_lists
+from stepmark.methods.decoding.hogwild_inference import BlockDecoder, write_together
 from torch import Tensor
 
 from stepmark import plugins
@@ -19,7 +20,7 @@ from stepmark.meter.counts import Ledger, watch
 from stepmark.task import load_split
 from stepmark.tracks.decoding import parallel as decoding_parallel
 from stepmark.tracks.decoding.decoder import Decoder
-from stepmark.tracks.decoding.parallel import BlockDecoder, answers, write_together
+from stepmark.tracks.decoding.parallel import answers
 from stepmark.tracks.decoding.speculation import draw, speculate, verify_sampling
 
 

@@ -8,27 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from stepmark.methods.decoding.lazyllm import PrunedDecoder
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stepmark import plugins
 from stepmark.backbones import lm
+from stepmark.backbones.lm import rotate_by
 from stepmark.meter.counts import Ledger, count_flops, held_bytes, watch
 from stepmark.meter.memory import StorageTracker
 from stepmark.task import load_split
 from stepmark.tracks import decoding
 from stepmark.tracks.decoding import recall as decoding_recall
 from stepmark.tracks.decoding.decoder import Decoder
-from stepmark.tracks.decoding.recall import (
-    BandCache,
-    HeavyHitterCache,
-    HeldCache,
-    HeldDecoder,
-    PrunedDecoder,
-    attend,
-    rotate_by,
-    write_with,
-)
+from stepmark.tracks.decoding.held_cache import BandCache, HeavyHitterCache, HeldCache, HeldDecoder, attend
+from stepmark.tracks.decoding.speculation import write_plainly
 
 TASK = next(task for task in decoding_recall.TASKS if task.id == "recall/needles")
 PROMPT, ROOM = 60, 10
@@ -142,7 +136,7 @@ def counted(model: Any, cache: HeldCache, ids: list[int]) -> tuple[int, list[int
     decoder = HeldDecoder(model, len(ids) + ROOM, cache)
     decoder.eos = -1  # never: only passes after the first see a cache whose layers are all filled
     with torch.no_grad(), count_flops(ledger, [model]) as flops:
-        written = write_with(decoder, ids, ROOM, 99, 0.0, torch.Generator())
+        written = write_plainly(decoder, ids, ROOM, 99, 0.0, torch.Generator())
     for part in model.modules():
         part.__dict__.pop("forward", None)
     return flops.held, written

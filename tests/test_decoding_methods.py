@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter
 from functools import lru_cache
 from types import SimpleNamespace
@@ -13,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from stepmark.methods.decoding import kangaroo
+from stepmark.methods.decoding.kangaroo import EarlyExitDecoder, ExitAdapter, train_exit_adapter
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -23,7 +24,6 @@ from stepmark.task import load_split
 from stepmark.tracks import decoding
 from stepmark.tracks.decoding import metrics, speculation
 from stepmark.tracks.decoding.decoder import Decoder
-from stepmark.tracks.decoding.early_exit import EarlyExitDecoder, ExitAdapter, train_exit_adapter
 from stepmark.tracks.decoding.speculation import speculate
 
 TASKS = {task.id: task for task in decoding.TASKS}
@@ -506,129 +506,6 @@ def test_mask_search_finds_the_redundant_layers_and_beats_random_search() -> Non
         assert cost(found) <= 1.05 * best < 0.9 * random
 
 
-# -- HARP -------------------------------------------------------------------------------------------------------------
-
-
-def harp(**settings: float) -> Any:
-    method = load("harp")
-    for name, value in settings.items():
-        setattr(method, name, value)
-    return method
-
-
-def test_harp_without_hesitation_or_without_drops_is_greedy_decoding() -> None:
-    for seed in range(4):
-        model, prompt, truth = truth_of(seed)
-        session = session_of(model)
-        assert run(harp(theta=1e9), session, [prompt], 30, 1000)[0] == truth
-        assert session.ledger.spent == len(truth)
-        assert run(harp(theta=-1.0, delta=0.0), session, [prompt], 30, 1000)[0] == truth
-        assert session.ledger.spent == 2 * len(truth), "not one second pass a token"
-        short = run(harp(theta=-1.0, delta=0.0), session, [prompt], 30, 7)[0]
-        assert short == truth[: len(short)]
-        assert session.ledger.spent <= 7
-
-
-def test_harp_mixes_clean_logits_with_those_of_the_dropped_embeddings() -> None:
-    """Every token is recomputed without caches from the same masks; a second pass that left traces in the cache of the
-    first, or masks of other positions, would change the text."""
-    hesitated = 0
-    for seed in range(4):
-        model, prompt, _ = truth_of(seed)
-        session = session_of(model, seed)
-        got = run(harp(theta=1.5 / math.log(2)), session, [prompt], 20, 1000)[0]
-        rng, tokens = torch.Generator().manual_seed(seed), list(prompt)
-        with torch.no_grad():
-            for token in got:
-                logits = model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
-                p = logits.softmax(-1)
-                if float(stats.entropy(p.double().numpy(), base=2)) > 1.5 / math.log(2):
-                    embedded = model.model.embed_tokens(torch.tensor([tokens]))
-                    kept = torch.rand(embedded.shape, generator=rng) >= 0.2
-                    other = model(inputs_embeds=embedded * kept, use_cache=False).logits[0, -1]
-                    logits, hesitated = (logits + other) / 2, hesitated + 1
-                assert token == int(logits.argmax())
-                tokens.append(token)
-    assert hesitated > 5
-
-
-# -- Medusa -----------------------------------------------------------------------------------------------------------
-
-TREE = [(0,), (1,), (0, 0), (2,), (0, 2), (1, 1), (0, 2, 0), (1, 1, 3), (0, 2, 0, 1)]
-
-
-def medusa_session(model: Any, heads: Any) -> Any:
-    session = session_of(model)
-    session.networks["heads"] = heads
-    session.state["tree"] = torch.tensor([[*path, *[-1] * (4 - len(path))] for path in TREE])
-    return session
-
-
-def test_medusa_with_bad_heads_is_greedy_decoding() -> None:
-    kept = 0
-    for seed in range(8):
-        model, prompt, truth = truth_of(seed)
-        method = load("medusa")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            heads = method.run.__globals__["MedusaHeads"](model)
-            for parameter in heads.parameters():
-                parameter.data += 0.3 * torch.randn_like(parameter)
-        session = medusa_session(model, heads)
-        for budget in (1, 2, 5, 9, 1000):
-            got = run(method, session, [prompt], 30, budget)[0]
-            assert got == truth[: len(got)]
-            assert len(got) >= min(budget, len(truth)), "fewer than one token per forward"
-            assert session.ledger.spent <= budget
-        assert got == truth
-        kept += len(got) - int(session.ledger.spent)
-    assert kept > 0, "no guess is ever accepted"
-
-
-@pytest.mark.parametrize("path", [(0, 2, 0, 1), (1, 1, 3), (0, 0), (2,)])
-def test_medusa_keeps_the_whole_branch_that_is_right(path: tuple[int, ...], decoders: list[Decoder]) -> None:
-    """Heads that put the true tokens at the ranks of one branch, and others elsewhere: that branch is kept each time.
-
-    The tokens after a kept branch come from keys and values moved from the tree into place, so wrong positions, a
-    wrong mask or a wrong move would show in the text that follows.
-    """
-    for seed in range(4):
-        model, prompt, truth = truth_of(seed)
-
-        def oracle(hidden: Tensor, prompt: list[int] = prompt, truth: list[int] = truth) -> Tensor:
-            known = decoders[-1].length + 1 - len(prompt)  # new tokens so far
-            logits = torch.randn(1, 4, 13, generator=torch.Generator().manual_seed(known))
-            for k, rank in enumerate(path):
-                token = truth[known + k] if known + k < len(truth) else 5
-                order = [word for word in logits[0, k].argsort(descending=True).tolist() if word != token]
-                order.insert(rank, token)
-                logits[0, k, order] = torch.arange(13, 0, -1.0)
-            return logits
-
-        session = medusa_session(model, oracle)
-        got = run(load("medusa"), session, [prompt], 30, 1000)[0]
-        assert got == truth
-        assert session.ledger.spent <= 1 + -(-(len(truth) - 1) // (len(path) + 1))
-
-
-def test_untrained_medusa_heads_repeat_the_target() -> None:
-    model = tiny(3)
-    heads = load("medusa").run.__globals__["MedusaHeads"](model)
-    hidden = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        torch.testing.assert_close(heads(hidden), model.lm_head(hidden)[:, None].expand(-1, 4, -1))
-
-
-def test_medusa_tree_holds_the_likeliest_paths() -> None:
-    build = load("medusa").run.__globals__["sparse_tree"]
-    accuracy = torch.rand(3, 4, generator=torch.Generator().manual_seed(2)).sort(dim=1, descending=True).values
-    every = [path for depth in (1, 2, 3) for path in itertools.product(range(4), repeat=depth)]
-    likely = {path: float(np.prod([accuracy[k, r] for k, r in enumerate(path)])) for path in every}
-    tree = build(accuracy, 15)
-    assert set(tree) == set(sorted(every, key=lambda path: -likely[path])[:15])
-    assert all(path[:-1] in tree[:i] or len(path) == 1 for i, path in enumerate(tree)), "a child before its parent"
-
-
 # -- Kangaroo ---------------------------------------------------------------------------------------------------------
 
 
@@ -647,7 +524,9 @@ def test_early_exit_runs_no_layer_twice_over_a_token(name: str) -> None:
 
         layer.forward = spy
     prompt = prompt_of(4)
-    output = run(load(name, ETA=0.3), session, [prompt], 40, 1000)[0]
+    method = load(name)
+    method.sure = min(method.sure, 0.3)
+    output = run(method, session, [prompt], 40, 1000)[0]
     for layer in model.model.layers:
         del layer.forward
     checks = seen[1][1:]
@@ -689,8 +568,11 @@ def test_confidence_ends_a_draft_and_gamma_bounds_it(monkeypatch: pytest.MonkeyP
 
         with monkeypatch.context() as patch:
             patch.setattr(EarlyExitDecoder, "exit_logits", spy_exit)
+            patch.setattr(kangaroo, "speculate", spy)
+            method = kangaroo.Kangaroo()
+            method.sure = eta
             for seed in range(4):
-                run(load("kangaroo", ETA=eta, speculate=spy), session_of(tiny(seed), seed), [prompt_of(seed)], 30, 1000)
+                run(method, session_of(tiny(seed), seed), [prompt_of(seed)], 30, 1000)
         widths[eta] = set(drafts)
     assert widths[-1.0] == {6}
     assert widths[1.1] == {1}

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from stepmark.methods.decoding import relu_strikes_back
+from stepmark.methods.decoding.mergequant import LEVELS, Int4Linear, pack, to_integers, unpack
+from stepmark.methods.decoding.relu_strikes_back import SparseMlp, rectify
 from torch import nn
 
 from stepmark import plugins
@@ -15,16 +18,7 @@ from stepmark.backbones import lm
 from stepmark.meter.counts import Ledger, count_flops, watch
 from stepmark.tracks.decoding import models as decoding_models
 from stepmark.tracks.decoding.decoder import Decoder
-from stepmark.tracks.decoding.models import (
-    LEVELS,
-    Int4Linear,
-    SparseMlp,
-    pack,
-    rectify,
-    to_integers,
-    unpack,
-    write_greedily,
-)
+from stepmark.tracks.decoding.models import write_greedily
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -122,7 +116,6 @@ def test_a_shut_gate_costs_nothing() -> None:
 
 def test_the_stages_of_relufication_come_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms are plain while the gates alone are new, and rectified in the second stage and for good."""
-    cls = plugins.load_class(plugins.methods()["relu_strikes_back"])
     seen = []
 
     def fit(model: Any, *_: Any, **kwargs: Any) -> None:
@@ -131,13 +124,13 @@ def test_the_stages_of_relufication_come_in_turn(monkeypatch: pytest.MonkeyPatch
         assert isinstance(layer.mlp, SparseMlp)
         seen.append((bool((layer.input_layernorm(x) < 0).any()), kwargs["steps"]))
 
-    monkeypatch.setitem(cls.prepare.__globals__, "fit", fit)
+    monkeypatch.setattr(relu_strikes_back, "fit", fit)
     student = rectify(tiny())
     session: Any = SimpleNamespace(
         networks={"student": student}, train={"prompt": ["1 <cot>"] * 9, "target": ["2"] * 9}, seed=0, progress=None
     )
     session.scale = lambda embedded, smoke: embedded
-    cls().prepare(session)
+    relu_strikes_back.ReluStrikesBack().prepare(session)
     assert seen == [(True, 150), (False, 300)]
 
 
@@ -162,9 +155,8 @@ def test_two_integers_lie_in_a_byte() -> None:
     assert torch.equal(unpack(pack(every)), every)
     assert pack(every).numel() * 2 == every.numel()
     model = made_by("mergequant", tiny())
-    bits = sum(
-        8 * part.packed.numel() * part.packed.element_size() for part in model.modules() if isinstance(part, Int4Linear)
-    )
+    packed = [part.packed for part in model.modules() if type(part).__name__ == "Int4Linear"]
+    bits = sum(8 * part.numel() * part.element_size() for part in packed)
     weights = sum(p.numel() for layer in tiny().model.layers for p in layer.parameters() if p.ndim == 2)
     assert bits == 4 * weights
     floats = sum(p.numel() for p in model.model.layers.parameters() if p.is_floating_point())

@@ -9,6 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stepmark.methods.decoding.moe_mamba import (
+    STATE,
+    STEP_RANK,
+    WIDTH,
+    BlockModel,
+    MambaBlock,
+    SelectiveScan,
+    SwitchLayer,
+    next_words,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,19 +28,7 @@ from stepmark.backbones import lm
 from stepmark.meter.counts import held_bytes
 from stepmark.task import BadOutput, load_split
 from stepmark.tracks.decoding import moe as decoding_moe
-from stepmark.tracks.decoding.moe import (
-    STATE,
-    STEP_RANK,
-    WIDTH,
-    BlockModel,
-    CausalAttention,
-    MambaBlock,
-    SelectiveScan,
-    States,
-    SwitchLayer,
-    learn,
-    next_words,
-)
+from stepmark.tracks.decoding.attention import CausalAttention, States
 from stepmark.tracks.decoding.texts import story_walk
 
 METHODS = ("moe_mamba", "mamba_lm", "transformer_moe")
@@ -190,9 +188,9 @@ def test_mamba_holds_as_much_of_a_long_text_as_of_a_short_one() -> None:
 
 
 def test_training_keeps_the_weights_of_every_rung() -> None:
-    _, session = session_of("moe_mamba")
+    plugin, session = session_of("moe_mamba")
     before = {name: network.embed.weight.detach().clone() for name, network in session.networks.items()}
-    learn(session, balance=0.01)
+    plugin.prepare(session)
     after = {name: network.embed.weight.detach() for name, network in session.networks.items()}
     assert list(after) == ["after_120", "after_240", "after_480"]
     moved = [float((after[name] - before["after_480"]).norm()) for name in after]

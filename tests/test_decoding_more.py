@@ -304,7 +304,7 @@ def test_trees_of_any_small_model_give_greedy_decoding() -> None:
         for name, small in (("other", tiny(seed + 100, spread=0.3)), ("itself", tiny(seed))):
             session = pair_session(model, small)
             for budget in (1, 2, 5, 1000):
-                batch = {"prompt": [prompt], "max_new_tokens": [24]}
+                batch = {"prompt": [prompt], "max_new_tokens": [24], "temperature": [0.0]}
                 found = run(load("llmcad"), session, batch, budget)[0]
                 assert found == truth[: len(found)]
                 assert len(found) >= min(budget, len(truth)), "less than a token a pass"

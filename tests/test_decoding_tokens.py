@@ -14,6 +14,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stepmark.methods.decoding import mgpt
+from stepmark.methods.decoding.mgpt import (
+    BEGIN,
+    MARKER,
+    STEPS,
+    VOCABULARY,
+    LanguageModel,
+    Scheme,
+    Tokens,
+    learn_tokens,
+    mark_capitals,
+    read,
+    restore_capitals,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,20 +35,8 @@ from stepmark import plugins
 from stepmark.meter.counts import Ledger, watch
 from stepmark.task import BadOutput, load_split
 from stepmark.tracks.decoding import tokens as decoding_tokens
-from stepmark.tracks.decoding.moe import States
-from stepmark.tracks.decoding.tokens import (
-    BEGIN,
-    MARKER,
-    VOCABULARY,
-    LanguageModel,
-    Scheme,
-    Tokens,
-    learn_tokens,
-    line,
-    mark_capitals,
-    read,
-    restore_capitals,
-)
+from stepmark.tracks.decoding.attention import States
+from stepmark.tracks.decoding.tokens import line
 
 TASK = decoding_tokens.TASKS[0]
 METHODS = {
@@ -238,11 +240,11 @@ def test_nothing_looks_ahead_and_states_stand_for_the_text(tokens: dict[str, Tok
 
 
 def test_likelihoods_of_all_strings_add_up_to_one(tokens: dict[str, Tokens], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding_tokens, "VOCABULARY", 4)
-    monkeypatch.setattr(decoding_tokens, "BEGIN", 3)
+    monkeypatch.setattr(mgpt, "VOCABULARY", 4)
+    monkeypatch.setattr(mgpt, "BEGIN", 3)
     spelling = SimpleNamespace(encode=lambda text: ["abcd".index(c) for c in text])
     monkeypatch.setattr(Tokens, "stored", lambda state: spelling)
-    monkeypatch.setattr(decoding_tokens, "line", lambda text, label: text + label)
+    monkeypatch.setattr(mgpt, "line", lambda text, label: text + label)
     session = session_of(tokens["mgpt"], LanguageModel())
     strings = ["".join(letters) for letters in itertools.product("abcd", repeat=3)]
     for given in ([], ["ab", "dcb"]):
@@ -392,7 +394,7 @@ def prepared(name: str, steps: int = 2) -> tuple[Any, dict[str, Tensor]]:
     ledger = Ledger()
     session: Any = SimpleNamespace(
         train={"document": load_split("dialects", "train")["document"][:60]},
-        scale=lambda embedded, smoke: steps if embedded == decoding_tokens.STEPS else smoke,
+        scale=lambda embedded, smoke: steps if embedded == STEPS else smoke,
         seed=0,
         device=torch.device("cpu"),
         progress=lambda each, _: each,

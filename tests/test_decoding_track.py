@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from stepmark.methods.decoding.baselines.prompt_lookup import prompt_lookup
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -20,12 +21,12 @@ from stepmark.backbones import lm
 from stepmark.meter.counts import BudgetExceeded, Ledger, watch
 from stepmark.task import BadOutput, load_split
 from stepmark.tracks import decoding
-from stepmark.tracks.decoding import metrics, speculation
-from stepmark.tracks.decoding.decoder import Decoder
-from stepmark.tracks.decoding.speculation import draw, prompt_lookup, speculate, verify_greedy, verify_sampling
+from stepmark.tracks.decoding import metrics, speculation, steps, targets
+from stepmark.tracks.decoding.decoder import Decoder, KeyValueCache
+from stepmark.tracks.decoding.speculation import draw, speculate, verify_greedy, verify_sampling
 
 WORKLOADS = ("sums", "words", "hops", "stories")
-TASKS = {task.id: task for task in decoding.TASKS}
+TASKS = {task.id: task for task in (*decoding.TASKS, *targets.TASKS)}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -526,3 +527,73 @@ def test_training_is_deterministic_and_learns() -> None:
     assert runs[0][0] == runs[1][0]
     assert runs[0][0]["loss"] < 0.3
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+
+
+# -- drafts ------------------------------------------------------------------------------------------------------
+
+
+def test_a_draft_ends_when_unsure_at_its_end_or_without_budget() -> None:
+    """Four words, word 3 the end. The unsure token stays, confidence is that of temperature 1, q that of what was drawn."""
+    sharp, flat, end = torch.tensor([5.0, 0, 0, 0]), torch.tensor([0.0, 0.1, 0, 0]), torch.tensor([0.0, 0, 0, 5])
+    rng = torch.Generator().manual_seed(0)
+
+    def draft(
+        rows: list[Tensor | None], most: int, temperature: float, least: float
+    ) -> tuple[list[int], Tensor | None]:
+        return speculation.draft_while_sure(lambda done: rows[len(done)], most, 3, temperature, rng, least)
+
+    assert draft([sharp, flat, sharp], 3, 0.0, 0.6) == ([0, 1], None)
+    assert draft([sharp, flat, sharp], 3, 0.0, 0.0) == ([0, 1, 0], None)
+    assert draft([sharp, end, sharp], 3, 0.0, 0.0) == ([0, 3], None)
+    assert draft([sharp, sharp, None], 3, 0.0, 0.0) == ([0, 0], None)
+    assert draft([sharp, sharp, sharp], 1, 0.0, 0.0) == ([0], None)
+    assert draft([None], 0, 1.0, 0.0) == ([], None)
+    written, q = draft([sharp, sharp / 2], 2, 2.0, 0.9)
+    assert q is not None and len(written) == len(q) >= 1
+    torch.testing.assert_close(q[0], (sharp.double() / 2).softmax(-1))
+
+
+# -- what was drafted ----------------------------------------------------------------------------------------
+
+
+def test_evaluations_without_a_check_wrote_a_token_each() -> None:
+    """The second check comes three evaluations after the first: two of them drafted nothing."""
+    checks = [([5, 6], [5, 7], 1.0), ([9], [9, 4], 4.0)]
+    filled = steps.steps_of_checks([5, 7, 1, 2, 9, 4, 3], checks)
+    assert filled == [([5, 6], [5, 7]), ([], [1]), ([], [2]), ([9], [9, 4]), ([], [3])]
+    assert steps.steps_of_checks([5, 7, 9, 4], checks) == [([5, 6], [5, 7]), ([9], [9, 4])]
+
+
+def test_a_branch_of_a_tree_is_a_draft_and_its_other_nodes_are_rejected() -> None:
+    """Two trees: of the first a branch of two nodes stays, of the second the root alone; a draft model's cache is no step."""
+    model, spent = lm.build(32, 1, seed=0).eval().requires_grad_(False), [0.0]
+    target, small = (Decoder(model, 20) for _ in range(2))
+    with steps.kept_branches(lambda: spent[0]) as branches, torch.no_grad():
+        for ids, kept in (([4, 5, 6, 7], [0, 2, 3]), ([8, 9], [0])):
+            spent[0] += 1
+            for decoder in (target, small):
+                start = decoder.length
+                decoder.run(decoder.embed(ids), start)
+                decoder.cache.compact(start, [start + node for node in kept])
+                decoder.length += len(kept)
+    assert branches == [([6, 7, 5], [6, 7]), ([9], [])]
+    found = steps.steps_of_branches([4, 6, 7, 8, 3], branches)
+    assert found == [([], [4]), ([6, 7, 5], [6, 7, 8]), ([9], [3])]
+
+
+def test_listening_ends_with_the_text() -> None:
+    """Of several checks between two evaluations the one kept furthest counts; afterwards all is as it was, come what may."""
+    before = speculation.verify_greedy, Decoder.embed, KeyValueCache.compact
+    method = SimpleNamespace(run=test_verify_greedy)
+    with steps.checked_drafts(method, lambda: 1.0) as checks:
+        for draft in ([5], [6], [7]):
+            verify_greedy(draft, [6, 7])  # this module's own name for it, as a method has one
+    assert checks == [([6], [6, 7], 1.0)]
+
+    def fails() -> Any:
+        assert speculation.verify_greedy is not before[0]
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        steps.steps_of(fails, method, lambda: 1.0)
+    assert before == (speculation.verify_greedy, Decoder.embed, KeyValueCache.compact)

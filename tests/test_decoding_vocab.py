@@ -8,12 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stepmark.methods.decoding.vocab_expansion_lowres import (
+    NEW_TOKENS,
+    Tokens,
+    expanded,
+    learn_merges,
+    sparsemax,
+    words_of,
+    write_spelled,
+)
 
 from stepmark import plugins
 from stepmark.backbones import lm
 from stepmark.task import load_split
 from stepmark.tracks.decoding import vocab as decoding_vocab
-from stepmark.tracks.decoding.vocab import NEW_TOKENS, Tokens, expanded, learn_merges, words_of, write_spelled
 
 SIZE = len(lm.VOCABULARY)
 
@@ -35,7 +43,6 @@ def train_texts(count: int) -> list[list[int]]:
 
 def started(method: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any, Tokens]:
     """(target, student as a method initialises it, its tokens): all of prepare but the adaptation."""
-    monkeypatch.setattr(decoding_vocab, "adapt", lambda session, texts: None)
     target = lm.build(32, 1, seed=1).eval().requires_grad_(False)
     session: Any = SimpleNamespace(
         networks={"target": target},
@@ -46,6 +53,7 @@ def started(method: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any, Tok
         device=torch.device("cpu"),
     )
     plugin: Any = plugins.load_class(plugins.methods()[method])()
+    monkeypatch.setitem(plugin.prepare.__globals__, "adapt", lambda session, texts: None)
     session.networks |= plugin.networks(session)
     merges = plugin.prepare(session)["merges"]
     return target, session.networks["student"], Tokens(merges.tolist(), SIZE)
@@ -124,7 +132,6 @@ def test_similar_embeddings_are_sparse_sums_of_the_shared_tokens(monkeypatch: py
 
 
 def test_sparsemax_is_the_nearest_point_of_the_simplex() -> None:
-    sparsemax = plugins.load_class(plugins.methods()["focus_expansion"]).run.__globals__["sparsemax"]
     found = sparsemax(torch.tensor([[2.0, 0.5, 0.1], [0.3, 0.2, 0.1], [0.9, 0.4, -2.0]]))
     wanted = torch.tensor([[1.0, 0.0, 0.0], [0.3 + 0.4 / 3, 0.2 + 0.4 / 3, 0.1 + 0.4 / 3], [0.75, 0.25, 0.0]])
     torch.testing.assert_close(found, wanted)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stepmark.backbones.lm import EOS, batches, encode, fit
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding.decoder import Decoder
+from stepmark.tracks.decoding.decoder import Decoder, write_each
 from stepmark.tracks.decoding.speculation import draw
 
 # How likely a candidate is at least, as a share of the likeliest, how many there are and how long a span is at most.
@@ -104,15 +104,14 @@ class Diver(Method):
 
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
         """New token ids per prompt."""
-        outputs = []
-        for prompt, room, temperature in zip(
-            batch["prompt"], batch["max_new_tokens"], batch["temperature"], strict=True
-        ):
+
+        def write(prompt: list[int], room: int, temperature: float) -> list[int]:
             capacity = len(prompt) + room + CANDIDATES * (SPAN + 2)
             roles = (session.networks["target"], session.networks["backward"])
             target, backward = (Decoder(model, capacity) for model in roles)
-            outputs.append(self.decode(target, backward, prompt, room, rung, temperature, session.rng))
-        return outputs
+            return self.decode(target, backward, prompt, room, rung, temperature, session.rng)
+
+        return write_each(batch, write)
 
     @classmethod
     def decode(

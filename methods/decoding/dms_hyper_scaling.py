@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from stepmark.backbones.lm import EOS, encode
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding.recall import HeldCache, HeldDecoder, attend, write_with
+from stepmark.tracks.decoding.decoder import Decoder
+from stepmark.tracks.decoding.held_cache import HeldCache, HeldDecoder, attend, write_held
 
 WINDOW = 32  # tokens between the decision to evict and the eviction
 RATIO = 8.0  # how many times fewer entries training aims at
@@ -89,14 +90,12 @@ class DMS(Method):
 
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
         """New token ids per prompt."""
-        model, outputs = session.networks["target"], []
-        for prompt, room, temperature in zip(
-            batch["prompt"], batch["max_new_tokens"], batch["temperature"], strict=True
-        ):
+
+        def decoder(model: nn.Module, length: int, capacity: int) -> Decoder:
             cache = EvictingCache(len(model.model.layers), session.networks["evictor"], WINDOW)
-            target = HeldDecoder(model, len(prompt) + room, cache)
-            outputs.append(write_with(target, prompt, room, rung, temperature, session.rng))
-        return outputs
+            return HeldDecoder(model, capacity, cache)
+
+        return write_held(session, batch, rung, decoder)
 
 
 class Evictor(nn.Module):

@@ -10,7 +10,7 @@ import torch
 
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding.decoder import Decoder
+from stepmark.tracks.decoding.decoder import Decoder, write_each
 from stepmark.tracks.decoding.speculation import draw
 
 
@@ -73,12 +73,7 @@ class HARP(Method):
 
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
         """New token ids per prompt."""
-        return [
-            self.decode(session, prompt, room, temperature, rung)
-            for prompt, room, temperature in zip(
-                batch["prompt"], batch["max_new_tokens"], batch["temperature"], strict=True
-            )
-        ]
+        return write_each(batch, lambda *asked: self.decode(session, *asked, rung))
 
     def decode(
         self, session: Session, prompt: Sequence[int], room: int, temperature: float, budget: float

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stepmark.backbones.lm import encode
-from stepmark.method import Claim, Method, Paper
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stepmark.backbones.lm import encode, rotate_by
+from stepmark.method import Claim, Method, Paper, Variant
 from stepmark.session import Session
-from stepmark.tracks.decoding.parallel import BlockDecoder, write_together
+from stepmark.tracks.decoding.decoder import Decoder, write_each
+from stepmark.tracks.decoding.held_cache import HeldCache, HeldDecoder
+from stepmark.tracks.decoding.speculation import write_plainly
 
 NAMES = ("tom", "anna")
 # The prompt's own view, then for each worker: the prompt, what the other has written, its own text (section 3.2).
@@ -27,6 +33,10 @@ class HogwildInference(Method):
     starts of that block and its own in this worker's view (section 3.3). The next tokens of all workers come from one
     forward, in which all write before any looks. No rule says who does what: each worker has its name, and the model
     decides from what it sees.
+
+    Its control `single_worker` goes through the whole list by plain greedy decoding: the same model, prompt and name, one block
+    of text instead of two, so that nothing is shared out. Each forward gives one token, and a list takes as many forwards
+    as its solutions have words.
 
     Differs from the paper: the layout is its contiguous one throughout; the combined one, which moves finished
     paragraphs to a common history, is for texts of thousands of words. A model of this size does not take to working in
@@ -65,12 +75,120 @@ class HogwildInference(Method):
         ),
     )
 
+    workers = 2  # of `NAMES`; one is plain decoding
+    variants = (
+        Variant(
+            "single_worker",
+            says="one worker: greedy decoding of a list of questions, one after the other",
+            workers=1,
+            baselines=(),
+        ),
+    )
+
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
         """The workers' texts, one after the other."""
-        outputs = []
-        for prompt, room in zip(batch["prompt"], batch["max_new_tokens"], strict=True):
-            target = BlockDecoder(session.networks["target"], len(prompt) + room, VIEWS)
+        model = session.networks["target"]
+
+        def write(prompt: list[int], room: int, temperature: float) -> list[int]:
+            if self.workers == 1:
+                named = [*prompt, *encode(NAMES[0])]
+                return write_plainly(Decoder(model, len(named) + room), named, room, rung, 0.0)
+            target = BlockDecoder(model, len(prompt) + room, VIEWS)
             start = {0: prompt, 1: encode(NAMES[0]), 2: encode(NAMES[1])}
             texts = write_together(target, start, (1, 2), room, rung)
-            outputs.append([*texts[1], *texts[2]])
+            return [*texts[1], *texts[2]]
+
+        return write_each(batch, write)
+
+
+class BlockCache(HeldCache):
+    """Keys and values in blocks that several readers share, each of whom sees them in an order of its own.
+
+    A block holds its keys rotated as if it stood alone, from position 0 on, and they are never touched again. A token
+    of block b looks at the blocks of `views[b]`, of which b itself is the last, as if they stood one after the other.
+    Rotary attention only knows differences, so instead of moving a block by the offset of its place, the query is
+    moved by how much further on its own block stands (section 3.3). One softmax spans all blocks.
+
+    New tokens are written to all blocks before any of them looks: writers see each other's newest token.
+    """
+
+    def __init__(self, depth: int, views: Sequence[Sequence[int]], rotary: nn.Module) -> None:
+        super().__init__(depth)
+        self.views, self.rotary = [tuple(view) for view in views], rotary
+        self.stored: list[list[tuple[Tensor, Tensor] | None]] = [[None] * len(views) for _ in range(depth)]
+        self.owners = torch.zeros(0, dtype=torch.long)  # blocks [T] of the tokens that run, in ascending order
+
+    def attend_from(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Outputs [H, T, d] of the tokens at `now`, positions in their own blocks."""
+        blocks, groups = self.stored[layer], len(queries) // len(keys)
+        rows = {block: (self.owners == block).nonzero()[:, 0] for block in self.owners.unique().tolist()}
+        for block, at in rows.items():
+            new, before = (keys[:, at], values[:, at]), blocks[block]
+            blocks[block] = (
+                new if before is None else (torch.cat((before[0], new[0]), 1), torch.cat((before[1], new[1]), 1))
+            )
+        outputs = torch.empty_like(queries)
+        for block, at in rows.items():
+            seen = [(other, held) for other in self.views[block] if (held := blocks[other]) is not None]
+            ahead = sum(held[0].shape[1] for other, held in seen if other != block)
+            logits = []
+            for other, (held, _) in seen:
+                moved = queries[:, at]
+                if other != block:
+                    amount = torch.full(moved.shape[:2], ahead, device=moved.device)
+                    moved, ahead = rotate_by(moved, amount, self.rotary), ahead - held.shape[1]
+                logits.append(moved @ held.repeat_interleave(groups, 0).transpose(1, 2) * moved.shape[2] ** -0.5)
+            own = torch.arange(logits[-1].shape[2], device=queries.device)
+            logits[-1] = logits[-1].masked_fill(own > self.now[at, None], float("-inf"))
+            held_values = torch.cat([held for _, (_, held) in seen], 1).repeat_interleave(groups, 0)
+            outputs[:, at] = torch.cat(logits, 2).softmax(-1) @ held_values
         return outputs
+
+
+class BlockDecoder(HeldDecoder):
+    """A decoder whose forwards write to several blocks at once."""
+
+    def __init__(self, model: nn.Module, capacity: int, views: Sequence[Sequence[int]]) -> None:
+        """`capacity`: tokens of the longest block. `views`: as in `BlockCache`."""
+        self.blocks = BlockCache(len(model.model.layers), views, model.model.rotary_emb)
+        super().__init__(model, capacity, self.blocks)
+        self.written = [0] * len(views)
+
+    def write(self, new: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
+        """Append tokens to blocks, in one evaluation. Logits [V] after the last one of each."""
+        parts = sorted((block, ids) for block, ids in new.items() if ids)
+        ids = [token for _, part in parts for token in part]
+        at = [self.written[block] + i for block, part in parts for i in range(len(part))]
+        self.blocks.owners = torch.tensor([block for block, part in parts for _ in part], device=self.device)
+        hidden = self.run(self.embed(ids), 0, positions=torch.tensor(at, device=self.device))
+        ends = np.cumsum([len(part) for _, part in parts]) - 1
+        logits = self.logits(hidden[:, ends.tolist()])
+        for block, part in parts:
+            self.written[block] += len(part)
+        return {block: row for (block, _), row in zip(parts, logits, strict=True)}
+
+
+def write_together(
+    decoder: BlockDecoder, start: Mapping[int, Sequence[int]], workers: Sequence[int], room: int, budget: float
+) -> dict[int, list[int]]:
+    """Let workers write greedily, a token each per forward, until all have ended.
+
+    Args:
+        start: what the blocks hold at first, the workers' own ones included.
+        workers: their blocks. room: tokens in all. budget: evaluations.
+
+    Returns: the tokens that each has written.
+    """
+    texts: dict[int, list[int]] = {block: [] for block in workers}
+    new = start
+    while True:
+        logits = decoder.write(new)
+        going = [block for block in workers if decoder.eos not in texts[block]]
+        for block in going:
+            texts[block].append(int(logits[block].argmax()))
+        left = room - sum(map(len, texts.values()))
+        still = [block for block in going if texts[block][-1] != decoder.eos]
+        if not still or left < len(still) or decoder.spent + 1 > budget + 1e-9:
+            return texts
+        # An end of the sequence is written to the cache as well: the others see who has stopped.
+        new = {block: texts[block][-1:] for block in going}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
-from stepmark.method import Claim, Method, Paper
+import torch
+from torch import Tensor, nn
+
+from stepmark.method import Claim, Method, Paper, Variant
 from stepmark.session import Session
-from stepmark.tracks.decoding.recall import PrunedDecoder, cuts_of, write_with
+from stepmark.tracks.decoding.decoder import Decoder
+from stepmark.tracks.decoding.held_cache import HeldCache, HeldDecoder, attend, write_held
 
 # Share of the tokens of a layer that the layers after it run over, by depth (share of the layers).
 CUTS = ((1 / 2, 0.3), (2 / 3, 0.5), (5 / 6, 0.5))
@@ -24,6 +28,9 @@ class LazyLLM(Method):
     layers goes on from its hidden state, so that no token runs twice through a layer and the worst case is plain
     decoding. What waits is part of the cache that is counted: one hidden state in place of the keys and values of all
     deeper layers.
+
+    Its control `static_prune` makes the choice once, before the first token is written, by the same shares: what the last
+    token of the prompt does not look at is dropped, and the deeper layers never see it; tokens of the answer are all kept.
 
     Differs from the paper: shares are fixed by depth, where the paper takes percentiles found by hand for each model.
 
@@ -56,13 +63,108 @@ class LazyLLM(Method):
         ),
     )
 
+    revive = True  # what was left behind may be chosen later
+    variants = (
+        Variant(
+            "static_prune",
+            says="static token pruning: the prompt is pruned once, while it is read",
+            revive=False,
+            baselines=(),
+        ),
+    )
+
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
         """New token ids per prompt."""
-        model, outputs = session.networks["target"], []
-        cuts = cuts_of(len(model.model.layers), CUTS)
-        for prompt, room, temperature in zip(
-            batch["prompt"], batch["max_new_tokens"], batch["temperature"], strict=True
-        ):
-            target = PrunedDecoder(model, len(prompt) + room, cuts)
-            outputs.append(write_with(target, prompt, room, rung, temperature, session.rng))
+
+        def decoder(model: nn.Module, length: int, capacity: int) -> Decoder:
+            return PrunedDecoder(model, capacity, cuts_of(len(model.model.layers), CUTS), self.revive)
+
+        return write_held(session, batch, rung, decoder)
+
+
+class PrunedCache(HeldCache):
+    """For each layer the tokens that have come so far; a pass may look at the `visible` positions only.
+
+    `importance` [n] is the attention that the last token paid in the layer that ran last, mean over heads, and
+    `candidates` [n] the positions it belongs to. `waiting[s]` are the tokens left behind before stage s (a run of
+    layers), as (positions [m], hidden states [m, D]): the auxiliary cache.
+    """
+
+    def __init__(self, depth: int, capacity: int) -> None:
+        super().__init__(depth)
+        self.visible = torch.ones(capacity, dtype=torch.bool)
+        self.importance = self.candidates = torch.zeros(0)
+        self.waiting: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def attend_from(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Outputs [H, T, d] of the tokens at `now`, whose last one is the newest token of the text."""
+        self.append(layer, keys, values)
+        held_keys, held_values, positions = self.held(layer)
+        at = positions[0].long()
+        looked_at = self.visible[at].nonzero()[:, 0]
+        at = at[looked_at]
+        outputs, weights = attend(queries, held_keys[:, looked_at], held_values[:, looked_at], at <= self.now[:, None])
+        self.importance, self.candidates = weights[:, -1].mean(0), at
         return outputs
+
+
+class PrunedDecoder(HeldDecoder):
+    """Passes whose later layers run over ever fewer tokens, chosen anew for every token that is written.
+
+    Sections 3.1 to 3.3. After each layer of `cuts` the tokens that the newest token looks
+    at least are left behind, but for a share of those that came to this layer. A token that was left behind and is
+    chosen later goes on from the hidden state it stopped with, so that none runs twice through a layer. Without
+    `revive` it is gone for good: pruning once, in the prefill, and the choice of the prefill stays.
+    """
+
+    def __init__(self, model: nn.Module, capacity: int, cuts: Sequence[tuple[int, float]], revive: bool = True) -> None:
+        """`cuts`: (layer, share kept after it), ascending."""
+        cache = PrunedCache(len(model.model.layers), capacity)
+        super().__init__(model, capacity, cache)
+        cache.visible = cache.visible.to(self.device)
+        self.pruned, self.revive, self.shares = cache, revive, [share for _, share in cuts]
+        ends = [layer + 1 for layer, _ in cuts]
+        self.stages = list(zip([0, *ends], [*ends, len(self.layers)], strict=True))
+
+    def forward(self, ids: Sequence[int], last: int | None = None) -> Tensor:
+        """Logits [1, V] after the last of `ids`, which continue the text."""
+        cache, newest = self.pruned, self.length + len(ids) - 1
+        at, hidden = torch.arange(self.length, newest + 1, device=self.device), self.embed(ids)
+        cache.visible[:] = True
+        for stage, (first, stop) in enumerate(self.stages):
+            if stage:
+                at, hidden = self.choose(stage, at, hidden, newest)
+            hidden = self.run(hidden, 0, self.layers[first:stop], positions=at)
+        self.length = newest + 1
+        return self.logits(hidden[:, -1:])
+
+    def choose(self, stage: int, at: Tensor, hidden: Tensor, newest: int) -> tuple[Tensor, Tensor]:
+        """The tokens (positions, hidden states) that run through a stage, out of those that have just run before it.
+
+        Of the visible tokens the most important stay visible. Those among them without keys and values beyond this
+        point go on; running tokens that do not go on wait.
+        """
+        cache = self.pruned
+        if self.revive or self.length == 0:
+            most = max(1, round(self.shares[stage - 1] * len(cache.candidates)))
+            importance = cache.importance.masked_fill(cache.candidates == newest, float("inf"))
+            chosen = cache.candidates[importance.topk(most).indices]
+        else:
+            # The choice of the prefill: whoever has gone on before, and what was written since.
+            earlier = cache.positions[self.stages[stage][0]]
+            chosen = torch.cat((cast(Tensor, earlier)[0].long(), at[-1:]))
+        cache.visible[:] = False
+        cache.visible[chosen] = True
+        waiting_at, waiting = cache.waiting.get(stage, (at[:0], hidden[0, :0]))
+        pool_at, pool = torch.cat((waiting_at, at)), torch.cat((waiting, hidden[0]))
+        goes_on = cache.visible[pool_at]
+        stays = ~goes_on if self.revive else goes_on & False
+        cache.waiting[stage] = pool_at[stays], pool[stays]
+        order = pool_at[goes_on].argsort()
+        return pool_at[goes_on][order], pool[goes_on][order][None]
+
+
+def cuts_of(depth: int, shares: Sequence[tuple[float, float]]) -> list[tuple[int, float]]:
+    """Cuts of a `PrunedDecoder` from (depth as a share of the layers, share kept), none after the last layer."""
+    cuts = {round(depth * part) - 1: share for part, share in shares}
+    return [(layer, share) for layer, share in cuts.items() if 0 <= layer < depth - 1]

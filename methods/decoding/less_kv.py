@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from stepmark.backbones.lm import encode
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding.recall import HeavyHitterCache, HeldCache, HeldDecoder, write_with
+from stepmark.tracks.decoding.decoder import Decoder
+from stepmark.tracks.decoding.held_cache import HeavyHitterCache, HeldCache, HeldDecoder, write_held
 
 HEAVY, RECENT = 0.1, 0.1  # of the prompt's tokens, as in h2o
 RANK, HIDDEN = 8, 64  # of the feature maps
@@ -97,15 +98,13 @@ class LESS(Method):
 
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
         """New token ids per prompt."""
-        model, outputs = session.networks["target"], []
-        for prompt, room, temperature in zip(
-            batch["prompt"], batch["max_new_tokens"], batch["temperature"], strict=True
-        ):
-            heavy, recent = max(1, round(HEAVY * len(prompt)) - INSTEAD), max(1, round(RECENT * len(prompt)))
+
+        def decoder(model: nn.Module, length: int, capacity: int) -> Decoder:
+            heavy, recent = max(1, round(HEAVY * length) - INSTEAD), max(1, round(RECENT * length))
             cache = RecurrentCache(len(model.model.layers), heavy, recent, session.networks["kernels"])
-            target = HeldDecoder(model, len(prompt) + room, cache)
-            outputs.append(write_with(target, prompt, room, rung, temperature, session.rng))
-        return outputs
+            return HeldDecoder(model, capacity, cache)
+
+        return write_held(session, batch, rung, decoder)
 
 
 class RecurrentCache(HeavyHitterCache):

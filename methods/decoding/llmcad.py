@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding.decoder import Decoder
+from stepmark.tracks.decoding.decoder import Decoder, write_each
 
 # Nodes of a tree at most, tokens that one node may branch into, how likely a second one must be, the first threshold.
 NODES, WIDTH, BRANCH, ALPHA = 24, 3, 0.3, 0.01
@@ -112,12 +112,13 @@ class LLMCad(Method):
 
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
         """New token ids per prompt."""
-        outputs = []
-        for prompt, room in zip(batch["prompt"], batch["max_new_tokens"], strict=True):
+
+        def write(prompt: list[int], room: int, temperature: float) -> list[int]:
             roles = (session.networks["target"], session.networks["draft"])
             target, small = (Decoder(model, len(prompt) + room + NODES + 1) for model in roles)
-            outputs.append(self.decode(target, small, prompt, room, rung))
-        return outputs
+            return self.decode(target, small, prompt, room, rung)
+
+        return write_each(batch, write)
 
     @classmethod
     def decode(cls, target: Decoder, small: Decoder, prompt: Sequence[int], room: int, budget: float) -> list[int]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
-from stepmark.backbones.lm import EOS, encode
-from stepmark.method import Claim, Method, Paper
+from stepmark.backbones.lm import EOS, Muon, batches, encode
+from stepmark.method import Claim, Method, Paper, Variant
 from stepmark.session import Session
-from stepmark.tracks.decoding.recall import BandCache, HeldDecoder, train_band, write_with
+from stepmark.tracks.decoding.decoder import Decoder
+from stepmark.tracks.decoding.held_cache import BandCache, HeldDecoder, write_held
 
 SINKS, WINDOW = 4, 64
 
@@ -23,6 +25,10 @@ class LongGen(Method):
     loss of language modelling. When it runs, sparse layers hold what they may see and nothing else, and they read a
     text in work linear in its length. Distances are those of the text; unlike StreamingLLM nothing is moved, because
     the model has been trained with what it sees.
+
+    Its control `sink_window_trained` has no full layers: every layer sees the first 4 tokens and the last 64, and the model is
+    trained on so for as many steps on the same texts. Information travels 64 tokens per layer at most, so that six layers
+    reach back 378 tokens: what stands further away is out of reach.
 
     Differs from the paper: the model already reads texts of this length, so that neither the context nor the base of the
     rotary embedding is extended here, only the architecture changes; the training is 150 steps on a few hundred texts
@@ -54,34 +60,79 @@ class LongGen(Method):
         ),
     )
 
+    full = True  # the middle third of the layers sees everything
+    variants = (
+        Variant(
+            "sink_window_trained",
+            says="sinks and a window in all layers, trained so: what sparse attention alone can learn to recall",
+            full=False,
+            baselines=(),
+        ),
+    )
+
     def networks(self, session: Session) -> dict[str, nn.Module]:
         """The target, to be trained on."""
         return {"student": session.clone("target")}
 
     def prepare(self, session: Session) -> None:
         """Train with the attention that it will run with."""
-        rows = [
-            (encode(prompt), [*encode(target), EOS])
-            for prompt, target in zip(session.train["prompt"], session.train["target"], strict=True)
-        ]
-        rows = rows[: session.scale(len(rows), 2)]
-        student = session.networks["student"]
-        steps = session.scale(150, 1)
-        train_band(student, rows, full_layers(student), SINKS, WINDOW, steps, session.seed, session.progress)
+        data, count = session.train, session.scale(len(session.train["prompt"]), 2)
+        pairs = list(zip(data["prompt"], data["target"], strict=True))[:count]
+        rows = [(encode(prompt), [*encode(target), EOS]) for prompt, target in pairs]
+        student, steps = session.networks["student"], session.scale(150, 1)
+        train_band(student, rows, self.full_layers(student), SINKS, WINDOW, steps, session.seed, session.progress)
 
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
         """New token ids per prompt."""
-        model, outputs = session.networks["student"], []
-        for prompt, room, temperature in zip(
-            batch["prompt"], batch["max_new_tokens"], batch["temperature"], strict=True
-        ):
-            cache = BandCache(len(model.model.layers), SINKS, WINDOW, full=full_layers(model))
-            target = HeldDecoder(model, len(prompt) + room, cache)
-            outputs.append(write_with(target, prompt, room, rung, temperature, session.rng))
-        return outputs
+
+        def decoder(model: nn.Module, length: int, capacity: int) -> Decoder:
+            cache = BandCache(len(model.model.layers), SINKS, WINDOW, full=self.full_layers(model))
+            return HeldDecoder(model, capacity, cache)
+
+        return write_held(session, batch, rung, decoder, "student")
+
+    def full_layers(self, model: nn.Module) -> range:
+        """The middle third, or none."""
+        depth = len(model.model.layers)
+        return range(depth // 3, depth - depth // 3) if self.full else range(0)
 
 
-def full_layers(model: nn.Module) -> range:
-    """The middle third."""
-    depth = len(model.model.layers)
-    return range(depth // 3, depth - depth // 3)
+def train_band(
+    student: nn.Module,
+    rows: list[tuple[list[int], list[int]]],
+    full: Sequence[int],
+    sinks: int,
+    window: int,
+    steps: int,
+    seed: int,
+    progress: Callable[[Iterable[int], str], Iterable[int]],
+) -> float:
+    """Train a model on whose layers but `full` see what `BandCache` lets them see. Returns the last loss.
+
+    Args:
+        rows: (prompt ids, completion ids); the loss is on completions. As `stepmark.backbones.lm.fit` otherwise.
+    """
+    model: Any = student
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    optimisers: list[torch.optim.Optimizer] = [Muon(matrices, lr=1.0), torch.optim.AdamW(others, betas=(0.9, 0.98))]
+    stream, loss = batches(rows, 2600, seed), torch.zeros(())
+    for step in progress(range(steps), "sparse attention"):
+        ids, labels = (part.to(model.device) for part in next(stream))
+        at = torch.arange(ids.shape[1], device=ids.device)
+        near = (at <= at[:, None]) & ((at > at[:, None] - window) | (at < sinks))
+        hidden = model.model.embed_tokens(ids)
+        rotary = model.model.rotary_emb(hidden, at[None])
+        for i, layer in enumerate(model.model.layers):
+            hidden = layer(hidden, attention_mask=None if i in full else near[None, None], position_embeddings=rotary)
+        wanted = labels >= 0
+        loss = nn.functional.cross_entropy(model.lm_head(model.model.norm(hidden)[wanted]), labels[wanted])
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimiser in optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = 2e-3 * min(1.0, (step + 1) / 20) * (1 - step / steps)
+            optimiser.step()
+            optimiser.zero_grad()
+    return float(loss.detach())

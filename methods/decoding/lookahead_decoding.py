@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding.decoder import Decoder
+from stepmark.tracks.decoding.decoder import Decoder, write_each
 from stepmark.tracks.decoding.speculation import draw, verify_greedy
 
 # W columns, n-grams of N tokens, at most G of them checked per forward: the paper's setting for its 7B model.
@@ -76,12 +76,7 @@ class LookaheadDecoding(Method):
 
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
         """New token ids per prompt."""
-        return [
-            self.decode(session, prompt, room, temperature, rung)
-            for prompt, room, temperature in zip(
-                batch["prompt"], batch["max_new_tokens"], batch["temperature"], strict=True
-            )
-        ]
+        return write_each(batch, lambda *asked: self.decode(session, *asked, rung))
 
     def decode(self, session: Session, prompt: list[int], room: int, temperature: float, rung: int) -> list[int]:
         """New token ids for one prompt in at most `rung` forwards."""

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, silu
 from stepmark.backbones.lm import EOS, batches, encode
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding.decoder import Decoder
+from stepmark.tracks.decoding.decoder import Decoder, write_each
 
 HEADS, NODES, RANKS, DECAY = 4, 20, 6, 0.8  # K, nodes of the tree, guesses considered per head, lambda
 
@@ -121,10 +121,10 @@ class Medusa(Method):
         """Train the heads and choose the tree. {"tree": ranks along each path, int64 [nodes, K], -1 after its end}."""
         target: Any = session.networks["target"]
         heads = session.networks["heads"]
-        texts = zip(session.train["prompt"], session.train["target"], strict=True)
-        rows = [(encode(prompt), [*encode(text), EOS]) for prompt, text in texts]
+        texts = list(zip(session.train["prompt"], session.train["target"], strict=True))
+        rows = [(encode(prompt), [*encode(text), EOS]) for prompt, text in texts[: session.scale(len(texts), 100)]]
         stored = []
-        for ids, labels in islice(batches(rows, 1500, session.seed), session.scale(48, 3)):
+        for ids, labels in islice(batches(rows, session.scale(1500, 300), session.seed), session.scale(48, 3)):
             with torch.no_grad():
                 hidden = target.model(ids.to(session.device), use_cache=False).last_hidden_state
             # Column k holds the token k + 1 places on; a place past the end of the text holds -100.
@@ -158,10 +158,12 @@ class Medusa(Method):
         """New token ids per prompt."""
         tree = [tuple(rank for rank in path if rank >= 0) for path in session.state["tree"].tolist()]
         model, heads = session.networks["target"], session.networks["heads"]
-        return [
-            self.decode(Decoder(model, len(prompt) + room + len(tree) + 1), heads, prompt, room, tree, rung)
-            for prompt, room in zip(batch["prompt"], batch["max_new_tokens"], strict=True)
-        ]
+
+        def write(prompt: list[int], room: int, temperature: float) -> list[int]:
+            target = Decoder(model, len(prompt) + room + len(tree) + 1)
+            return self.decode(target, heads, prompt, room, tree, rung)
+
+        return write_each(batch, write)
 
     @staticmethod
     def decode(

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from stepmark.backbones.lm import EOS, batches, encode, fit
-from stepmark.method import Claim, Method, Paper
+from stepmark.method import Claim, Method, Paper, Variant
 from stepmark.session import Session
-from stepmark.tracks.decoding.models import RectifiedNorm, rectify, write_greedily
+from stepmark.tracks.decoding.models import write_greedily
+
+KEPT = 0.4  # share of the neurons that `topk_activations` keeps
 
 
 class ReluStrikesBack(Method):
@@ -27,6 +30,11 @@ class ReluStrikesBack(Method):
     work is far greater in short texts. Training goes on for 450 steps on completions of the task's own train split,
     with Muon; `silu_tuned` has the same steps without a change. Shifted ReLUs and the reuse of neurons over neighbouring
     tokens (sections 5.1 and 5.3) are left out.
+
+    Two controls: `silu_tuned` keeps its SiLU gates and skips nothing, so that a difference in quality is due to the
+    activations and not to the texts. `topk_activations` is pruning by magnitude without training: of h = silu(W_gate x) *
+    (W_up x) the 40 % greatest |h| of a token are kept, as many as relufication leaves open, and W_down reads only their
+    columns; gate and up projection are needed in full to know which.
     """
 
     paper = Paper(
@@ -64,12 +72,40 @@ class ReluStrikesBack(Method):
         ),
     )
 
+    activation = (
+        "relu"  # "relu": ReLUs in the gates, then after the norms; "silu": none; "topk": the greatest of SiLU's
+    )
+    trained = True
+    variants = (
+        Variant(
+            "silu_tuned",
+            says="the target trained on as it is: what training alone does for a model that others convert",
+            activation="silu",
+            baselines=("autoregressive",),
+        ),
+        Variant(
+            "topk_activations",
+            says="top-k activations: only the greatest activations of each token count, without training",
+            activation="topk",
+            trained=False,
+            baselines=("autoregressive",),
+        ),
+    )
+
     def networks(self, session: Session) -> dict[str, nn.Module]:
-        """The target with ReLUs in its gates and after its norms."""
-        return {"student": rectify(session.clone("target"))}
+        """The target with other activations, on its own weights."""
+        student: Any = session.clone("target")
+        if self.activation == "relu":
+            rectify(student)
+        if self.activation == "topk":
+            for layer in student.model.layers:
+                layer.mlp = TopkMlp(layer.mlp)
+        return {"student": student}
 
     def prepare(self, session: Session) -> None:
-        """Stage 1, then stage 2."""
+        """Stage 1, then stage 2; without ReLUs the same steps change nothing but the weights."""
+        if not self.trained:
+            return
         student, data = session.networks["student"], session.train
         chosen = list(zip(data["prompt"], data["target"], strict=True))[: session.scale(16_000, 8)]
         rows = [(encode(prompt), [*encode(target), EOS]) for prompt, target in chosen]
@@ -83,3 +119,84 @@ class ReluStrikesBack(Method):
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
         """New token ids per prompt."""
         return write_greedily(session.networks["student"], batch, rung)
+
+
+# -- sparse activations -----------------------------------------------------------------------------------------------
+
+
+class SparseLinear(nn.Module):
+    """A linear map without bias. For a single token only the columns of the weights that meet no zero are read."""
+
+    def __init__(self, dense: nn.Module) -> None:
+        super().__init__()
+        self.weight: nn.Parameter = dense.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., T, in] -> [.., T, out]."""
+        if x.numel() > x.shape[-1]:
+            return F.linear(x, self.weight)
+        row = x.flatten()
+        live = row.nonzero()[:, 0]
+        return (self.weight.index_select(1, live) @ row[live]).view(*x.shape[:-1], -1)
+
+
+class SparseMlp(nn.Module):
+    """A gated feed-forward block with ReLU in place of SiLU: down(relu(gate x) * up x).
+
+    For a single token the rows of `up` and the columns of `down` of neurons whose gate is shut are not read, nor are
+    the columns of `gate` and `up` that meet a zero of x.
+    """
+
+    def __init__(self, dense: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = SparseLinear(dense.gate_proj), SparseLinear(dense.up_proj)
+        self.down_proj = SparseLinear(dense.down_proj)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., T, D] -> [.., T, D]."""
+        gate = self.gate_proj(x).relu()
+        if x.numel() > x.shape[-1]:
+            return self.down_proj(gate * self.up_proj(x))
+        row, live = x.flatten(), gate.flatten().nonzero()[:, 0]
+        seen = row.nonzero()[:, 0]
+        opened = self.up_proj.weight.index_select(0, live).index_select(1, seen) @ row[seen]
+        found = self.down_proj.weight.index_select(1, live) @ (gate.flatten()[live] * opened)
+        return found.view(x.shape)
+
+
+class RectifiedNorm(nn.Module):
+    """A norm and a ReLU after it, which `on` switches."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.on = norm, True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., D] -> [.., D]."""
+        return self.norm(x).relu() if self.on else self.norm(x)
+
+
+def rectify(model: nn.Module) -> nn.Module:
+    """Put ReLUs into a Llama, in place: in the gates, and after the norms before attention and feed-forward."""
+    for layer in model.model.layers:
+        layer.mlp = SparseMlp(layer.mlp)
+        layer.input_layernorm = RectifiedNorm(layer.input_layernorm)
+        layer.post_attention_layernorm = RectifiedNorm(layer.post_attention_layernorm)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(layer.self_attn, name, SparseLinear(getattr(layer.self_attn, name)))
+    return model
+
+
+class TopkMlp(nn.Module):
+    """A gated feed-forward block: down(h) with h = silu(gate x) * up x, all but the greatest |h| of a token set to zero."""
+
+    def __init__(self, dense: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.act_fn = dense.gate_proj, dense.up_proj, dense.act_fn
+        self.down_proj = SparseLinear(dense.down_proj)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., T, D] -> [.., T, D]."""
+        hidden = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        least = hidden.abs().topk(round(KEPT * hidden.shape[-1]), dim=-1).values[..., -1:]
+        return self.down_proj(hidden * (hidden.abs() >= least))

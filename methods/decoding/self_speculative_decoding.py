@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from stepmark.backbones.lm import encode
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding.decoder import Decoder
-from stepmark.tracks.decoding.speculation import draw, speculate
+from stepmark.tracks.decoding.decoder import Decoder, write_each
+from stepmark.tracks.decoding.speculation import draft_while_sure, speculate
 
 DRAFTED = 12  # tokens drafted at most
 GAMMA, ALPHA, EPSILON, BETA_1, BETA_2 = 0.6, 0.9, 0.01, 0.5, 0.9  # exit threshold at the start, and its adaptation
@@ -96,13 +96,12 @@ class SelfSpeculativeDecoding(Method):
 
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
         """New token ids per prompt."""
-        outputs = []
-        for prompt, room, temperature in zip(
-            batch["prompt"], batch["max_new_tokens"], batch["temperature"], strict=True
-        ):
+
+        def write(prompt: list[int], room: int, temperature: float) -> list[int]:
             target = Decoder(session.networks["target"], len(prompt) + room)
-            outputs.append(self.decode(target, prompt, room, temperature, rung, session.state["skipped"], session.rng))
-        return outputs
+            return self.decode(target, prompt, room, temperature, rung, session.state["skipped"], session.rng)
+
+        return write_each(batch, write)
 
     def decode(
         self,
@@ -121,21 +120,19 @@ class SelfSpeculativeDecoding(Method):
             nonlocal gamma, rate, before, drafted
             if drafted:
                 gamma, rate = self.adapted(gamma, rate, (len(tokens) - before - 1) / drafted)
-            text, q = [tokens[-1]], []
             with self.skipping(target.layers, skipped) as layers:
                 share = len(layers) / len(target.layers)
-                while len(text) <= min(DRAFTED, most) and target.spent + share + 1 <= budget:
-                    hidden = target.run(target.embed(text[-1:]), target.length + len(text) - 1, layers)
-                    logits = target.logits(hidden)[0].double()
-                    if temperature == 0:
-                        text.append(int(logits.argmax()))
-                    else:
-                        q.append((logits / temperature).softmax(-1))
-                        text.append(draw(q[-1], float(torch.rand((), generator=rng, device=target.device))))
-                    if text[-1] == target.eos or float(logits.softmax(-1).max()) < gamma:
-                        break
-            before, drafted = len(tokens), len(text) - 1
-            return text[1:], torch.stack(q) if q else None
+
+                def after(draft: list[int]) -> Tensor | None:
+                    if target.spent + share + 1 > budget:
+                        return None
+                    last = draft[-1:] or tokens[-1:]
+                    hidden = target.run(target.embed(last), target.length + len(draft), layers)
+                    return target.logits(hidden)[0]
+
+                draft, q = draft_while_sure(after, min(DRAFTED, most), target.eos, temperature, rng, gamma)
+            before, drafted = len(tokens), len(draft)
+            return draft, q
 
         return speculate(target, prompt, room, budget, temperature, propose, rng)
 

@@ -12,7 +12,7 @@ from stepmark.backbones import mdlm
 from stepmark.backbones.lm import EOS, PAD, Muon, encode
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding.decoder import Decoder
+from stepmark.tracks.decoding.decoder import Decoder, write_each
 from stepmark.tracks.decoding.speculation import draw, speculate
 
 # Words of a draft, diffusion steps that write them, and words of context that the drafter sees (gamma, T).
@@ -131,21 +131,19 @@ class SpecDiff(Method):
 
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
         """New token ids per prompt."""
-        outputs = []
-        for prompt, room, temperature in zip(
-            batch["prompt"], batch["max_new_tokens"], batch["temperature"], strict=True
-        ):
+        drafter = session.networks["draft_diffusion"]
+
+        def write(prompt: list[int], room: int, temperature: float) -> list[int]:
             target = Decoder(session.networks["target"], len(prompt) + room)
 
             def propose(tokens: list[int], most: int) -> tuple[list[int], Tensor | None]:
-                written, q = denoise(
-                    session.networks["draft_diffusion"], tokens, temperature, session.rng, target.device
-                )
+                written, q = denoise(drafter, tokens, temperature, session.rng, target.device)
                 length = min(most, written.index(EOS) + 1 if EOS in written else BLOCK)
                 return written[:length], None if temperature == 0 else q[:length]
 
-            outputs.append(speculate(target, prompt, room, rung, temperature, propose, session.rng))
-        return outputs
+            return speculate(target, prompt, room, rung, temperature, propose, session.rng)
+
+        return write_each(batch, write)
 
 
 def denoise(

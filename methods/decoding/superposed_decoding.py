@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 from stepmark.backbones.lm import EOS, PAD, VOCABULARY, encode
-from stepmark.method import Claim, Method, Paper
+from stepmark.method import Claim, Method, Paper, Variant
 from stepmark.session import Session
 from stepmark.tracks.decoding.decoder import Decoder
+from stepmark.tracks.decoding.speculation import draw
+from stepmark.tracks.decoding.texts import nucleus
 
 # The official setting: share of the n-gram model, temperature, tokens looked at, weight of a context of 1 .. 5 tokens,
 # and what a draft loses for which the n-grams know no way on.
 ALPHA, TEMPERATURE, TOP, PENALTY = 0.54, 0.06, 9, 200.0
 WEIGHTS = (0.01, 0.04, 0.15, 0.18, 0.12)
+TOP_P = 0.9  # of `nucleus_drafts`
 
 Tables = Mapping[str, Tensor]
 
@@ -75,6 +78,10 @@ class SuperposedDecoding(Method):
     train split. A draft that ends is put aside, and its place goes to the next best; in the end the k drafts of the
     best score per token are taken of those that go on and the k best that ended, as in the official code.
 
+    Its control `nucleus_drafts` (Holtzman et al., ICLR 2020) shows what several drafts cost without superposition: the prompt
+    is read once and gives the first token of every draft; then each draft takes a forward per token. Tokens are drawn from
+    the fewest likeliest ones that hold 0.9 of the distribution. A rung is shared out evenly.
+
     Differs from the paper: the model has four layers and 150 words rather than 32 and 32,000, and n-grams are of texts
     of the task rather than of the web. Several drafts of one prompt can also share a pass under a tree mask, whose
     positions are then paid for: positions and FLOPs are in the records.
@@ -113,8 +120,20 @@ class SuperposedDecoding(Method):
         Claim("distinct[superposed_decoding,28] >= 1", says="the three drafts differ"),
     )
 
+    superposed = True  # the drafts share their passes
+    variants = (
+        Variant(
+            "nucleus_drafts",
+            says="drafts by nucleus sampling: each draft in passes of its own",
+            superposed=False,
+            baselines=(),
+        ),
+    )
+
     def prepare(self, session: Session) -> dict[str, Tensor]:
         """Count the runs of up to six tokens in the train split."""
+        if not self.superposed:
+            return {}
         data = session.train
         texts = zip(data["prompt"], data["target"], strict=True)
         chosen = list(texts)[: session.scale(16_000, 200)]
@@ -125,7 +144,10 @@ class SuperposedDecoding(Method):
         outputs = []
         for prompt, length, k in zip(batch["prompt"], batch["max_new_tokens"], batch["drafts"], strict=True):
             target = Decoder(session.networks["target"], len(prompt) + length)
-            drafts = self.decode(target, session.state, prompt, min(length, rung), k)
+            if self.superposed:
+                drafts = self.decode(target, session.state, prompt, min(length, rung), k)
+            else:
+                drafts = sample_drafts(target, prompt, min(length, 1 + (rung - 1) // k), k, session.rng)
             outputs.append([token for draft in drafts for token in [*draft, *[PAD] * (length - len(draft))]])
         return outputs
 
@@ -156,3 +178,19 @@ class SuperposedDecoding(Method):
             mixed = gamma @ target.embed([draft[-1] for _, draft in drafts])[0]
             logits = target.logits(target.run(mixed[None, None], target.length))[0]
             target.length += 1
+
+
+def sample_drafts(target: Decoder, prompt: Sequence[int], length: int, k: int, rng: torch.Generator) -> list[list[int]]:
+    """k drafts of at most `length` tokens by nucleus sampling, one after the other behind the prompt's own forward."""
+    first, drafts = target.forward(prompt, last=1)[0], []
+    for _ in range(k):
+        target.rollback(len(prompt))
+        logits, draft = first, []
+        while True:
+            u = float(torch.rand((), generator=rng, device=target.device))
+            draft.append(draw(nucleus(logits.softmax(-1), TOP_P), u))
+            if draft[-1] == target.eos or len(draft) >= length:
+                break
+            logits = target.forward(draft[-1:])[0]
+        drafts.append(draft)
+    return drafts

@@ -8,9 +8,10 @@ further forward. Plain decoding gets one token per forward, so the curve over th
 `run` receives {"prompt": lists of token ids, "max_new_tokens": ints, "temperature": floats (0: greedy)} and returns
 one list of new token ids per prompt, at most `max_new_tokens` long, nothing after the end-of-sequence token.
 
-The algorithms that methods share stand below: a key/value cache with rollback (`KeyValueCache`), forward passes on it
-and runs of single layers (`Decoder`, `run_layers`), drafts from an early exit (`EarlyExitDecoder`), the
-draft-and-verify loop (`speculate`), greedy verification, the acceptance rule of speculative sampling, prompt lookup.
+Beside this module, what methods share: `decoder` (a key/value cache with rollback, forward passes on it, prompt after
+prompt), `speculation` (draft and verify, draws), `held_cache` (caches that evict), `attention` (a layer with its states).
+Tasks of other targets: `targets`; tasks whose inputs or metrics are their own: `models`, `moe`, `parallel`, `recall`,
+`texts`, `tokens`, `vocab`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import nn
 
 from stepmark.task import BadOutput, Score, Task, harness_only, load_split
 from stepmark.tracks.decoding.metrics import agreement, token_deviation
+from stepmark.tracks.decoding.steps import steps_of as steps_of
 
 TASKS = (
     Task(
@@ -82,101 +84,11 @@ TASKS = (
         probe=1,
     ),
     Task(
-        id="greedy/words_weak",
-        version=1,
-        summary="Greedy decoding of word problems, 1-layer target that is often wrong",
-        dataset="words",
-        backbones={"target": "lm_draft"},
-        reference="target",
-        bounded=("target",),
-        unit="target forwards",
-        rungs=(16, 32, 64),
-        metrics={"accuracy": "higher", "exact_match": "higher", "first_divergence": "higher", "tokens": "higher"},
-        n=192,
-        batch=4,
-        seeds=1,
-        smoke_n=2,
-        smoke_rungs=(8,),
-        probe=1,
-    ),
-    Task(
-        id="greedy/hops_weak",
-        version=1,
-        summary="Greedy decoding of multi-hop answers, 1-layer target that is often wrong",
-        dataset="hops",
-        backbones={"target": "lm_draft"},
-        reference="target",
-        bounded=("target",),
-        unit="target forwards",
-        rungs=(12, 24, 48),
-        metrics={"accuracy": "higher", "exact_match": "higher", "first_divergence": "higher", "tokens": "higher"},
-        n=192,
-        batch=4,
-        seeds=1,
-        smoke_n=2,
-        smoke_rungs=(8,),
-        probe=1,
-    ),
-    Task(
         id="greedy/stories",
         version=1,
         summary="Greedy decoding of stories with a refrain, 4-layer target",
         dataset="stories",
         backbones={"target": "lm_target", "draft": "lm_draft"},
-        reference="target",
-        bounded=("target",),
-        unit="target forwards",
-        rungs=(8, 16, 32, 64, 96),
-        metrics={"accuracy": "higher", "exact_match": "higher", "first_divergence": "higher", "tokens": "higher"},
-        n=48,
-        batch=4,
-        seeds=1,
-        smoke_n=2,
-        smoke_rungs=(8,),
-        probe=1,
-    ),
-    Task(
-        id="greedy/sums_deep",
-        version=1,
-        summary="Greedy decoding of column additions, 12-layer target",
-        dataset="sums",
-        backbones={"target": "lm_deep", "draft": "lm_draft"},
-        reference="target",
-        bounded=("target",),
-        unit="target forwards",
-        rungs=(8, 16, 32, 64),
-        metrics={"accuracy": "higher", "exact_match": "higher", "first_divergence": "higher", "tokens": "higher"},
-        n=48,
-        batch=4,
-        seeds=1,
-        smoke_n=2,
-        smoke_rungs=(4,),
-        probe=1,
-    ),
-    Task(
-        id="greedy/words_deep",
-        version=1,
-        summary="Greedy decoding of word problems, 12-layer target",
-        dataset="words",
-        backbones={"target": "lm_deep", "draft": "lm_draft"},
-        reference="target",
-        bounded=("target",),
-        unit="target forwards",
-        rungs=(4, 8, 16, 32),
-        metrics={"accuracy": "higher", "exact_match": "higher", "first_divergence": "higher", "tokens": "higher"},
-        n=48,
-        batch=4,
-        seeds=1,
-        smoke_n=2,
-        smoke_rungs=(4,),
-        probe=1,
-    ),
-    Task(
-        id="greedy/stories_deep",
-        version=1,
-        summary="Greedy decoding of stories with a refrain, 12-layer target",
-        dataset="stories",
-        backbones={"target": "lm_deep", "draft": "lm_draft"},
         reference="target",
         bounded=("target",),
         unit="target forwards",
@@ -204,7 +116,7 @@ TASKS = (
         batch=4,
         seeds=3,
         smoke_n=2,
-        smoke_rungs=(8,),
+        smoke_rungs=(4,),
         probe=1,
     ),
 )

@@ -1,8 +1,8 @@
-"""Driving the layers of a language model: a key/value cache with rollback, and forward passes on it."""
+"""Driving the layers of a language model: a key/value cache with rollback, forward passes on it, prompt after prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -145,3 +145,13 @@ class Decoder:
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot roll back from {self.length} to {length} tokens")
         self.length = length
+
+
+def write_each(batch: Mapping[str, Any], write: Callable[[list[int], int, float], list[int]]) -> list[list[int]]:
+    """New token ids of every prompt of a batch, one prompt after the other.
+
+    Args:
+        write: (prompt, most new tokens, temperature) -> new token ids.
+    """
+    rows = zip(batch["prompt"], batch["max_new_tokens"], batch["temperature"], strict=True)
+    return [write(*row) for row in rows]

@@ -1,14 +1,13 @@
-"""Drafting and verifying: the loop, greedy verification, the acceptance rule of speculative sampling, prompt lookup."""
+"""Drafting and verifying: the loop, greedy verification, the acceptance rule of speculative sampling, plain decoding."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from stepmark.tracks.decoding.decoder import Decoder, KeyValueCache
+from stepmark.tracks.decoding.decoder import Decoder
 
 
 def verify_greedy(draft: Sequence[int], greedy: Sequence[int]) -> list[int]:
@@ -48,97 +47,7 @@ def verify_sampling(draft: Sequence[int], p: Tensor, q: Tensor, u: Sequence[floa
     return [*draft, draw(p[-1], u[-1])]
 
 
-Step = tuple[list[int], list[int]]
-
-
-def steps_of(decode: Callable[[], Any], method: Any, spent: Callable[[], float]) -> tuple[list[int], list[Step]]:
-    """Let a method decode one prompt and listen. Harness only.
-
-    Returns: the new tokens, and what each step drafted and wrote; a step writes the kept part of its draft and one token
-    more. Drafts are seen where `verify_greedy` or `verify_sampling` check them. Of several that are checked between two
-    evaluations, the one that is kept furthest counts; an evaluation after which none is checked wrote one token. A tree
-    is seen where one branch of it stays in the cache; its draft is that branch and then the tokens of other nodes. []
-    where the steps do not add up to the text, as of methods that check by other means.
-
-    Args:
-        decode: runs the method on a batch of one. spent: evaluations so far.
-    """
-    steps: list[Step] = []
-    trees: list[Step] = []  # without the token more
-    times: list[float] = []
-    grown: list[float] = []
-    asked: dict[int, list[int]] = {}
-    here, there = globals(), method.run.__globals__
-    embed, compact = Decoder.embed, KeyValueCache.compact
-
-    def listening(verify: Callable[..., list[int]]) -> Callable[..., list[int]]:
-        def heard(draft: Sequence[int], *rest: Any) -> list[int]:
-            new = verify(draft, *rest)
-            if not times or spent() > times[-1]:
-                steps.append((list(draft), new))
-                times.append(spent())
-            elif len(new) > len(steps[-1][1]):
-                steps[-1] = list(draft), new
-            return new
-
-        return heard
-
-    def embedding(decoder: Decoder, ids: Sequence[int]) -> Tensor:
-        asked[id(decoder.cache)] = list(ids)
-        return embed(decoder, ids)
-
-    def compacting(cache: KeyValueCache, start: int, kept: Sequence[int]) -> None:
-        nodes, stay = asked.get(id(cache), []), [slot - start for slot in kept]
-        if not steps and stay[:1] == [0] and stay[-1] < len(nodes) and (not grown or spent() > grown[-1]):
-            grown.append(spent())  # a draft model's own cache, which follows, is no step
-            branch = [nodes[node] for node in stay[1:]]
-            others = dict.fromkeys(nodes[node] for node in range(1, len(nodes)) if node not in stay)
-            trees.append(([*branch, *others], branch))
-        compact(cache, start, kept)
-
-    before = [
-        (names, key, value)
-        for names in (here, there)
-        for key, value in list(names.items())
-        if value is verify_greedy or value is verify_sampling
-    ]
-    try:
-        for names, key, value in before:
-            names[key] = listening(value)
-        Decoder.embed, KeyValueCache.compact = embedding, compacting  # type: ignore[method-assign]
-        written: list[int] = list(decode()[0])
-    finally:
-        for names, key, value in before:
-            names[key] = value
-        Decoder.embed, KeyValueCache.compact = embed, compact  # type: ignore[method-assign]
-    for found in (list(_branches(written, trees)), steps, list(_filled(written, steps, times))):
-        if found and [token for _, new in found for token in new][: len(written)] == written:
-            return written, found
-    return written, []
-
-
-def _branches(written: list[int], trees: Sequence[Step]) -> Iterable[Step]:
-    """The steps of trees: after the token of the prompt's own forward, each branch and the target's token after it."""
-    if trees:
-        yield [], written[:1]
-    at = 1
-    for draft, branch in trees:
-        yield draft, (branch + written[at + len(branch) : at + len(branch) + 1])[: len(written) - at]
-        at += len(branch) + 1
-
-
-def _filled(written: list[int], steps: Sequence[Step], times: Sequence[float]) -> Iterable[Step]:
-    """The steps, and for each evaluation between two of them one that drafted nothing."""
-    at, before = 0, 0.0
-    for (draft, new), time in zip(steps, times, strict=True):
-        for _ in range(round(time - before) - 1):
-            yield [], written[at : at + 1]
-            at += 1
-        yield draft, new
-        at, before = at + len(new), time
-    yield from (([], [token]) for token in written[at:])
-
-
+# (all tokens so far, how many may be drafted) -> (draft, its distributions [len(draft), V], or None: q(x) = 1).
 Propose = Callable[[list[int], int], tuple[list[int], "Tensor | None"]]
 
 
@@ -187,16 +96,44 @@ def speculate(
         logits = target.forward([tokens[-1], *draft])
 
 
-def prompt_lookup(tokens: Sequence[int], longest: int, length: int) -> list[int]:
-    """Draft by lookup: what followed the most recent earlier occurrence of the longest n-gram that ends the text.
+def write_plainly(
+    target: Decoder,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    budget: float,
+    temperature: float,
+    rng: torch.Generator | None = None,
+) -> list[int]:
+    """Plain decoding of one prompt: prefill, then one token per evaluation, as `speculate` without drafts."""
+    return speculate(target, prompt, max_new_tokens, budget, temperature, lambda tokens, most: ([], None), rng)
+
+
+def draft_while_sure(
+    after: Callable[[list[int]], Tensor | None],
+    most: int,
+    eos: int,
+    temperature: float,
+    rng: torch.Generator,
+    least: float = 0.0,
+) -> tuple[list[int], Tensor | None]:
+    """A draft written token after token by a cheaper model, greedily or by sampling, as `speculate` asks for one.
+
+    It ends after `most` tokens, with the end-of-sequence token, after the first token of which the model is less sure
+    than `least` (the greatest probability at temperature 1; the token stays in the draft, for it is paid for), or where
+    `after` gives nothing because no budget is left.
 
     Args:
-        longest: greatest n tried, down to 1. length: tokens to draft at most.
+        after: draft so far -> logits [V] of its next token, or None.
     """
-    end = len(tokens)
-    for n in range(min(longest, end - 1), 0, -1):
-        tail = tokens[end - n :]
-        for i in range(end - n - 1, -1, -1):
-            if tokens[i : i + n] == tail:
-                return list(tokens[i + n : i + n + length])
-    return []
+    draft: list[int] = []
+    q: list[Tensor] = []
+    while len(draft) < most and (found := after(draft)) is not None:
+        logits = found.double()
+        if temperature == 0:
+            draft.append(int(logits.argmax()))
+        else:
+            q.append((logits / temperature).softmax(-1))
+            draft.append(draw(q[-1], float(torch.rand((), generator=rng, device=found.device))))
+        if draft[-1] == eos or (least > 0 and float(logits.softmax(-1).max()) < least):
+            break
+    return draft, torch.stack(q) if q else None

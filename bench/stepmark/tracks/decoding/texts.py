@@ -66,7 +66,7 @@ TASKS = (
         batch=4,
         seeds=3,
         smoke_n=2,
-        smoke_rungs=(32,),
+        smoke_rungs=(16,),
         probe=1,
     ),
 )

@@ -7,8 +7,8 @@ from typing import Any
 
 from stepmark.method import Method
 from stepmark.session import Session
-from stepmark.tracks.decoding.decoder import Decoder
-from stepmark.tracks.decoding.speculation import speculate
+from stepmark.tracks.decoding.decoder import Decoder, write_each
+from stepmark.tracks.decoding.speculation import write_plainly
 
 
 class Autoregressive(Method):
@@ -37,12 +37,9 @@ class Autoregressive(Method):
 
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
         """New token ids per prompt."""
-        outputs = []
-        for prompt, room, temperature in zip(
-            batch["prompt"], batch["max_new_tokens"], batch["temperature"], strict=True
-        ):
+
+        def write(prompt: list[int], room: int, temperature: float) -> list[int]:
             target = Decoder(session.networks["target"], len(prompt) + room)
-            outputs.append(
-                speculate(target, prompt, room, rung, temperature, lambda tokens, room: ([], None), session.rng)
-            )
-        return outputs
+            return write_plainly(target, prompt, room, rung, temperature, session.rng)
+
+        return write_each(batch, write)

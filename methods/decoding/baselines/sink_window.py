@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from stepmark.method import Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding.recall import BandCache, HeldDecoder, write_with
+from stepmark.tracks.decoding.decoder import Decoder
+from stepmark.tracks.decoding.held_cache import BandCache, HeldDecoder, write_held
 
 SINKS, WINDOW = 4, 0.2  # first tokens that stay; the window, of the prompt's tokens
 
@@ -34,12 +37,10 @@ class SinkWindow(Method):
 
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
         """New token ids per prompt."""
-        model, outputs = session.networks["target"], []
-        for prompt, room, temperature in zip(
-            batch["prompt"], batch["max_new_tokens"], batch["temperature"], strict=True
-        ):
-            window = max(1, round(WINDOW * len(prompt)) - SINKS)
+
+        def decoder(model: nn.Module, length: int, capacity: int) -> Decoder:
+            window = max(1, round(WINDOW * length) - SINKS)
             cache = BandCache(len(model.model.layers), SINKS, window, model.model.rotary_emb)
-            target = HeldDecoder(model, len(prompt) + room, cache)
-            outputs.append(write_with(target, prompt, room, rung, temperature, session.rng))
-        return outputs
+            return HeldDecoder(model, capacity, cache)
+
+        return write_held(session, batch, rung, decoder)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding.decoder import Decoder
-from stepmark.tracks.decoding.speculation import draw, speculate
+from stepmark.tracks.decoding.decoder import Decoder, write_each
+from stepmark.tracks.decoding.speculation import draft_while_sure, speculate
 
 # Tokens drafted per step, by task: about the acceptance length at which a longer draft stops paying in time.
 DRAFTED = {"sums": 8, "words": 6, "hops": 4, "stories": 8}
@@ -58,28 +57,19 @@ class Speculative(Method):
 
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
         """New token ids per prompt."""
-        outputs = []
-        for prompt, room, temperature in zip(
-            batch["prompt"], batch["max_new_tokens"], batch["temperature"], strict=True
-        ):
-            target = Decoder(session.networks["target"], len(prompt) + room)
-            draft = Decoder(session.networks["draft"], len(prompt) + room)
+
+        def write(prompt: list[int], room: int, temperature: float) -> list[int]:
+            target, small = (Decoder(session.networks[role], len(prompt) + room) for role in ("target", "draft"))
             k = DRAFTED[session.task.dataset]
 
             def propose(tokens: list[int], most: int) -> tuple[list[int], Tensor | None]:
-                draft.rollback(min(draft.length, len(tokens) - 1))
-                written: list[int] = []
-                q: list[Tensor] = []
-                for _ in range(min(k, most)):
-                    logits = draft.forward((tokens + written)[draft.length :], last=1)[0]
-                    if temperature == 0:
-                        written.append(int(logits.argmax()))
-                    else:
-                        q.append((logits.double() / temperature).softmax(-1))
-                        written.append(draw(q[-1], float(torch.rand((), generator=session.rng, device=draft.device))))
-                    if written[-1] == draft.eos:
-                        break
-                return written, torch.stack(q) if q else None
+                small.rollback(min(small.length, len(tokens) - 1))
 
-            outputs.append(speculate(target, prompt, room, rung, temperature, propose, session.rng))
-        return outputs
+                def after(draft: list[int]) -> Tensor:
+                    return small.forward((tokens + draft)[small.length :], last=1)[0]
+
+                return draft_while_sure(after, min(k, most), small.eos, temperature, session.rng)
+
+            return speculate(target, prompt, room, rung, temperature, propose, session.rng)
+
+        return write_each(batch, write)

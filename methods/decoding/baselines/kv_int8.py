@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepmark.method import Method
 from stepmark.session import Session
-from stepmark.tracks.decoding.recall import HeldCache, HeldDecoder, write_with
+from stepmark.tracks.decoding.decoder import Decoder
+from stepmark.tracks.decoding.held_cache import HeldCache, HeldDecoder, write_held
 
 
 class KvInt8(Method):
@@ -25,14 +26,12 @@ class KvInt8(Method):
 
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
         """New token ids per prompt."""
-        model, outputs = session.networks["target"], []
-        for prompt, room, temperature in zip(
-            batch["prompt"], batch["max_new_tokens"], batch["temperature"], strict=True
-        ):
+
+        def decoder(model: nn.Module, length: int, capacity: int) -> Decoder:
             cache = Int8Cache(len(model.model.layers))
-            target = HeldDecoder(model, len(prompt) + room, cache)
-            outputs.append(write_with(target, prompt, room, rung, temperature, session.rng))
-        return outputs
+            return HeldDecoder(model, capacity, cache)
+
+        return write_held(session, batch, rung, decoder)
 
 
 class Int8Cache(HeldCache):

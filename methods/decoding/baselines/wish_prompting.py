@@ -9,7 +9,7 @@ import torch
 
 from stepmark.method import Method
 from stepmark.session import Session
-from stepmark.tracks.decoding.decoder import Decoder
+from stepmark.tracks.decoding.decoder import Decoder, write_each
 from stepmark.tracks.decoding.speculation import draw
 from stepmark.tracks.decoding.texts import nucleus
 
@@ -26,16 +26,14 @@ class WishPrompting(Method):
 
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
         """New token ids per prompt."""
-        outputs = []
-        for prompt, room, temperature in zip(
-            batch["prompt"], batch["max_new_tokens"], batch["temperature"], strict=True
-        ):
+
+        def write(prompt: list[int], room: int, temperature: float) -> list[int]:
             target, written = Decoder(session.networks["target"], len(prompt) + room), list(prompt)
             while True:
                 p = (target.forward(written[target.length :], last=1)[0] / temperature).softmax(-1)
                 u = float(torch.rand((), generator=session.rng, device=target.device))
                 written.append(draw(nucleus(p, TOP_P), u))
                 if written[-1] == target.eos or target.length == len(prompt) + room - 1 or target.spent + 1 > rung:
-                    break
-            outputs.append(written[len(prompt) :])
-        return outputs
+                    return written[len(prompt) :]
+
+        return write_each(batch, write)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding.decoder import Decoder
-from stepmark.tracks.decoding.speculation import prompt_lookup, speculate
+from stepmark.tracks.decoding.decoder import Decoder, write_each
+from stepmark.tracks.decoding.speculation import speculate
+
+LONGEST, LENGTH = 3, 6  # of an n-gram that is looked up; tokens copied at most
 
 
 class PromptLookup(Method):
@@ -50,20 +52,28 @@ class PromptLookup(Method):
 
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
         """New token ids per prompt."""
-        outputs = []
-        for prompt, room, temperature in zip(
-            batch["prompt"], batch["max_new_tokens"], batch["temperature"], strict=True
-        ):
+
+        def write(prompt: list[int], room: int, temperature: float) -> list[int]:
             target = Decoder(session.networks["target"], len(prompt) + room)
-            outputs.append(
-                speculate(
-                    target,
-                    prompt,
-                    room,
-                    rung,
-                    temperature,
-                    lambda tokens, most: (prompt_lookup(tokens, 3, min(6, most)), None),
-                    session.rng,
-                )
-            )
-        return outputs
+
+            def propose(tokens: list[int], most: int) -> tuple[list[int], None]:
+                return prompt_lookup(tokens, LONGEST, min(LENGTH, most)), None
+
+            return speculate(target, prompt, room, rung, temperature, propose, session.rng)
+
+        return write_each(batch, write)
+
+
+def prompt_lookup(tokens: Sequence[int], longest: int, length: int) -> list[int]:
+    """Draft by lookup: what followed the most recent earlier occurrence of the longest n-gram that ends the text.
+
+    Args:
+        longest: greatest n tried, down to 1. length: tokens to draft at most.
+    """
+    end = len(tokens)
+    for n in range(min(longest, end - 1), 0, -1):
+        tail = tokens[end - n :]
+        for i in range(end - n - 1, -1, -1):
+            if tokens[i : i + n] == tail:
+                return list(tokens[i + n : i + n + length])
+    return []

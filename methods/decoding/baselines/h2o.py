@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from stepmark.method import Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding.recall import HeavyHitterCache, HeldDecoder, write_with
+from stepmark.tracks.decoding.decoder import Decoder
+from stepmark.tracks.decoding.held_cache import HeavyHitterCache, HeldDecoder, write_held
 
 HEAVY, RECENT = 0.1, 0.1  # of the prompt's tokens
 
@@ -35,12 +38,10 @@ class H2O(Method):
 
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
         """New token ids per prompt."""
-        model, outputs = session.networks["target"], []
-        for prompt, room, temperature in zip(
-            batch["prompt"], batch["max_new_tokens"], batch["temperature"], strict=True
-        ):
-            heavy, recent = (max(1, round(part * len(prompt))) for part in (HEAVY, RECENT))
+
+        def decoder(model: nn.Module, length: int, capacity: int) -> Decoder:
+            heavy, recent = (max(1, round(part * length)) for part in (HEAVY, RECENT))
             cache = HeavyHitterCache(len(model.model.layers), heavy, recent)
-            target = HeldDecoder(model, len(prompt) + room, cache)
-            outputs.append(write_with(target, prompt, room, rung, temperature, session.rng))
-        return outputs
+            return HeldDecoder(model, capacity, cache)
+
+        return write_held(session, batch, rung, decoder)

@@ -9,7 +9,7 @@ import torch
 
 from stepmark.method import Claim, Method, Paper
 from stepmark.session import Session
-from stepmark.tracks.decoding.decoder import Decoder
+from stepmark.tracks.decoding.decoder import Decoder, write_each
 from stepmark.tracks.decoding.speculation import verify_greedy
 
 WINDOW = 16  # guessed tokens that are refined together
@@ -57,8 +57,8 @@ class Jacobi(Method):
 
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
         """New token ids per prompt."""
-        outputs = []
-        for prompt, room in zip(batch["prompt"], batch["max_new_tokens"], strict=True):
+
+        def write(prompt: list[int], room: int, temperature: float) -> list[int]:
             target = Decoder(session.networks["target"], len(prompt) + room + WINDOW)
             tokens, end = list(prompt), len(prompt) + room
             guesses: list[int] = []
@@ -72,5 +72,6 @@ class Jacobi(Method):
                 target.rollback(len(tokens) - 1)
                 if tokens[-1] == target.eos:
                     break
-            outputs.append(tokens[len(prompt) : end])
-        return outputs
+            return tokens[len(prompt) : end]
+
+        return write_each(batch, write)

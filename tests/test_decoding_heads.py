@@ -1,0 +1,231 @@
+"""Methods that look again or ahead with the target: HARP's second pass, Medusa's heads."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from stepmark import plugins
+from stepmark.meter.counts import Ledger, watch
+from stepmark.tracks.decoding.decoder import Decoder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def tiny(seed: int, layers: int = 3, vocabulary: int = 13, eos: int = 1) -> Any:
+    """A random Llama with 2 query heads on 1 key/value head; weights large enough for texts that wander."""
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=eos,
+        pad_token_id=0,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, 0.4, generator=generator)
+    return model.eval().requires_grad_(False)
+
+
+def greedy_without_cache(model: nn.Module, prompt: list[int], room: int, eos: int = 1) -> list[int]:
+    tokens = list(prompt)
+    with torch.no_grad():
+        while len(tokens) < len(prompt) + room and (len(tokens) == len(prompt) or tokens[-1] != eos):
+            tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@lru_cache
+def truth_of(seed: int) -> tuple[Any, list[int], list[int]]:
+    """A random model of 3 or 4 layers, a prompt, and the first 30 greedy tokens."""
+    model, prompt = tiny(seed, layers=3 + seed % 2), prompt_of(seed)
+    return model, prompt, greedy_without_cache(model, prompt, 30)
+
+
+def load(name: str, **constants: Any) -> Any:
+    """A method with some of its module's constants replaced."""
+    method = plugins.load_class(plugins.methods()[name])()
+    method.run.__globals__.update(constants)
+    return method
+
+
+def run(method: Any, session: Any, prompts: list[list[int]], room: int, budget: int, temperature: float = 0.0) -> Any:
+    n = len(prompts)
+    session.ledger.reset(limit=budget * n)
+    with torch.no_grad():
+        batch = {"prompt": prompts, "max_new_tokens": [room] * n, "temperature": [temperature] * n}
+        return method.run(session, batch, budget)
+
+
+def prompt_of(seed: int, vocabulary: int = 13) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, vocabulary, (3 + seed % 5,), generator=generator).tolist()
+
+
+@pytest.fixture
+def decoders(monkeypatch: pytest.MonkeyPatch) -> list[Decoder]:
+    """Every decoder built while the test runs."""
+    built: list[Decoder] = []
+    original = Decoder.__init__
+
+    def init(self: Decoder, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        built.append(self)
+
+    monkeypatch.setattr(Decoder, "__init__", init)
+    return built
+
+
+def session_of(model: Any, seed: int = 0) -> Any:
+    """What `run` sees, with everything counted as the harness counts it."""
+    ledger = Ledger(bounded=("target",))
+    for part in model.modules():
+        part.__dict__.pop("forward", None)
+    watch(ledger, "target", model, list(model.model.layers))
+    rng = torch.Generator().manual_seed(seed)
+    return SimpleNamespace(networks={"target": model}, state={}, rng=rng, device=torch.device("cpu"), ledger=ledger)
+
+
+# -- HARP -------------------------------------------------------------------------------------------------------------
+
+
+def harp(**settings: float) -> Any:
+    method = load("harp")
+    for name, value in settings.items():
+        setattr(method, name, value)
+    return method
+
+
+def test_harp_without_hesitation_or_without_drops_is_greedy_decoding() -> None:
+    for seed in range(4):
+        model, prompt, truth = truth_of(seed)
+        session = session_of(model)
+        assert run(harp(theta=1e9), session, [prompt], 30, 1000)[0] == truth
+        assert session.ledger.spent == len(truth)
+        assert run(harp(theta=-1.0, delta=0.0), session, [prompt], 30, 1000)[0] == truth
+        assert session.ledger.spent == 2 * len(truth), "not one second pass a token"
+        short = run(harp(theta=-1.0, delta=0.0), session, [prompt], 30, 7)[0]
+        assert short == truth[: len(short)]
+        assert session.ledger.spent <= 7
+
+
+def test_harp_mixes_clean_logits_with_those_of_the_dropped_embeddings() -> None:
+    """Every token is recomputed without caches from the same masks; a second pass that left traces in the cache of the
+    first, or masks of other positions, would change the text."""
+    hesitated = 0
+    for seed in range(4):
+        model, prompt, _ = truth_of(seed)
+        session = session_of(model, seed)
+        got = run(harp(theta=1.5 / math.log(2)), session, [prompt], 20, 1000)[0]
+        rng, tokens = torch.Generator().manual_seed(seed), list(prompt)
+        with torch.no_grad():
+            for token in got:
+                logits = model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+                p = logits.softmax(-1)
+                if float(stats.entropy(p.double().numpy(), base=2)) > 1.5 / math.log(2):
+                    embedded = model.model.embed_tokens(torch.tensor([tokens]))
+                    kept = torch.rand(embedded.shape, generator=rng) >= 0.2
+                    other = model(inputs_embeds=embedded * kept, use_cache=False).logits[0, -1]
+                    logits, hesitated = (logits + other) / 2, hesitated + 1
+                assert token == int(logits.argmax())
+                tokens.append(token)
+    assert hesitated > 5
+
+
+# -- Medusa -----------------------------------------------------------------------------------------------------------
+
+TREE = [(0,), (1,), (0, 0), (2,), (0, 2), (1, 1), (0, 2, 0), (1, 1, 3), (0, 2, 0, 1)]
+
+
+def medusa_session(model: Any, heads: Any) -> Any:
+    session = session_of(model)
+    session.networks["heads"] = heads
+    session.state["tree"] = torch.tensor([[*path, *[-1] * (4 - len(path))] for path in TREE])
+    return session
+
+
+def test_medusa_with_bad_heads_is_greedy_decoding() -> None:
+    kept = 0
+    for seed in range(8):
+        model, prompt, truth = truth_of(seed)
+        method = load("medusa")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            heads = method.run.__globals__["MedusaHeads"](model)
+            for parameter in heads.parameters():
+                parameter.data += 0.3 * torch.randn_like(parameter)
+        session = medusa_session(model, heads)
+        for budget in (1, 2, 5, 9, 1000):
+            got = run(method, session, [prompt], 30, budget)[0]
+            assert got == truth[: len(got)]
+            assert len(got) >= min(budget, len(truth)), "fewer than one token per forward"
+            assert session.ledger.spent <= budget
+        assert got == truth
+        kept += len(got) - int(session.ledger.spent)
+    assert kept > 0, "no guess is ever accepted"
+
+
+@pytest.mark.parametrize("path", [(0, 2, 0, 1), (1, 1, 3), (0, 0), (2,)])
+def test_medusa_keeps_the_whole_branch_that_is_right(path: tuple[int, ...], decoders: list[Decoder]) -> None:
+    """Heads that put the true tokens at the ranks of one branch, and others elsewhere: that branch is kept each time.
+
+    The tokens after a kept branch come from keys and values moved from the tree into place, so wrong positions, a
+    wrong mask or a wrong move would show in the text that follows.
+    """
+    for seed in range(4):
+        model, prompt, truth = truth_of(seed)
+
+        def oracle(hidden: Tensor, prompt: list[int] = prompt, truth: list[int] = truth) -> Tensor:
+            known = decoders[-1].length + 1 - len(prompt)  # new tokens so far
+            logits = torch.randn(1, 4, 13, generator=torch.Generator().manual_seed(known))
+            for k, rank in enumerate(path):
+                token = truth[known + k] if known + k < len(truth) else 5
+                order = [word for word in logits[0, k].argsort(descending=True).tolist() if word != token]
+                order.insert(rank, token)
+                logits[0, k, order] = torch.arange(13, 0, -1.0)
+            return logits
+
+        session = medusa_session(model, oracle)
+        got = run(load("medusa"), session, [prompt], 30, 1000)[0]
+        assert got == truth
+        assert session.ledger.spent <= 1 + -(-(len(truth) - 1) // (len(path) + 1))
+
+
+def test_untrained_medusa_heads_repeat_the_target() -> None:
+    model = tiny(3)
+    heads = load("medusa").run.__globals__["MedusaHeads"](model)
+    hidden = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(heads(hidden), model.lm_head(hidden)[:, None].expand(-1, 4, -1))
+
+
+def test_medusa_tree_holds_the_likeliest_paths() -> None:
+    build = load("medusa").run.__globals__["sparse_tree"]
+    accuracy = torch.rand(3, 4, generator=torch.Generator().manual_seed(2)).sort(dim=1, descending=True).values
+    every = [path for depth in (1, 2, 3) for path in itertools.product(range(4), repeat=depth)]
+    likely = {path: float(np.prod([accuracy[k, r] for k, r in enumerate(path)])) for path in every}
+    tree = build(accuracy, 15)
+    assert set(tree) == set(sorted(every, key=lambda path: -likely[path])[:15])
+    assert all(path[:-1] in tree[:i] or len(path) == 1 for i, path in enumerate(tree)), "a child before its parent"
