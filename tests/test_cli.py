@@ -95,7 +95,8 @@ def test_a_scaffold_filled_in_passes_the_check(elsewhere: Path, capsys: pytest.C
     )
     text = text.replace(
         "from stepmark import Claim",
-        "from itertools import pairwise\nfrom stepmark.tracks.image import Denoiser, ddim_step, uniform_times\n"
+        "from itertools import pairwise\nfrom stepmark.tracks.image.schedules import uniform_times\n"
+        "from stepmark.tracks.image.solvers import Denoiser, ddim_step\n"
         "from stepmark import Claim",
     )
     path.write_text(text)

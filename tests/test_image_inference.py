@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stepmark import backbones
+from stepmark import backbones, plugins
 from stepmark.meter.counts import Ledger, watch
 from stepmark.run import track_of
 from stepmark.session import Session
@@ -25,8 +25,9 @@ SCHEDULE = schedules.Schedule("epsilon")
 
 
 def module_of(method: str) -> Any:
-    """The module of a plugin."""
-    return importlib.import_module(f"stepmark.methods.image.{method}")
+    """The module of a plugin, wherever below its track it stands."""
+    path = plugins.methods()[method].path.relative_to(plugins.method_folders()[0])
+    return importlib.import_module(".".join(("stepmark.methods", *path.with_suffix("").parts)))
 
 
 def session_of(task: str, network: nn.Module | None = None, **more: nn.Module) -> Session:

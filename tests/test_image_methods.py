@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -26,10 +27,9 @@ torch.set_num_threads(1)
 
 
 def module_of(method: str) -> Any:
-    """The module of a plugin, with its helper functions."""
-    import importlib
-
-    return importlib.import_module(f"stepmark.methods.image.{method}")
+    """The module of a plugin, wherever below its track it stands."""
+    path = plugins.methods()[method].path.relative_to(plugins.method_folders()[0])
+    return importlib.import_module(".".join(("stepmark.methods", *path.with_suffix("").parts)))
 
 
 def session_of(task: str, tier: str = "smoke", **networks: nn.Module) -> Session:

@@ -23,8 +23,9 @@ torch.set_num_threads(1)
 
 
 def module_of(method: str) -> Any:
-    """The module of a plugin."""
-    return importlib.import_module(f"stepmark.methods.image.{method}")
+    """The module of a plugin, wherever below its track it stands."""
+    path = plugins.methods()[method].path.relative_to(plugins.method_folders()[0])
+    return importlib.import_module(".".join(("stepmark.methods", *path.with_suffix("").parts)))
 
 
 guided, agd, noised, one_step, slim, naive, c2ot, ot_cfm, points, asbm, dsbm, cfg = (
