@@ -17,7 +17,7 @@ from stepmark.meter.counts import Ledger, watch
 from stepmark.run import track_of
 from stepmark.session import Session
 from stepmark.task import digest_of
-from stepmark.tracks.image import jumps, schedules, solvers
+from stepmark.tracks.image import schedules, solvers
 
 torch.set_num_threads(1)
 
@@ -423,6 +423,9 @@ def test_pictures_of_shades_are_what_they_say() -> None:
 
 
 # --- told where to jump ----------------------------------------------------------------------------------------------
+
+
+jumps = module_of("imm_inference_first")
 
 
 class GaussianFlow(nn.Module):
