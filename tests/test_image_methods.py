@@ -19,6 +19,7 @@ from stepmark import backbones, plugins
 from stepmark.meter.counts import Ledger, watch
 from stepmark.run import track_of
 from stepmark.session import Session
+from stepmark.task import load_split
 from stepmark.tracks.image.metrics import exact_endpoints, sliced_w2
 from stepmark.tracks.image.schedules import Schedule, add_noise, uniform_times
 from stepmark.tracks.image.solvers import Denoiser, ddim_step
@@ -523,7 +524,7 @@ def test_sigmoid_grid_falls_from_one_to_zero(n):
 def test_forward_pairs_invert_and_generate_the_data_again():
     module = module_of("simple_reflow")
     network = backbones.load("digits_flow_a")
-    data = track_of("class_to_image/digits_flow")[0].load_split("digits", "train")
+    data = load_split("digits", "train")
     x0, condition = data["x0"][:40], data["condition"][:40]
     denoise, times = Denoiser(network, condition), uniform_times(20)
     with torch.no_grad():
