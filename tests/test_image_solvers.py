@@ -56,16 +56,16 @@ def across(solver: str, network: nn.Module, n: int) -> Tensor:
     for i, (t, s) in enumerate(pairwise(times)):
         x0, eps = denoise(x, t)
         if solver == "unic" and i > 2:
-            x = solvers.unipc_step(schedule, before, past, t, 2, ahead=x0)
+            x = unipc.unipc_step(schedule, before, past, t, 2, ahead=x0)
         past = [*past, (t, x0 if solver.startswith("uni") else eps)][-3:]
         before = x
         if i < 2:
             for a, b in pairwise(np.linspace(t, s, 9).tolist()):
                 x = solvers.heun_step(denoise, x, a, b)
         elif solver.startswith("uni"):
-            x = solvers.unipc_step(schedule, x, past[-2:], s, 2)
+            x = unipc.unipc_step(schedule, x, past[-2:], s, 2)
         else:
-            weights = solvers.exponential_weights(schedule, [u for u, _ in past], s)
+            weights = deis.exponential_weights(schedule, [u for u, _ in past], s)
             x = schedule.alpha(s) * (
                 x / schedule.alpha(t) + sum(w * e for w, (_, e) in zip(weights, past, strict=True))
             )
@@ -86,7 +86,7 @@ def test_first_order_is_ddim() -> None:
     method = deis.DEIS()
     method.order = 1
     torch.testing.assert_close(method.run(session(network), batch, 5), plain, rtol=1e-4, atol=1e-4)
-    step = solvers.unipc_step(schedules.Schedule("epsilon"), batch["noise"], [(0.6, plain)], 0.4)
+    step = unipc.unipc_step(schedules.Schedule("epsilon"), batch["noise"], [(0.6, plain)], 0.4)
     eps = (batch["noise"] - schedules.Schedule("epsilon").alpha(0.6) * plain) / schedules.Schedule("epsilon").sigma(0.6)
     torch.testing.assert_close(step, solvers.ddim_step(schedules.Schedule("epsilon"), plain, eps, 0.4))
 
@@ -96,7 +96,7 @@ def test_weights_integrate_polynomials_exactly() -> None:
     schedule = schedules.Schedule("epsilon")
     times, s = [0.9, 0.7, 0.6], 0.4
     logs = [-schedule.log_snr(t) for t in times]
-    weights = solvers.exponential_weights(schedule, times, s)
+    weights = deis.exponential_weights(schedule, times, s)
 
     def integral(power: int) -> float:
         grid = np.linspace(logs[-1], -schedule.log_snr(s), 20001)

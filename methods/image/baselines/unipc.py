@@ -1,14 +1,53 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from stepmark import Claim, Method, Paper, Variant
 from stepmark.session import Session
-from stepmark.tracks.image.schedules import uniform_times
-from stepmark.tracks.image.solvers import Denoiser, best_grids, unipc_sample
+from stepmark.tracks.image.schedules import Schedule, uniform_times
+from stepmark.tracks.image.solvers import Denoiser, best_grids
+
+
+def unipc_step(
+    schedule: Schedule,
+    x: Tensor,
+    past: Sequence[tuple[float, Tensor]],
+    s: float,
+    order: int = 2,
+    ahead: Tensor | None = None,
+) -> Tensor:
+    """From x at the time of `past[-1]` to time s: the predictor UniP, or with `ahead` the corrector UniC (Zhao et al.
+    2023, equations 3 and 8, predicted data, B(h) = e^h - 1).
+
+    past: (time, prediction of x0) of the evaluations so far, the latest last; `order` of them are used, and the order
+    falls to the number there is. ahead: prediction of x0 at the predicted point at s. A step of infinite length in
+    log-SNR, from pure noise of a flow or to the data, is of first order and has no corrector.
+    """
+    t, x0 = past[-1]
+    now = schedule.log_snr(t)
+    h = schedule.log_snr(s) - now
+    alpha, phi = schedule.alpha(s), math.expm1(-h)  # phi_1 of the paper times -h, and B(h) of its variant bh2
+    base = (schedule.sigma(s) / schedule.sigma(t)) * x - alpha * phi * x0
+    if math.isinf(h):
+        return base
+    known = [(schedule.log_snr(u), m) for u, m in past[-order:-1] if math.isfinite(schedule.log_snr(u))]
+    points = [((at - now) / h, m) for at, m in reversed(known)] + ([] if ahead is None else [(1.0, ahead)])
+    if not points:
+        return base
+    moments, term = [], phi / -h - 1
+    for k in range(1, len(points) + 1):
+        moments.append(term * math.factorial(k) / phi)
+        term = term / -h - 1 / math.factorial(k + 1)
+    powers = np.vander([r for r, _ in points], increasing=True).T
+    weights = [0.5] if len(points) == 1 else np.linalg.solve(powers, moments).tolist()
+    slopes = [w / r * (m - x0) for w, (r, m) in zip(weights, points, strict=True)]
+    return base - alpha * phi * torch.stack(slopes).sum(0)
 
 
 class UniPC(Method):
@@ -81,8 +120,18 @@ class UniPC(Method):
         return best_grids(session, self.solve) if self.grid == "best" else None
 
     def solve(self, denoise: Denoiser, x: Tensor, times: list[float]) -> Tensor:
-        """Samples [B, ...] from noise x on a grid of times."""
-        return unipc_sample(denoise, x, times, self.order)
+        """Samples [B, ...] from noise x on a grid of times: every evaluation corrects the step that led to it, then
+        predicts the next (algorithm 1).
+        """
+        past: list[tuple[float, Tensor]] = []
+        before = x
+        for t, s in pairwise(times):
+            x0 = denoise(x, t)[0]
+            if past:
+                x = unipc_step(denoise.schedule, before, past, t, self.order, ahead=x0)
+            past = [*past, (t, x0)][-self.order :]
+            before, x = x, unipc_step(denoise.schedule, x, past, s, self.order)
+        return x
 
     @torch.no_grad()
     def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> Tensor:

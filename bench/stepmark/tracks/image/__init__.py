@@ -13,8 +13,8 @@ Modules beside this one, in the order in which they build on each other:
     schedules   `Schedule`: alpha, sigma and log-SNR of a network (`schedule_of`); `add_noise`; conversions between
                 predictions; grids of times for samplers (`uniform_times`, `quadratic_times`, `karras_times`, ...)
     solvers     `Denoiser`: one evaluation of any network, guided or not, as predictions of x0 and eps; single steps of
-                the standard solvers (`ddim_step`, `euler_step`, `heun_step`, `dpm_solver_pp_step`, `unipc_step`,
-                `bridge_step`); `best_grids`: the grid that suits a solver
+                the standard solvers (`ddim_step`, `euler_step`, `heun_step`, `dpm_solver_pp_step`, `bridge_step`);
+                `best_grids`: the grid that suits a solver
     training    `fit`: the loop; `teacher_pairs`; `pseudo_huber`; `PointField` and `fit_coupled`: flow matching on points
     fusing      `fused`: arithmetic that a Triton kernel does on a GPU; `guided_rows`
     patches     `Bands`: a network on several processes, each with a band of every image
