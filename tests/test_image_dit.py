@@ -7,6 +7,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from stepmark.methods.image import ddt
+from stepmark.methods.image.ddt import DecoupledDiT, chosen_steps
 from torch import Tensor, nn
 
 from stepmark import backbones, plugins
@@ -14,9 +16,7 @@ from stepmark.backbones.dit import ConditionalDiT
 from stepmark.cell import track_of
 from stepmark.meter.counts import Ledger, count_flops, watch
 from stepmark.session import Session
-from stepmark.tracks import image
-from stepmark.tracks.image import decoupled, solvers
-from stepmark.tracks.image.decoupled import DecoupledDiT, chosen_steps
+from stepmark.tracks.image import solvers
 from stepmark.tracks.image.schedules import uniform_times
 from stepmark.tracks.image.solvers import euler_step
 
@@ -98,11 +98,11 @@ def test_a_kept_z_leaves_the_encoder_out_and_changes_nothing_at_the_same_point()
     network.encoder[0].register_forward_hook(lambda *_: calls.append(0))
     network.decoder[0].register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
-        samples, states = decoupled.sample_decoupled(network, x, label, 6, [0, 3, 4])
+        samples, states = ddt.sample_decoupled(network, x, label, 6, [0, 3, 4])
     assert (calls.count(0), calls.count(1)) == (3, 6)
     assert [torch.equal(a, b) for a, b in pairwise(states)] == [True, True, False, False, True]
     with torch.no_grad():
-        every = decoupled.sample_decoupled(network, x, label, 6, range(6))[0]
+        every = ddt.sample_decoupled(network, x, label, 6, range(6))[0]
         slow = x
         for u, s in pairwise(uniform_times(6)):
             slow = euler_step(slow, network(slow, torch.full((4,), u), label)[0], u, s)
@@ -128,7 +128,7 @@ def test_the_steps_are_the_best_there_are() -> None:
 
 def test_similarity_is_the_mean_cosine_of_tokens() -> None:
     session, network = ddt_session(), small_decoupled()
-    similarity = decoupled.state_similarity(session, network, 4)
+    similarity = ddt.state_similarity(session, network, 4)
     torch.testing.assert_close(similarity.diagonal(), torch.ones(4))
     torch.testing.assert_close(similarity, similarity.T)
     session.begin("prepare", 4)
@@ -136,7 +136,7 @@ def test_similarity_is_the_mean_cosine_of_tokens() -> None:
     condition = label[torch.randint(len(label), (8,), generator=session.rng)]
     noise = torch.randn(8, 1, 8, 8, generator=session.rng)
     with torch.no_grad():
-        z = decoupled.sample_decoupled(network, noise, condition, 4, range(4))[1]
+        z = ddt.sample_decoupled(network, noise, condition, 4, range(4))[1]
     expected = torch.nn.functional.cosine_similarity(z[0], z[3], dim=-1).mean()
     torch.testing.assert_close(similarity[0, 3], expected)
 
@@ -152,10 +152,11 @@ def test_a_fifth_of_the_encoders_run_wherever_the_steps_are_from(
     network.encoder[0].register_forward_hook(lambda *_: calls.append(len(taken)))
     taken: list[Tensor] = []
     step = solvers.euler_step
-    monkeypatch.setattr(image, "euler_step", lambda *given: taken.append(given[0]) or step(*given))
     found = []
     for name in ("ddt_uniform_fifth", "ddt_fifth"):
         method = plugins.load_class(plugins.methods()[name])()
+        own = type(method).steps.__globals__
+        monkeypatch.setitem(own, "euler_step", lambda *given: taken.append(given[0]) or step(*given))
         if name == "ddt_fifth":
             monkeypatch.setattr(session, "scale", lambda embedded, smoke: (rung,) if smoke == (4,) else smoke)
             session.begin("prepare", 4)
@@ -170,13 +171,24 @@ def test_a_fifth_of_the_encoders_run_wherever_the_steps_are_from(
     assert found[1] == session.state[f"steps_{rung}"].tolist()
 
 
+def test_variants_run_the_encoder_where_they_say() -> None:
+    found = {}
+    for name in ("ddt", "ddt_every_step", "ddt_uniform"):
+        method, session = plugins.load_class(plugins.methods()[name])(), ddt_session()
+        session.begin("prepare", 4)
+        session.state = method.prepare(session) or {}
+        found[name] = method.steps(session, 4)
+    assert found["ddt_every_step"] == [0, 1, 2, 3] and found["ddt_uniform"] == [0, 2]
+    assert len(found["ddt"]) == 2 and found["ddt"][0] == 0
+
+
 def test_half_the_encoders_cost_less_than_three_quarters() -> None:
     ledger = Ledger()
     network = watch(ledger, "ddt", lively(DecoupledDiT(8, 1, 10)))
     batch, spent = batch_of(2), []
     for steps in (range(10), range(0, 10, 2), range(0, 10, 5)):
         with torch.no_grad(), count_flops(ledger, [network]) as flops:
-            decoupled.sample_decoupled(network, batch["noise"], batch["condition"], 10, steps)
+            ddt.sample_decoupled(network, batch["noise"], batch["condition"], 10, steps)
         spent.append(flops.total)
     assert 0.6 < spent[1] / spent[0] < 0.75
     assert 0.4 < spent[2] / spent[0] < 0.55
@@ -207,7 +219,7 @@ def test_training_lowers_the_loss_and_aligns_encoder_tokens_to_the_clean_image(m
         eps, t = torch.randn(x0.shape, generator=session.rng), torch.full((64,), 0.5)
         for trained in (False, True):
             if trained:
-                decoupled.fit_decoupled(session, network, weight=weight)
+                ddt.fit_decoupled(session, weight=weight)
             with torch.no_grad():
                 v = network(0.5 * (x0 + eps), t, label)[0]
             errors.append(float((v - eps + x0).square().mean()))

@@ -17,7 +17,7 @@ from stepmark.cell import track_of
 from stepmark.meter.counts import Ledger, watch
 from stepmark.session import Session
 from stepmark.task import digest_of
-from stepmark.tracks.image import jumps, schedules, solvers
+from stepmark.tracks.image import schedules, solvers
 
 torch.set_num_threads(1)
 
@@ -25,8 +25,9 @@ SCHEDULE = schedules.Schedule("epsilon")
 
 
 def module_of(method: str) -> Any:
-    """The module of a plugin."""
-    return importlib.import_module(f"stepmark.methods.image.{method}")
+    """The module of a plugin, wherever below its track it stands."""
+    path = plugins.methods()[method].path.relative_to(plugins.method_folders()[0])
+    return importlib.import_module(".".join(("stepmark.methods", *path.with_suffix("").parts)))
 
 
 def session_of(task: str, network: nn.Module | None = None, **more: nn.Module) -> Session:
@@ -270,7 +271,7 @@ def test_without_weight_it_is_the_ancestral_chain_bit_for_bit() -> None:
     batch, session = batch_of(40, (2,), 1), session_of("minority/rare_eps", guide=minority.Guide())
     method = minority.SelfGuidedMinority()
     assert method.steps(64) == 45
-    plain = module_of("baselines.ancestral").Ancestral().run(session, batch, 45)
+    plain = module_of("ancestral").Ancestral().run(session, batch, 45)
     method.weight = 0.0
     session.begin("run", 1)
     assert torch.equal(method.run(session, batch, 64), plain)
@@ -283,7 +284,7 @@ def test_guidance_finds_the_rare_among_the_data_and_pays_for_it() -> None:
     asked = session._ledger.evaluations()
     assert asked == {"teacher": 2000 * (45 + 9), "guide": 2000 * 9}  # a pass backwards is an evaluation
     session.begin("run", 1, 64 * 2000)
-    plain = module_of("baselines.ancestral").Ancestral().run(session, batch, 64)
+    plain = module_of("ancestral").Ancestral().run(session, batch, 64)
     task, rows = track_of("minority/rare_eps")[1], np.arange(2000)[None]
     figures = [track_of(task.id)[0].score(task, batch, points, {}, rows) for points in (found, plain)]
     guided, usual = ({name: score.value for name, score in each.items()} for each in figures)
@@ -296,7 +297,7 @@ def test_guidance_finds_the_rare_among_the_data_and_pays_for_it() -> None:
 def test_ancestral_steps_draw_from_the_posterior() -> None:
     """On Gaussian data the chain keeps the variance of the data, and forgets the noise that it began with."""
     batch, session = batch_of(4000, (2,), 1), session_of("minority/rare_eps", Gaussian())
-    found = module_of("baselines.ancestral").Ancestral().run(session, batch, 800)
+    found = module_of("ancestral").Ancestral().run(session, batch, 800)
     assert float(found.std()) == pytest.approx(0.5, rel=0.02)
     start = torch.stack([found.flatten(), batch["noise"].flatten()])
     assert abs(float(torch.corrcoef(start)[0, 1])) < 0.05
@@ -440,6 +441,9 @@ def test_pictures_of_shades_are_what_they_say() -> None:
 
 
 # --- told where to jump ----------------------------------------------------------------------------------------------
+
+
+jumps = module_of("imm_inference_first")
 
 
 class GaussianFlow(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from stepmark import backbones, plugins
 from stepmark.cell import track_of
 from stepmark.meter.counts import Ledger, watch
 from stepmark.session import Session
+from stepmark.task import load_split
 from stepmark.tracks.image.metrics import exact_endpoints, sliced_w2
 from stepmark.tracks.image.schedules import Schedule, add_noise, uniform_times
 from stepmark.tracks.image.solvers import Denoiser, ddim_step
@@ -26,10 +28,9 @@ torch.set_num_threads(1)
 
 
 def module_of(method: str) -> Any:
-    """The module of a plugin, with its helper functions."""
-    import importlib
-
-    return importlib.import_module(f"stepmark.methods.image.{method}")
+    """The module of a plugin, wherever below its track it stands."""
+    path = plugins.methods()[method].path.relative_to(plugins.method_folders()[0])
+    return importlib.import_module(".".join(("stepmark.methods", *path.with_suffix("").parts)))
 
 
 def session_of(task: str, tier: str = "smoke", **networks: nn.Module) -> Session:
@@ -523,7 +524,7 @@ def test_sigmoid_grid_falls_from_one_to_zero(n):
 def test_forward_pairs_invert_and_generate_the_data_again():
     module = module_of("simple_reflow")
     network = backbones.load("digits_flow_a")
-    data = track_of("class_to_image/digits_flow")[0].load_split("digits", "train")
+    data = load_split("digits", "train")
     x0, condition = data["x0"][:40], data["condition"][:40]
     denoise, times = Denoiser(network, condition), uniform_times(20)
     with torch.no_grad():

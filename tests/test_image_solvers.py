@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stepmark import backbones
+from stepmark import backbones, plugins
 from stepmark.tracks.image import metrics, schedules, solvers
 
 torch.set_num_threads(1)
@@ -20,8 +20,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*"
 
 
 def module_of(method: str) -> Any:
-    """The module of a plugin."""
-    return importlib.import_module(f"stepmark.methods.image.{method}")
+    """The module of a plugin, wherever below its track it stands."""
+    path = plugins.methods()[method].path.relative_to(plugins.method_folders()[0])
+    return importlib.import_module(".".join(("stepmark.methods", *path.with_suffix("").parts)))
+
+
+def method_of(method: str) -> Any:
+    """A method or variant, as the harness makes it."""
+    return plugins.load_class(plugins.methods()[method])()
 
 
 unipc, deis = module_of("unipc"), module_of("deis")
@@ -50,16 +56,16 @@ def across(solver: str, network: nn.Module, n: int) -> Tensor:
     for i, (t, s) in enumerate(pairwise(times)):
         x0, eps = denoise(x, t)
         if solver == "unic" and i > 2:
-            x = solvers.unipc_step(schedule, before, past, t, 2, ahead=x0)
+            x = unipc.unipc_step(schedule, before, past, t, 2, ahead=x0)
         past = [*past, (t, x0 if solver.startswith("uni") else eps)][-3:]
         before = x
         if i < 2:
             for a, b in pairwise(np.linspace(t, s, 9).tolist()):
                 x = solvers.heun_step(denoise, x, a, b)
         elif solver.startswith("uni"):
-            x = solvers.unipc_step(schedule, x, past[-2:], s, 2)
+            x = unipc.unipc_step(schedule, x, past[-2:], s, 2)
         else:
-            weights = solvers.exponential_weights(schedule, [u for u, _ in past], s)
+            weights = deis.exponential_weights(schedule, [u for u, _ in past], s)
             x = schedule.alpha(s) * (
                 x / schedule.alpha(t) + sum(w * e for w, (_, e) in zip(weights, past, strict=True))
             )
@@ -80,7 +86,7 @@ def test_first_order_is_ddim() -> None:
     method = deis.DEIS()
     method.order = 1
     torch.testing.assert_close(method.run(session(network), batch, 5), plain, rtol=1e-4, atol=1e-4)
-    step = solvers.unipc_step(schedules.Schedule("epsilon"), batch["noise"], [(0.6, plain)], 0.4)
+    step = unipc.unipc_step(schedules.Schedule("epsilon"), batch["noise"], [(0.6, plain)], 0.4)
     eps = (batch["noise"] - schedules.Schedule("epsilon").alpha(0.6) * plain) / schedules.Schedule("epsilon").sigma(0.6)
     torch.testing.assert_close(step, solvers.ddim_step(schedules.Schedule("epsilon"), plain, eps, 0.4))
 
@@ -90,7 +96,7 @@ def test_weights_integrate_polynomials_exactly() -> None:
     schedule = schedules.Schedule("epsilon")
     times, s = [0.9, 0.7, 0.6], 0.4
     logs = [-schedule.log_snr(t) for t in times]
-    weights = solvers.exponential_weights(schedule, times, s)
+    weights = deis.exponential_weights(schedule, times, s)
 
     def integral(power: int) -> float:
         grid = np.linspace(logs[-1], -schedule.log_snr(s), 20001)
@@ -155,7 +161,7 @@ def test_edm_heun_spends_its_rung_on_the_karras_grid() -> None:
     """Second order on the exact scores: the error to the exact end falls by about four when the evaluations double."""
     network, batch = backbones.load("mixtures_eps"), batch_of(200, (2,), 2)
     exact = metrics.exact_endpoints(network, batch["noise"], batch["condition"], 512)
-    method, errors, calls = module_of("edm_heun").EDMHeun(), [], []
+    method, errors, calls = method_of("edm_heun"), [], []
 
     class Counting(nn.Module):
         prediction = "epsilon"
@@ -175,18 +181,19 @@ def test_edm_heun_spends_its_rung_on_the_karras_grid() -> None:
 @pytest.mark.parametrize("name", ["ddim", "dpm_solver_pp", "unipc", "deis"])
 def test_on_equal_steps_a_solver_with_its_own_grid_is_the_plain_one(name: str) -> None:
     network, batch = backbones.load("digits_eps_a"), batch_of(10)
-    plain = {"ddim": "DDIM", "dpm_solver_pp": "DPMSolverPP", "unipc": "UniPC", "deis": "DEIS"}[name]
     ours = session(network)
-    expected = getattr(module_of(name), plain)().run(ours, batch, 6)
+    assert method_of(name).prepare(ours) is None, "a solver on equal steps has nothing to prepare"
+    expected = method_of(name).run(ours, batch, 6)
     ours.state = {"times_6": torch.tensor(schedules.uniform_times(6), dtype=torch.float64)}
-    found = getattr(module_of(f"{name}_best_grid"), f"{plain}BestGrid")().run(ours, batch, 6)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(method_of(f"{name}_best_grid").run(ours, batch, 6), expected)
+    ours.state = {"times_6": torch.tensor(schedules.leading_times(6), dtype=torch.float64)}
+    assert not torch.allclose(method_of(f"{name}_best_grid").run(ours, batch, 6), expected)
 
 
 def test_the_best_grid_is_the_one_that_ends_nearest() -> None:
     """Every grid is tried by hand on other noises: the chosen one is the best or as good as the best."""
     network = backbones.load("mixtures_eps")
-    method = module_of("ddim_best_grid").DDIMBestGrid()
+    method = method_of("ddim_best_grid")
     label = torch.arange(400) % 2
     ours = SimpleNamespace(
         networks={"teacher": network},

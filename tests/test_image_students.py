@@ -23,15 +23,20 @@ torch.set_num_threads(1)
 
 
 def module_of(method: str) -> Any:
-    """The module of a plugin."""
-    return importlib.import_module(f"stepmark.methods.image.{method}")
+    """The module of a plugin, wherever below its track it stands."""
+    path = plugins.methods()[method].path.relative_to(plugins.method_folders()[0])
+    return importlib.import_module(".".join(("stepmark.methods", *path.with_suffix("").parts)))
 
 
-guided, agd, one_step, slim, naive, c2ot, ot_cfm, points, asbm, dsbm, cfg = (
+def method_of(method: str) -> Any:
+    """A method or variant, as the harness makes it."""
+    return plugins.load_class(plugins.methods()[method])()
+
+
+guided, agd, slim, c2ot, ot_cfm, points, asbm, dsbm, cfg = (
     module_of(name)
     for name in (
-        "guided_distillation", "agd", "one_step_regression", "slimflow", "slimflow_naive",
-        "c2ot", "ot_cfm", "flow_matching_points", "asbm", "dsbm", "baselines.ddim_cfg",
+        "guided_distillation", "agd", "slimflow", "c2ot", "ot_cfm", "flow_matching_points", "asbm", "dsbm", "ddim_cfg",
     )
 )  # fmt: skip
 DIGITS, GUIDED, POINTS = "class_to_image/digits_flow", "guided/digits_flow", "sampling/mixtures_flow"
@@ -341,19 +346,44 @@ def test_distillation_is_guided_by_two_steps_of_the_annealed_flow(monkeypatch: p
         monkeypatch.setattr(slim, "fit", lambda session, network, loss, *_, losses=losses: losses.append(loss().item()))
         method.prepare(session)
         found[bend] = losses[1]
+        method.anneal, method.guided = 0.0, False  # the naive way
+        method.prepare(session)
+        assert losses[3] < 1e-4, "the stored pairs are straight whatever the flow"
     assert found[0.0] < 1e-4
     assert found[0.5] > 0.1
 
 
-@pytest.mark.parametrize("module", [one_step, slim, naive])
-def test_one_evaluation_whatever_the_budget(module: Any) -> None:
-    method = next(
-        value() for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__
-    )
+def test_the_naive_way_learns_the_teachers_pairs_from_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that knows the one stored noise has no loss on the pairs, and as annealing begins, on random ones, much."""
+    noise = batch_of(1, (1, 8, 8), 10)["noise"].expand(64, -1, -1, -1)
+    pairs = (noise, torch.zeros_like(noise), torch.zeros(64, dtype=torch.int64))
+
+    class Known(nn.Module):
+        prediction = "flow"
+
+        def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+            return noise[:1].expand_as(x)
+
+    monkeypatch.setattr(slim, "teacher_pairs", lambda *_: pairs)
+    first = {}
+    for name in ("slimflow", "slimflow_naive"):
+        method, session, losses = slim.SlimFlow(), session_of(DIGITS), []
+        vars(method).update(plugins.methods()[name].overrides)
+        session.networks["student"] = Known()
+        monkeypatch.setattr(slim, "fit", lambda session, network, loss, *_, losses=losses: losses.append(loss().item()))
+        method.prepare(session)
+        first[name] = losses[0]
+    assert first["slimflow_naive"] < 1e-6
+    assert first["slimflow"] > 0.5
+
+
+@pytest.mark.parametrize("name", ["one_step_regression", "slimflow", "slimflow_naive"])
+def test_one_evaluation_whatever_the_budget(name: str) -> None:
+    method = method_of(name)
     session, batch = session_of(DIGITS, method), batch_of(10, (1, 8, 8), 10)
     student = session.networks["student"].eval().requires_grad_(False)
     teacher = sum(p.numel() for p in session.networks["teacher"].parameters())
-    assert module is one_step or sum(p.numel() for p in student.parameters()) < 0.3 * teacher
+    assert name == "one_step_regression" or sum(p.numel() for p in student.parameters()) < 0.3 * teacher
     session.begin("run", 1, 10)
     found = method.run(session, batch, 1)
     assert session.spent == 10

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from stepmark.datasets import digits, mixtures, shapes16
-from stepmark.methods.image.ddim import DDIM
-from stepmark.methods.image.dpm_solver_pp import DPMSolverPP
-from stepmark.methods.image.euler import Euler
-from stepmark.methods.image.heun import Heun
+from stepmark.methods.image.baselines.ddim import DDIM
+from stepmark.methods.image.baselines.dpm_solver_pp import DPMSolverPP
+from stepmark.methods.image.baselines.euler import Euler
+from stepmark.methods.image.baselines.heun import Heun
 from torch import Tensor, nn
 
 from stepmark import backbones

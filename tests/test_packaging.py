@@ -17,11 +17,11 @@ ROOT = plugins.checkout()
 pytestmark = pytest.mark.skipif(ROOT is None, reason="needs a checkout")
 
 WHERE = """
-import datasets, lm_eval, diffusers, transformers, stepmark.methods.image.ddim, stepmark.datasets.digits
+import datasets, lm_eval, diffusers, transformers, stepmark.methods.image.baselines.ddim, stepmark.datasets.digits
 for module in (datasets, lm_eval, diffusers, transformers):
     assert "site-packages" in module.__file__, module.__file__
 print(stepmark.__file__)
-print(stepmark.methods.image.ddim.__file__)
+print(stepmark.methods.image.baselines.ddim.__file__)
 print(stepmark.datasets.digits.__file__)
 """
 
@@ -49,19 +49,19 @@ def test_the_root_imports_the_real_packages_and_ours() -> None:
     found = python(WHERE, cwd=ROOT)
     assert found == [
         str(ROOT / "bench/stepmark/__init__.py"),
-        str(ROOT / "methods/image/ddim.py"),
+        str(ROOT / "methods/image/baselines/ddim.py"),
         str(ROOT / "datasets/digits.py"),
     ]
 
 
 def test_pytest_imports_the_same_modules() -> None:
-    import stepmark.methods.image.ddim as ddim
+    import stepmark.methods.image.baselines.ddim as ddim
 
     import stepmark
 
     assert ROOT is not None
     assert Path(stepmark.__file__) == ROOT / "bench/stepmark/__init__.py"
-    assert Path(ddim.__file__) == ROOT / "methods/image/ddim.py"
+    assert Path(ddim.__file__) == ROOT / "methods/image/baselines/ddim.py"
 
 
 def test_a_wheel_holds_the_plugins_and_finds_them(tmp_path: Path) -> None:
@@ -76,9 +76,9 @@ def test_a_wheel_holds_the_plugins_and_finds_them(tmp_path: Path) -> None:
         archive.extractall(unpacked)
     code = """
 import sys
-import stepmark, stepmark.methods.image.ddim, stepmark.datasets.digits
+import stepmark, stepmark.methods.image.baselines.ddim, stepmark.datasets.digits
 from stepmark import plugins
-print(stepmark.__file__, stepmark.methods.image.ddim.__file__, stepmark.datasets.digits.__file__)
+print(stepmark.__file__, stepmark.methods.image.baselines.ddim.__file__, stepmark.datasets.digits.__file__)
 print(*sorted(plugins.methods()))
 from stepmark import backbones
 print(len(backbones.manifest()))
@@ -87,7 +87,7 @@ print(len(backbones.manifest()))
     inside = unpacked / "stepmark"
     assert found[:3] == [
         str(inside / "__init__.py"),
-        str(inside / "methods/image/ddim.py"),
+        str(inside / "methods/image/baselines/ddim.py"),
         str(inside / "datasets/digits.py"),
     ]
     assert found[3:-1] == sorted(plugins.methods())

@@ -152,7 +152,7 @@ def test_a_release_is_frozen_and_unpacked_where_it_was(place: Place, tmp_path: P
 
 @pytest.mark.parametrize(
     ("status", "words"),
-    [(" M methods/image/ddim.py", "differs from its commit in 1 files"), (None, "no git repository")],
+    [(" M methods/image/baselines/ddim.py", "differs from its commit in 1 files"), (None, "no git repository")],
 )
 def test_a_changed_tree_is_refused_or_said(place: Place, status: str | None, words: str) -> None:
     place.status = status

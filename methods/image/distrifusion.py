@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from stepmark import Claim, Method, Paper
+from stepmark import Claim, Method, Paper, Variant
 from stepmark.session import Session
 from stepmark.tracks.image.patches import Bands
 from stepmark.tracks.image.schedules import uniform_times
@@ -30,6 +30,11 @@ class DistriFusion(Method):
 
     The bands live in two processes, which Stepmark starts, and exchange tensors through `session.group`, which counts the
     bytes. An evaluation of half an image counts half.
+
+    The two ends that it is measured against (section 4.1, figure 3): `naive_patches` samples each band as if it were an
+    image of its own that only knows where in the whole it lies, with zeros beyond the border, attention within the band
+    and its own moments in group norms, and puts the finished bands together; `synchronous_patches` takes everything from
+    the same step, so that the image is that of one device up to rounding, and waits for every exchange.
 
     Differs from the paper: keys and values, and the bands next to each other, are sent to those that use them, while the
     authors gather the borders of convolutions everywhere; the variance of a group norm is the biased one, so that a
@@ -83,12 +88,40 @@ class DistriFusion(Method):
     )
 
     ranks = 2
-    warm_up = 0.1
+    reach = "all"  # whose keys, values, rows and moments a band sees (`Bands`)
+    warm_up = 0.1  # share of the steps that are synchronous
+    variants = (
+        Variant(
+            "naive_patches",
+            says="Naive patches: bands of an image on several devices that know nothing of each other",
+            reach="none",
+            warm_up=1.0,
+            baselines=("euler",),
+            claims=(
+                Claim(
+                    "fd[naive_patches,16] > 1.1 * fd[euler,16]", says="bands that know nothing of each other do not fit"
+                ),
+            ),
+        ),
+        Variant(
+            "synchronous_patches",
+            says="Synchronous patch parallelism: bands on several devices, which wait for each other in every layer",
+            warm_up=1.0,
+            baselines=("euler",),
+            claims=(
+                Claim(
+                    "abs(fd[synchronous_patches,16] - fd[euler,16]) <= 0.001 * fd[euler,16] and "
+                    "rank_flops[synchronous_patches,16] <= 0.6 * flops[euler,16]",
+                    says="the images are those of one device, for little more than half of the work on each of two",
+                ),
+            ),
+        ),
+    )
 
     @torch.no_grad()
     def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> Tensor:
         network = session.networks["teacher"]
-        denoise, bands = Denoiser(network, batch["condition"]), Bands(session.group)
+        denoise, bands = Denoiser(network, batch["condition"]), Bands(session.group, self.reach)
         x = bands.own(batch["noise"])
         with bands.on(network):
             for step, (t, s) in enumerate(pairwise(uniform_times(rung))):

@@ -68,7 +68,7 @@ class PCPP(Method):
     @torch.no_grad()
     def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> Tensor:
         network = session.networks["teacher"]
-        denoise, bands = Denoiser(network, batch["condition"]), Bands(session.group, reach=self.fraction)
+        denoise, bands = Denoiser(network, batch["condition"]), Bands(session.group, self.fraction)
         x = bands.own(batch["noise"])
         with bands.on(network):
             for step, (t, s) in enumerate(pairwise(uniform_times(rung))):

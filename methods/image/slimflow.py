@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from stepmark import Claim, Method, Paper
+from stepmark import Claim, Method, Paper, Variant
 from stepmark.backbones.unet import ConditionalUNet
 from stepmark.session import Session
 from stepmark.tracks.image.schedules import add_noise, schedule_of
@@ -47,6 +47,10 @@ class SlimFlow(Method):
     The second term is computed as training goes, from fresh noise, and makes up for a limited number of stored pairs.
     One evaluation of the small network makes a sample, whatever the budget.
 
+    `slimflow_naive` is the paper's baseline, with the same network, pairs, steps and distance: reflow from scratch on the
+    teacher's pairs from the first step, without a way from random pairs to them (b = 0), and then distillation on the
+    stored pairs alone, loss = d(F(eps), x0).
+
     Differs from the paper: b falls linearly over the first 60 % of the steps; digits are not mirrored; d is the
     pseudo-Huber distance (no perceptual one on 8x8 images). Both of Euler's steps are the frozen flow's; the
     released code takes the first along the student's own prediction.
@@ -77,7 +81,18 @@ class SlimFlow(Method):
     )
 
     pairs, solver_steps, batch = 6000, 20, 64
-    reflow_steps, anneal, distil_steps, rate = 1600, 0.6, 1000, 2e-3
+    reflow_steps, distil_steps, rate = 1600, 1000, 2e-3
+    anneal = 0.6  # share of the reflow after which b is zero; 0: it is zero from the start
+    guided = True  # whether the flow teaches the student on fresh noise too
+    variants = (
+        Variant(
+            "slimflow_naive",
+            says="The naive way to a small one-step student: reflow from scratch, then distillation, on stored pairs alone",
+            anneal=0.0,
+            guided=False,
+            baselines=(),
+        ),
+    )
 
     def networks(self, session: Session) -> dict[str, nn.Module]:
         return {"student": small_network(session)}
@@ -88,30 +103,36 @@ class SlimFlow(Method):
         eps, x0, condition = teacher_pairs(session, n, session.scale(self.solver_steps, 2))
         schedule, done = schedule_of(student), iter(range(steps))
 
-        def draw() -> tuple[Tensor, Tensor]:
-            pick = torch.randint(n, (self.batch,), generator=rng, device=device)
-            return pick, torch.randn(x0[pick].shape, generator=rng, device=device)
+        def draw() -> Tensor:
+            return torch.randint(n, (self.batch,), generator=rng, device=device)
+
+        def fresh() -> Tensor:
+            return torch.randn(self.batch, *x0.shape[1:], generator=rng, device=device)
 
         def reflow() -> Tensor:
-            pick, fresh = draw()
-            noise = annealed(eps[pick], fresh, max(0.0, 1 - next(done) / (self.anneal * steps)))
+            pick = draw()
+            noise = eps[pick]
+            if self.anneal:
+                noise = annealed(noise, fresh(), max(0.0, 1 - next(done) / (self.anneal * steps)))
             t = torch.rand(self.batch, generator=rng, device=device)
             v = student(add_noise(schedule, x0[pick], noise, t), t, condition[pick])
             return (x0[pick] - noise + v).square().mean()
 
-        fit(session, student, reflow, steps, self.rate)
-        flow = session.clone("student").eval().requires_grad_(False)
-
         def distil() -> Tensor:
-            pick, fresh = draw()
+            pick = draw()
             stored = pseudo_huber(self.sample(student, eps[pick], condition[pick]), x0[pick])
+            if not self.guided:
+                return stored
+            noise = fresh()
             middle = 0.2 + 0.6 * torch.rand(self.batch, generator=rng, device=device)
             one, zero = torch.ones_like(middle), torch.zeros_like(middle)
             with torch.no_grad():
-                target = jump(flow, fresh, one, middle, condition[pick])
+                target = jump(flow, noise, one, middle, condition[pick])
                 target = jump(flow, target, middle, zero, condition[pick])
-            return stored + pseudo_huber(self.sample(student, fresh, condition[pick]), target)
+            return stored + pseudo_huber(self.sample(student, noise, condition[pick]), target)
 
+        fit(session, student, reflow, steps, self.rate)
+        flow = session.clone("student").eval().requires_grad_(False)
         fit(session, student, distil, session.scale(self.distil_steps, 4), self.rate / 2)
 
     @staticmethod

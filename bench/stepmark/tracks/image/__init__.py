@@ -2,12 +2,25 @@
 
 A rung is a number of function evaluations (NFE) per item; classifier-free guidance evaluates two rows per item and
 counts twice. `run` receives {"noise": [B, ...], "condition": int64 [B] or [B, slots]} and returns samples shaped like
-the noise. All methods get the same noise for a seed, so that their figures are paired.
+the noise: one finite floating tensor. All methods get the same noise for a seed, so that their figures are paired.
 
-Time runs from t = 1 (pure noise) to t = 0 (data), x_t = alpha(t) x0 + sigma(t) eps, with `Schedule` for alpha, sigma
-and log-SNR, grids of times for samplers (`uniform_times`, `karras_times`, ...), a `Denoiser` that turns one evaluation
-of any network into predictions of x0 and eps, and single steps of the standard solvers (`ddim_step`, `heun_step`,
-`dpm_solver_pp_step`).
+Time runs from t = 1 (pure noise) to t = 0 (data), x_t = alpha(t) x0 + sigma(t) eps. "flow" networks predict the velocity
+eps - x0 of straight paths, "epsilon" networks the noise of a variance-preserving path. `session.networks["teacher"]` is
+called as network(x, time, condition).
+
+Modules beside this one, in the order in which they build on each other:
+
+    schedules   `Schedule`: alpha, sigma and log-SNR of a network (`schedule_of`); `add_noise`; conversions between
+                predictions; grids of times for samplers (`uniform_times`, `quadratic_times`, `karras_times`, ...)
+    solvers     `Denoiser`: one evaluation of any network, guided or not, as predictions of x0 and eps; single steps of
+                the standard solvers (`ddim_step`, `euler_step`, `heun_step`, `dpm_solver_pp_step`, `bridge_step`);
+                `best_grids`: the grid that suits a solver
+    training    `fit`: the loop; `teacher_pairs`; `pseudo_huber`; `PointField` and `fit_coupled`: flow matching on points
+    fusing      `fused`: arithmetic that a Triton kernel does on a GPU; `guided_rows`
+    patches     `Bands`: a network on several processes, each with a band of every image
+    metrics     Frechet and sliced Wasserstein distance, exact endpoints
+
+Every other module with TASKS of its own holds tasks whose inputs or metrics are its own, and what their methods share.
 """
 
 from __future__ import annotations
@@ -22,151 +35,75 @@ from torch import Tensor, nn
 
 from stepmark.task import BadOutput, Score, Task, harness_only
 from stepmark.tracks.image.metrics import (
-    _features,
-    _reference_moments,
-    _score_points,
+    classifier_features,
     frechet_distance,
     frechet_resampled,
     moments,
+    reference_moments,
+    score_points,
 )
 from stepmark.tracks.image.solvers import Denoiser
 
+# fmt: off
 TASKS = (
     Task(
-        id="sampling/mixtures_flow",
-        version=1,
+        id="sampling/mixtures_flow", version=1, dataset="mixtures",
         summary="Sample two 2-D Gaussian mixtures with the exact velocity field",
-        dataset="mixtures",
-        backbones={"teacher": "mixtures_flow"},
-        reference="teacher",
-        unit="NFE",
-        rungs=(1, 2, 4, 8, 16, 32, 64),
-        metrics={"sliced_w2": "lower", "endpoint_error": "lower"},
-        n=2000,
-        batch=2000,
-        seeds=3,
-        smoke_n=64,
-        smoke_rungs=(4,),
+        backbones={"teacher": "mixtures_flow"}, reference="teacher",
+        unit="NFE", rungs=(1, 2, 4, 8, 16, 32, 64), metrics={"sliced_w2": "lower", "endpoint_error": "lower"},
+        n=2000, batch=2000, seeds=3, smoke_n=64, smoke_rungs=(4,),
     ),
     Task(
-        id="sampling/mixtures_eps",
-        version=1,
+        id="sampling/mixtures_eps", version=1, dataset="mixtures",
         summary="Sample two 2-D Gaussian mixtures with the exact noise prediction, variance-preserving path",
-        dataset="mixtures",
-        backbones={"teacher": "mixtures_eps"},
-        reference="teacher",
-        unit="NFE",
-        rungs=(1, 2, 4, 8, 16, 32, 64),
-        metrics={"sliced_w2": "lower", "endpoint_error": "lower"},
-        n=2000,
-        batch=2000,
-        seeds=3,
-        smoke_n=64,
-        smoke_rungs=(4,),
+        backbones={"teacher": "mixtures_eps"}, reference="teacher",
+        unit="NFE", rungs=(1, 2, 4, 8, 16, 32, 64), metrics={"sliced_w2": "lower", "endpoint_error": "lower"},
+        n=2000, batch=2000, seeds=3, smoke_n=64, smoke_rungs=(4,),
     ),
     Task(
-        id="class_to_image/digits_flow",
-        version=1,
+        id="class_to_image/digits_flow", version=1, dataset="digits",
         summary="8x8 digits by class, rectified-flow teacher",
-        dataset="digits",
-        backbones={"teacher": "digits_flow_a"},
-        judges={"classifier": "digits_classifier"},
-        reference="teacher",
-        unit="NFE",
-        rungs=(1, 2, 4, 8, 9, 16, 50),
-        metrics={"fd": "lower"},
-        n=2000,
-        batch=100,
-        seeds=3,
-        smoke_n=64,
-        smoke_rungs=(4,),
+        backbones={"teacher": "digits_flow_a"}, judges={"classifier": "digits_classifier"}, reference="teacher",
+        unit="NFE", rungs=(1, 2, 4, 8, 9, 16, 50), metrics={"fd": "lower"},
+        n=2000, batch=100, seeds=3, smoke_n=16, smoke_rungs=(4,),
     ),
     Task(
-        id="class_to_image/digits_flow_b",
-        version=1,
+        id="class_to_image/digits_flow_b", version=1, dataset="digits",
         summary="8x8 digits by class, rectified-flow teacher of a second training seed",
-        dataset="digits",
-        backbones={"teacher": "digits_flow_b"},
-        judges={"classifier": "digits_classifier"},
-        reference="teacher",
-        unit="NFE",
-        rungs=(1, 2, 4, 8, 9, 16),
-        metrics={"fd": "lower"},
-        n=2000,
-        batch=100,
-        seeds=2,
-        smoke_n=64,
-        smoke_rungs=(4,),
+        backbones={"teacher": "digits_flow_b"}, judges={"classifier": "digits_classifier"}, reference="teacher",
+        unit="NFE", rungs=(1, 2, 4, 8, 9, 16), metrics={"fd": "lower"},
+        n=2000, batch=100, seeds=2, smoke_n=16, smoke_rungs=(4,),
     ),
     Task(
-        id="class_to_image/digits_eps",
-        version=1,
+        id="class_to_image/digits_eps", version=1, dataset="digits",
         summary="8x8 digits by class, DDPM teacher (noise prediction)",
-        dataset="digits",
-        backbones={"teacher": "digits_eps_a"},
-        judges={"classifier": "digits_classifier"},
-        reference="teacher",
-        unit="NFE",
-        rungs=(1, 2, 4, 6, 8, 10, 16),
-        metrics={"fd": "lower"},
-        n=2000,
-        batch=100,
-        seeds=3,
-        smoke_n=64,
-        smoke_rungs=(4,),
+        backbones={"teacher": "digits_eps_a"}, judges={"classifier": "digits_classifier"}, reference="teacher",
+        unit="NFE", rungs=(1, 2, 4, 6, 8, 10, 16), metrics={"fd": "lower"},
+        n=2000, batch=100, seeds=3, smoke_n=16, smoke_rungs=(4,),
     ),
     Task(
-        id="class_to_image/digits_eps_b",
-        version=1,
+        id="class_to_image/digits_eps_b", version=1, dataset="digits",
         summary="8x8 digits by class, DDPM teacher (noise prediction) of a second training seed",
-        dataset="digits",
-        backbones={"teacher": "digits_eps_b"},
-        judges={"classifier": "digits_classifier"},
-        reference="teacher",
-        unit="NFE",
-        rungs=(1, 2, 4, 6, 8, 10, 16),
-        metrics={"fd": "lower"},
-        n=2000,
-        batch=100,
-        seeds=2,
-        smoke_n=64,
-        smoke_rungs=(4,),
+        backbones={"teacher": "digits_eps_b"}, judges={"classifier": "digits_classifier"}, reference="teacher",
+        unit="NFE", rungs=(1, 2, 4, 6, 8, 10, 16), metrics={"fd": "lower"},
+        n=2000, batch=100, seeds=2, smoke_n=16, smoke_rungs=(4,),
     ),
     Task(
-        id="class_to_image/digits_dit",
-        version=1,
+        id="class_to_image/digits_dit", version=1, dataset="digits",
         summary="8x8 digits by class, rectified-flow diffusion transformer",
-        dataset="digits",
-        backbones={"teacher": "digits_dit"},
-        judges={"classifier": "digits_classifier"},
-        reference="teacher",
-        unit="NFE",
-        rungs=(1, 2, 4, 8, 16, 50),
-        metrics={"fd": "lower"},
-        n=2000,
-        batch=100,
-        seeds=2,
-        smoke_n=32,
-        smoke_rungs=(4,),
+        backbones={"teacher": "digits_dit"}, judges={"classifier": "digits_classifier"}, reference="teacher",
+        unit="NFE", rungs=(1, 2, 4, 8, 16, 50), metrics={"fd": "lower"},
+        n=2000, batch=100, seeds=2, smoke_n=16, smoke_rungs=(4,),
     ),
     Task(
-        id="attributes_to_image/shapes16",
-        version=1,
+        id="attributes_to_image/shapes16", version=1, dataset="shapes16",
         summary="16x16 images of a shape of given form and colour, rectified-flow teacher, exact verifier",
-        dataset="shapes16",
-        backbones={"teacher": "shapes16_flow"},
-        judges={"classifier": "shapes16_classifier"},
-        reference="teacher",
-        unit="NFE",
-        rungs=(1, 2, 4, 8, 16),
-        metrics={"fd": "lower", "alignment": "higher"},
-        n=1000,
-        batch=100,
-        seeds=2,
-        smoke_n=64,
-        smoke_rungs=(4,),
+        backbones={"teacher": "shapes16_flow"}, judges={"classifier": "shapes16_classifier"}, reference="teacher",
+        unit="NFE", rungs=(1, 2, 4, 8, 16), metrics={"fd": "lower", "alignment": "higher"},
+        n=1000, batch=100, seeds=2, smoke_n=16, smoke_rungs=(4,),
     ),
 )
+# fmt: on
 
 
 def _item_shape(task: Task) -> tuple[int, ...]:
@@ -218,10 +155,10 @@ def score(
     harness_only("the metrics")
     outputs = outputs.detach().float().cpu()
     if task.dataset == "mixtures":
-        return _score_points(task, batch, outputs, resample)
+        return score_points(task, batch, outputs, resample)
     classifier = networks["classifier"]
-    found = _features(classifier, outputs.clamp(-1, 1))
-    reference = _reference_moments(task.dataset, classifier)
+    found = classifier_features(classifier, outputs.clamp(-1, 1))
+    reference = reference_moments(task.dataset, classifier)
     value = float(frechet_distance(*moments(found), *reference))
     scores = {"fd": Score(value, frechet_resampled(found, reference, resample).tolist())}
     if "alignment" in task.metrics:

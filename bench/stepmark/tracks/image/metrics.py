@@ -102,7 +102,8 @@ def exact_endpoints(network: nn.Module, noise: Tensor, condition: Tensor, steps:
     return ddim_step(denoise.schedule, *denoise(x, times[-2]), 0.0)
 
 
-def _features(classifier: nn.Module, images: Tensor) -> NDArray[np.float64]:
+def classifier_features(classifier: nn.Module, images: Tensor) -> NDArray[np.float64]:
+    """Features [n, d] that a classifier finds in images [n, C, H, W]."""
     device = next(classifier.parameters()).device
     with torch.no_grad():
         parts = [classifier.features(part.to(device)).double().cpu() for part in images.split(500)]
@@ -112,13 +113,14 @@ def _features(classifier: nn.Module, images: Tensor) -> NDArray[np.float64]:
 _MOMENTS: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
 
 
-def _reference_moments(dataset: str, classifier: nn.Module) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def reference_moments(dataset: str, classifier: nn.Module) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and covariance of the features of a dataset's reference split, computed once per dataset and classifier."""
     sha = hashlib.sha256(dataset.encode())
     for value in classifier.state_dict().values():
         sha.update(value.detach().cpu().contiguous().numpy().tobytes())
     key = sha.hexdigest()
     if key not in _MOMENTS:
-        _MOMENTS[key] = moments(_features(classifier, load_split(dataset, "reference")["x0"]))
+        _MOMENTS[key] = moments(classifier_features(classifier, load_split(dataset, "reference")["x0"]))
     return _MOMENTS[key]
 
 
@@ -137,9 +139,10 @@ def _endpoints(task: Task, batch: Mapping[str, Tensor]) -> Tensor:
     return _ENDPOINTS[key]
 
 
-def _score_points(
+def score_points(
     task: Task, batch: Mapping[str, Tensor], outputs: Tensor, resample: NDArray[np.int64]
 ) -> dict[str, Score]:
+    """Distance of points to exact samples of their mixture, and to the exact ends of their own noises."""
     condition = batch["condition"].cpu().numpy()
     points, exact = outputs.double().numpy(), load_split(task.dataset, "test")
     truth, truth_condition = exact["x0"].double().numpy(), exact["condition"].numpy()
@@ -150,8 +153,7 @@ def _score_points(
         target = truth[truth_condition == mixture]
         values.append(sliced_w2(points[inside], target)[0])
         rows = [place[row[inside[row]]] for row in resample]
-        counts = sliced_w2(points[inside], target, rows)
-        spread.append(counts)
+        spread.append(sliced_w2(points[inside], target, rows))
     distance = np.linalg.norm(points - _endpoints(task, batch).numpy(), axis=1)
     return {
         "sliced_w2": Score(float(np.mean(values)), np.mean(spread, axis=0).tolist()),

@@ -1,4 +1,4 @@
-"""Bands of an image on several processes."""
+"""Patch parallelism: one network on several processes, each with a horizontal band of every image (`Bands`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training of students and of small networks: the loop, pairs of a teacher, losses."""
+"""Training of students and of small networks: the loop, pairs of a teacher, losses; flow matching on points."""
 
 from __future__ import annotations
 

@@ -1,9 +1,13 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from stepmark import Method, Paper, Session
+from stepmark import Method, Paper
+from stepmark.session import Session
 from stepmark.tracks.image.schedules import uniform_times
 from stepmark.tracks.image.solvers import Denoiser, euler_step
 
@@ -37,7 +41,7 @@ class Euler(Method):
     )
 
     @torch.no_grad()
-    def run(self, session: Session, batch: dict[str, Tensor], rung: int) -> Tensor:
+    def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> Tensor:
         denoise = Denoiser(session.networks["teacher"], batch["condition"])
         x = batch["noise"]
         for t, s in pairwise(uniform_times(rung)):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from stepmark import Claim, Method, Paper
 from stepmark.session import Session
 from stepmark.tracks.image.schedules import add_noise, schedule_of, uniform_times
-from stepmark.tracks.image.training import fit
+from stepmark.tracks.image.training import fit, pseudo_huber
 
 
 def column(t: Tensor, x: Tensor) -> Tensor:
@@ -27,13 +27,6 @@ def ode_step(teacher: nn.Module, x: Tensor, t: Tensor, s: Tensor, condition: Ten
     slope = teacher(x, t, condition)
     ahead = teacher(x + column(s - t, x) * slope, s, condition)
     return x + column(s - t, x) * (slope + ahead) / 2
-
-
-def consistency_loss(online: Tensor, target: Tensor) -> Tensor:
-    """Pseudo-Huber distance sqrt(|a - b|^2 + c^2) - c, c = 0.00054 sqrt(d), mean over items [B, ...]."""
-    d = online[0].numel()
-    c = 0.00054 * d**0.5
-    return (((online - target).flatten(1).square().sum(1) + c**2).sqrt() - c).mean()
 
 
 class ConsistencyDistillation(Method):
@@ -89,7 +82,7 @@ class ConsistencyDistillation(Method):
                 x = add_noise(schedule, data[pick], noise, t)
                 below = ode_step(teacher, x, t, t - self.step, label[pick])
                 target = endpoint(average, below, t - self.step, label[pick])
-            return consistency_loss(endpoint(student, x, t, label[pick]), target)
+            return pseudo_huber(endpoint(student, x, t, label[pick]), target)
 
         fit(session, student, loss, session.scale(self.steps, 4), self.rate)
 
