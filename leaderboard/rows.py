@@ -21,7 +21,7 @@ from stepmark.leaderboard.estimates import WILDEST, Estimate, sane
 
 from stepmark.record import Quality, Record
 from stepmark.stats import bootstrap_medians, centred, drawn, intervals
-from stepmark.task import CHECKPOINT, CHECKPOINT_METRICS, Task
+from stepmark.task import SCORED, Task
 
 Training = Literal["none", "calibrated", "trained"]
 NETWORK_MIB = 0.01  # the least state that is taken for trained weights: about 2600 numbers
@@ -298,20 +298,9 @@ def from_folders(records: Sequence[Record]) -> dict[str, tuple[str, Task]]:
     """What is known of the tasks made from checkpoint folders when the folders are not at hand: metrics and unit."""
     found: dict[str, tuple[str, Task]] = {}
     for r in records:
-        if r.task.startswith(CHECKPOINT) and r.track in CHECKPOINT_METRICS:
-            unit = "NFE" if r.track == "image" else "target forwards"
-            task = Task(
-                r.task,
-                1,
-                "",
-                "checkpoint",
-                unit,
-                (),
-                dict(CHECKPOINT_METRICS[r.track]),
-                0,
-                0,
-                origin=r.environment.get("checkpoint", ""),
-            )
+        if r.checkpoint and r.track in SCORED:
+            origin = r.environment.get("checkpoint", "")
+            task = Task(r.task, 1, "", "checkpoint", rungs=(), n=0, batch=0, origin=origin, **SCORED[r.track])
             found[r.task] = (r.track, task)
     return found
 

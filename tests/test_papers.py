@@ -241,7 +241,8 @@ def test_no_live_method_and_no_paper_is_lost_from_the_taxonomy() -> None:
     ]
     found = make_board([*records, lost])
     methods, papers = taxonomy.place(found, taxonomy.nodes())
-    assert {name for names in methods.values() for name in names} == {*plugins.methods(), "nobody_knows_it"}
+    own = {info.id for info in plugins.methods().values() if info.base is None}  # a variant stands with its method
+    assert {name for names in methods.values() for name in names} == {*own, "nobody_knows_it"}
     assert "nobody_knows_it" in methods[taxonomy.ELSEWHERE]
     assert {name for names in papers.values() for name in names} == {entry.id for entry in coverage.catalogue()}
     root = plugins.checkout()
@@ -265,3 +266,16 @@ def test_the_taxonomy_names_only_what_there_is() -> None:
     )
     with pytest.raises(ValueError, match="do not name the same nodes"):
         taxonomy.fill("<!-- node solvers -->\n<!-- elsewhere -->", make_board([]))
+
+
+def test_one_glance_at_a_track_shows_its_papers() -> None:
+    """One file for a paper of the catalogue, named after it; whatever is nobody's row stands among the baselines."""
+    rows = {entry.id for entry in coverage.catalogue()}
+    papers, reference = {}, []
+    for info in plugins.methods().values():
+        if info.base is not None:
+            continue
+        (reference.append if "baselines" in info.path.parts else papers.setdefault(info.id, []).append)(info)
+    assert not set(papers) - rows, "a file that is nobody's row belongs in baselines/"
+    assert all(info.paper is not None and info.paper.id == name for name, (info,) in papers.items())
+    assert not [info.id for info in reference if info.id in rows], "a paper of the catalogue is no mere reference point"

@@ -178,7 +178,7 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     ):
         text = PLUGIN.format(title=name, paper=paper, task=TASK, baselines=repr(baselines), claims=stated)
         (folder / f"{name}.py").write_text(text)
-    found = {path.stem: plugins.read_method(path) for path in folder.iterdir()}
+    found = {path.stem: plugins.read_methods(path)[0] for path in folder.iterdir()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plugins, "methods", lambda: found)
         yield
