@@ -555,7 +555,10 @@ def test_projected_noises_have_gaussian_moments_and_move_no_more_than_they_must(
 
 # --- the contract -------------------------------------------------------------------------------------------
 
-OURS = ("time_shift_sampler", "autodiffusion", "imm", "reflow", "simple_reflow", "ddim_quadratic")
+OURS = (
+    "time_shift_sampler", "autodiffusion", "imm", "reflow", "simple_reflow", "ddim_quadratic", "ddt_fifth",
+    "slimflow_naive", "parastep_processes", "naive_patches", "imm_target_blind", "edm_heun", "unipc_best_grid",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("method", OURS)
