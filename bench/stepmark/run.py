@@ -16,8 +16,8 @@ from stepmark.judge import Judge
 from stepmark.meter import machine
 from stepmark.meter.counts import BudgetExceeded
 from stepmark.method import Skip
-from stepmark.plugins import MethodInfo
-from stepmark.task import BadOutput, Sealed
+from stepmark.runner import Runner
+from stepmark.task import BadOutput, Sealed, Task
 
 
 def measure(cell: Cell, device: str = "cpu", timing: bool = True, show_progress: bool = True) -> record.Record:
@@ -36,10 +36,13 @@ def measured(
     if info is None:
         raise KeyError(f"no method {cell.method!r}; see: stepmark list methods")
     torch.set_num_threads(1)
-    fields = _heading(cell, info, device)
+    task = track_of(cell.task)[1]
+    sources = digests(info, task)
+    fields = _heading(cell, task, sources, device)
     shown: samples.Shown | None = None
     try:
-        found, shown, beside = _walk(cell, info, device, timing, show_progress)
+        mine = runner.ready(info, cell.task, cell.tier, device, cell.seed, show_progress, sources)
+        found, shown, beside = _walk(cell, mine, timing)
         fields["environment"] |= beside
     except Skip as reason:
         found = {"status": "skipped", "message": _one_line(str(reason))}
@@ -51,11 +54,8 @@ def measured(
     return record.Record(**fields, **found), shown
 
 
-def _walk(
-    cell: Cell, info: MethodInfo, device: str, timing: bool, show_progress: bool
-) -> tuple[dict[str, Any], samples.Shown | None, dict[str, str]]:
-    """Prepare, pass by pass; the record's fields, what there is to look at, what its times have to be read beside."""
-    mine = runner.ready(info, cell.task, cell.tier, device, cell.seed, show_progress)
+def _walk(cell: Cell, mine: Runner, timing: bool) -> tuple[dict[str, Any], samples.Shown | None, dict[str, str]]:
+    """Pass by pass; the record's fields, what there is to look at, what its times have to be read beside."""
     mine.renew()
     judge = Judge(cell.task, mine.device)
 
@@ -84,9 +84,8 @@ def _walk(
     return found, samples.marked(shown, mine, answers.inputs, cell.rung, cell.seed), beside
 
 
-def _heading(cell: Cell, info: MethodInfo, device: str) -> dict[str, Any]:
+def _heading(cell: Cell, task: Task, sources: dict[str, str], device: str) -> dict[str, Any]:
     """What is known of a record without running anything."""
-    task = track_of(cell.task)[1]
     environment = machine.environment() | {"threads": "1"}
     return {
         "suite": __version__,
@@ -99,7 +98,7 @@ def _heading(cell: Cell, info: MethodInfo, device: str) -> dict[str, Any]:
         "machine": machine.machine_id(),
         "device": torch.device(device).type,
         "checkpoint": task.checkpoint[: plugins.DIGITS],
-        "digests": digests(info, task),
+        "digests": sources,
         "environment": environment | ({"checkpoint": task.origin} if task.origin else {}),
         "command": cell.command,
         "created": dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),

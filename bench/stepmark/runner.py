@@ -31,7 +31,7 @@ from stepmark.method import Method, skip
 from stepmark.plugins import MethodInfo
 from stepmark.record import Offline
 from stepmark.session import Session, derive_seed
-from stepmark.task import Task, sealed
+from stepmark.task import sealed
 
 READY = 4  # runners kept for the next cell: a method and its baseline, and what one looks at beside them
 
@@ -70,9 +70,11 @@ class Networks(dict[str, nn.Module]):
         raise KeyError(role)
 
 
-def prepared_path(info: MethodInfo, task: Task, tier: str, device: torch.device) -> Path:
-    """Where the state of a method lies that draws no random numbers; beside it lie those of single seeds."""
-    return prepared.path_of("prepared", info.id, digests(info, task) | {"tier": tier, "device": device.type})
+def prepared_path(method: str, sources: Mapping[str, str], tier: str, device: torch.device) -> Path:
+    """Where the state of a method lies that draws no random numbers; beside it lie those of single seeds. `sources`: the
+    digests of all that its figures hang on.
+    """
+    return prepared.path_of("prepared", method, {**sources, "tier": tier, "device": device.type})
 
 
 class Runner:
@@ -87,15 +89,16 @@ class Runner:
         seed: int = 0,
         show_progress: bool = True,
         rank: int = 0,
+        sources: Mapping[str, str] | None = None,
     ) -> None:
+        """`sources`: the digests of all that the figures hang on, where somebody has taken them already."""
         self.info, self.seed = info, seed
         self.track, self.task = track_of(task_id)
+        self.sources = sources or digests(info, self.task)
         if task_id not in info.tasks:
             raise KeyError(f"{info.id} does not name task {task_id!r}; it names {', '.join(info.tasks)}")
         self.tier, self.device = tier, torch.device(device)
         self.method = self._load()
-        if self.task.untrained and type(self.method).networks is not Method.networks:
-            skip(f"trains a network of its own: {self.task.untrained}")
         self.ledger = Ledger(bounded=self.task.bounded)
         loaded = {role: backbones.load(name, self.device) for role, name in self.task.backbones.items()}
         self.networks = Networks({role: self._watched(role, net) for role, net in loaded.items()}, self.task.absent)
@@ -123,7 +126,7 @@ class Runner:
             name: watch_function(self.ledger, name, function)
             for name, function in self.track.handles(self.task, self.device).items()
         }
-        theirs = {name: digest for name, digest in digests(self.info, self.task).items() if name not in _OF_METHODS}
+        theirs = {name: digest for name, digest in self.sources.items() if name not in _OF_METHODS}
         sources = theirs | {"tier": self.tier, "device": self.device.type}
         return Session(
             task, self.tier, self.device, torch.float32, self.networks, simulators, self.ledger, show_progress,
@@ -140,12 +143,14 @@ class Runner:
         self.session.begin("prepare", seed)
         with sealed(), self.session.drawing(seed):  # initial weights of new networks
             own = self.method.networks(self.session)
+        if own and self.task.untrained:
+            skip(f"trains a network of its own: {self.task.untrained}")
         for name, network in own.items():
             for part in network.modules():
                 part.__dict__.pop("forward", None)
             network.to(self.device)
             self.networks[name] = self._watched(name, network)
-        path = prepared_path(self.info, self.task, self.tier, self.device)
+        path = prepared_path(self.info.id, self.sources, self.tier, self.device)
         state = prepared.kept(path, self.seed, partial(self._train, own, seed))
         self._restore(own, state.tensors)
         self.method = self._load()
@@ -313,18 +318,26 @@ _OF_METHODS = ("method", "track")  # digests that differ between methods of one 
 _ready: OrderedDict[tuple[Any, ...], Runner] = OrderedDict()
 
 
-def ready(info: MethodInfo, task_id: str, tier: str, device: str, seed: int = 0, show_progress: bool = True) -> Runner:
+def ready(
+    info: MethodInfo,
+    task_id: str,
+    tier: str,
+    device: str,
+    seed: int = 0,
+    show_progress: bool = True,
+    sources: Mapping[str, str] | None = None,
+) -> Runner:
     """A runner that is kept for the next cell, as long as neither the method's file nor anything else has changed that
     its state hangs on. One whose preparation draws no random numbers serves every seed."""
-    task = track_of(task_id)[1]
-    same = (info.id, task_id, tier, device, source_digest(info.path), *sorted(digests(info, task).items()))
+    sources = sources or digests(info, track_of(task_id)[1])
+    same = (info.id, task_id, tier, device, source_digest(info.path), *sorted(sources.items()))
     for key in ((*same, None), (*same, seed)):
         if key in _ready:
             _ready.move_to_end(key)
             return _ready[key]
     while len(_ready) >= READY:
         _ready.popitem(last=False)
-    made = Runner(info, task_id, tier, device, seed, show_progress)
+    made = Runner(info, task_id, tier, device, seed, show_progress, sources=sources)
     _ready[(*same, made.offline.seed)] = made
     _settle()
     return made

@@ -24,11 +24,11 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapte
 from stepmark.record import Device, Digest, Figure, MachineId, Name, Record, RecordError, TaskId
 
 if TYPE_CHECKING:
-    from stepmark.plugins import MethodInfo
     from stepmark.runner import Runner
 
 IMAGES, TEXTS, POINTS = 10, 2, 100  # how many items of a cell are kept
 LONGEST_FILE = 5_000_000
+SOON = 1.0  # seconds of preparing that nobody needs to be asked about
 Version = Annotated[str, StringConstraints(pattern=r"^[0-9A-Za-z.+-]{1,32}$")]
 Text = Annotated[str, StringConstraints(max_length=5000)]
 Mark = Literal["kept", "rejected", "own"]
@@ -301,8 +301,9 @@ def remake(record: Record, device: str = "cpu", prepare: bool = False) -> Shown 
     task = plugins.tasks()[record.task][1]
     if cell.digests(info, task) != record.digests:
         return "its sources have changed since the record was written"
-    path = prepared_path(info, task, record.tier, torch.device(device))
-    if not prepare and prepared.find(path, record.seed) is None and _prepares(info):
+    path = prepared_path(info.id, record.digests, record.tier, torch.device(device))
+    long = record.offline is not None and record.offline.seconds > SOON
+    if long and not prepare and prepared.find(path, record.seed) is None:
         return "its prepared state is not in the cache (give --prepare to make it)"
     torch.set_num_threads(1)
     runner, judge = ready(info, record.task, record.tier, device, record.seed), Judge(record.task, device)
@@ -311,17 +312,6 @@ def remake(record: Record, device: str = "cpu", prepare: bool = False) -> Shown 
     judge.check(inputs, outputs)
     shown = of_outputs(inputs, outputs)
     return marked(shown, runner, inputs, record.rung, record.seed) or "there is nothing to look at"
-
-
-def _prepares(info: MethodInfo) -> bool:
-    """Whether a method has an offline stage of its own, which may take long."""
-    from stepmark.method import Method
-    from stepmark.plugins import load_class
-    from stepmark.task import sealed
-
-    with sealed():
-        found = load_class(info)
-    return found.prepare is not Method.prepare or found.networks is not Method.networks
 
 
 def refresh(

@@ -201,6 +201,8 @@ class Session:
 
     def clone(self, name: str) -> nn.Module:
         """A trainable, uncounted copy of one of the networks, for `Method.networks` to return as a student."""
+        if self.task.untrained:  # said before a network of somebody's is copied for nothing
+            skip(f"trains a network of its own: {self.task.untrained}")
         copy = deepcopy(self.networks[name])
         for part in copy.modules():
             part.__dict__.pop("forward", None)  # the counter of the original

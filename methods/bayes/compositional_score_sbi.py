@@ -136,21 +136,14 @@ class CompositionalScoreSBI(Method):
         return score_networks(session.task)
 
     def prepare(self, session: Session) -> Mapping[str, Tensor]:
-        """Denoising score matching on 10 000 simulations: as many parameters as there are sets of `subset` in them."""
-        total = session.scale(2_000, 60)
-        data = session.train
-        m = self.subset or problems.observations(session.task)
-        loss = fit_score(
-            session.networks["score"],
-            session.networks["encoder"],
-            data[f"theta_{m}"].to(session.device),
-            data[f"x_{m}"].to(session.device),
-            session.rng,
-            session.progress(range(total), "score matching"),
-            total,
-            random_size=self.subset > 1,
-        )
-        return {"held_out_loss": torch.tensor(loss)}
+        """Denoising score matching, one training for all variants with the same sets."""
+        found = session.once(trained_scores, self.subset)
+        for name in ("score", "encoder"):
+            weights = {
+                key.removeprefix(f"{name}."): value for key, value in found.items() if key.startswith(f"{name}.")
+            }
+            session.networks[name].load_state_dict(weights)
+        return {"held_out_loss": found["held_out_loss"]}
 
     @torch.no_grad()
     def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> Tensor:
@@ -187,6 +180,30 @@ REPEATS = 4  # noise levels per training set and step
 
 
 T_MIN = 0.01  # the networks are trained on [T_MIN, 1]; noise variance 0.002 at T_MIN
+
+
+def trained_scores(session: Session, subset: int) -> dict[str, Tensor]:
+    """Train both networks on 10 000 simulations, as many parameters as there are sets of `subset` (0: of all) in them;
+    their weights and the loss on what was held out.
+    """
+    total = session.scale(2_000, 20)
+    data = session.train
+    m = subset or problems.observations(session.task)
+    score, encoder = session.networks["score"], session.networks["encoder"]
+    loss = fit_score(
+        score,
+        encoder,
+        data[f"theta_{m}"].to(session.device),
+        data[f"x_{m}"].to(session.device),
+        session.rng,
+        session.progress(range(total), "score matching"),
+        total,
+        random_size=subset > 1,
+    )
+    weights = {
+        f"{name}.{key}": v for name in ("score", "encoder") for key, v in session.networks[name].state_dict().items()
+    }
+    return weights | {"held_out_loss": torch.tensor(loss)}
 
 
 def score_networks(task: Task) -> dict[str, nn.Module]:

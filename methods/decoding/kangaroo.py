@@ -94,7 +94,7 @@ class Kangaroo(Method):
 
     def prepare(self, session: Session) -> None:
         """Train the adapter."""
-        train_adapter(session)
+        session.networks["adapter"].load_state_dict(session.once(train_adapter))
 
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
         """New token ids per prompt."""
@@ -121,13 +121,14 @@ def exit_depth(model: nn.Module) -> int:
     return max(1, len(model.model.layers) // 13)
 
 
-def train_adapter(session: Session) -> None:
-    """Train the network `adapter` on completions of the train split."""
+def train_adapter(session: Session) -> dict[str, Tensor]:
+    """Train the network `adapter` on completions of the train split; its weights."""
     texts = list(zip(session.train["prompt"], session.train["target"], strict=True))
     rows = [(encode(prompt), [*encode(text), EOS]) for prompt, text in texts[: session.scale(len(texts), 100)]]
     stored = list(islice(batches(rows, session.scale(1500, 300), session.seed), session.scale(40, 2)))
     adapter, target = session.networks["adapter"], session.networks["target"]
     train_exit_adapter(adapter, target, exit_depth(target), stored, session.scale(400, 6), session.progress)
+    return adapter.state_dict()
 
 
 class ExitAdapter(nn.Module):

@@ -287,7 +287,7 @@ class DDT(Method):
         return {"ddt": DecoupledDiT(data.shape[-1], data.shape[1], kinds)}
 
     def prepare(self, session: Session) -> dict[str, Tensor] | None:
-        fit_decoupled(session)
+        session.networks["ddt"].load_state_dict(session.once(fit_decoupled))  # one training for all variants
         if not self.found:
             return None
         rungs = session.scale(session.task.rungs, session.task.smoke_rungs)

@@ -164,7 +164,7 @@ class InferenceTimeSearch(Method):
         return {"verifier": new_verifier(session)}
 
     def prepare(self, session: Session) -> None:
-        train_verifier(session)
+        session.networks["verifier"].load_state_dict(session.once(train_verifier))
 
     @torch.no_grad()
     def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> Tensor:
@@ -235,8 +235,10 @@ class InferenceTimeSearch(Method):
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def train_verifier(session: Session) -> None:
-    """Cross entropy on the train split. A little noise on the images: early predictions are to be judged too."""
+def train_verifier(session: Session) -> dict[str, Tensor]:
+    """Cross entropy on the train split; the verifier's weights. A little noise on the images: early predictions are to be
+    judged too.
+    """
     verifier = session.networks["verifier"]
     data, label = (session.train[key].to(session.device) for key in ("x0", "condition"))
 
@@ -247,3 +249,4 @@ def train_verifier(session: Session) -> None:
         return nn.functional.cross_entropy(verifier(data[rows] + level * noise), label[rows])
 
     fit(session, verifier, loss, session.scale(1000, 4), rate=3e-3)
+    return verifier.state_dict()

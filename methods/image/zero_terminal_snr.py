@@ -180,7 +180,7 @@ class ZeroTerminalSNR(Method):
 
     def prepare(self, session: Session) -> None:
         if self.finetuned:
-            finetune_v(session, self.repaired)
+            session.networks["student"].load_state_dict(session.once(finetune_v, self.repaired))
 
     @torch.no_grad()
     def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> Tensor:
@@ -195,9 +195,9 @@ class ZeroTerminalSNR(Method):
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def finetune_v(session: Session, repaired: bool) -> None:
+def finetune_v(session: Session, repaired: bool) -> dict[str, Tensor]:
     """Train the student, a copy of the teacher, to predict v on the teacher's schedule, repaired or as it is; conditions
-    are sometimes dropped.
+    are sometimes dropped. Returns its weights.
     """
     student = session.networks["student"]
     data, label = (session.train[key].to(session.device) for key in ("x0", "condition"))
@@ -215,3 +215,4 @@ def finetune_v(session: Session, repaired: bool) -> None:
         return (student(alpha * data[rows] + sigma * eps, index.float(), condition) - target).square().mean()
 
     fit(session, student, loss, session.scale(5000, 4), rate=1e-3, ema=0.997, clip=1.0)
+    return student.state_dict()

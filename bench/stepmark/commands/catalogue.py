@@ -15,12 +15,23 @@ def list_plugins(arguments: argparse.Namespace) -> int:
     blocks: list[str] = []
     if wanted in {"all", "tracks"}:
         rows: list[tuple[str, ...]] = [
-            (track, f"{sum(m.track == track for m in methods.values())} methods") for track in plugins.tracks()
+            (
+                track,
+                f"{sum(m.track == track and m.base is None for m in methods.values())} methods",
+                f"{sum(m.track == track and m.base is not None for m in methods.values())} variants",
+            )
+            for track in plugins.tracks()
         ]
         blocks.append("tracks\n" + columns(rows))
     if wanted in {"all", "methods"} and methods:
-        order = sorted(methods.values(), key=lambda m: (m.track, bool(m.baselines), m.id))
-        blocks.append("methods\n" + columns([(m.id, m.track, m.title[:90]) for m in order]))
+        # Reference points first, and a variant below its method.
+        heads = {m.id: m if m.base is None else methods[m.base] for m in methods.values()}
+        order = sorted(
+            methods.values(),
+            key=lambda m: (m.track, bool(heads[m.id].baselines), heads[m.id].id, m.base is not None, m.id),
+        )
+        indent = {m.id: "  " if m.base else "" for m in order}
+        blocks.append("methods\n" + columns([(indent[m.id] + m.id, m.track, m.title[:90]) for m in order]))
     if wanted in {"all", "tasks"} and plugins.tasks():
         rows = [(t.id, track, f"v{t.version}", t.unit, t.summary[:80]) for track, t in plugins.tasks().values()]
         blocks.append("tasks\n" + columns(rows))
