@@ -54,6 +54,16 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine() or "unknown"
 
 
+def _cpu_revision() -> str | None:
+    """Family, model and stepping. Processors of one name round differently: bits are compared within a revision only."""
+    found: dict[str, str] = {}
+    for line in (_read("/proc/cpuinfo") or "").splitlines():
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip(), value.strip())
+    parts = [found[key] for key in ("cpu family", "model", "stepping") if found.get(key)]
+    return ".".join(parts) or None
+
+
 def _mhz(path: str) -> float | None:
     text = _read(path)
     return int(text) / 1000 if text and text.isdigit() else None
@@ -138,6 +148,7 @@ def _constant() -> dict[str, object]:
     cpufreq = "/sys/devices/system/cpu/cpu0/cpufreq/"
     found: dict[str, object] = {
         **_hardware(),
+        "cpu_revision": _cpu_revision(),
         "physical_cores": psutil.cpu_count(logical=False),
         "architecture": platform.machine(),
         "cpu_max_mhz": _mhz(cpufreq + "cpuinfo_max_freq"),
@@ -159,10 +170,10 @@ def usable_cores() -> int:
 def fingerprint() -> dict[str, object]:
     """All that is known of the machine and the installation; fields that cannot be read are None or missing.
 
-    Keys: cpu, logical_cores, physical_cores, usable_cores, ram_gib, architecture, cpu_max_mhz, cpu_governor,
+    Keys: cpu, cpu_revision (family, model and stepping), logical_cores, physical_cores, usable_cores, ram_gib, architecture, cpu_max_mhz, cpu_governor,
     gpus (list of names), gpu_driver, gpu_driver_cuda, gpu_max_mhz, gpu_mhz_at_start, os, python,
-    libraries (name -> version), lock (sha256), torch_cuda and torch_threads (None until torch is imported),
-    machine (the id).
+    libraries (name -> version), lock (sha256), torch_cuda, torch_threads and vector_units (None until torch is
+    imported), machine (the id).
     """
     torch = sys.modules.get("torch")  # never imported from here: that would cost seconds
     return {
@@ -170,6 +181,7 @@ def fingerprint() -> dict[str, object]:
         "usable_cores": usable_cores(),
         "torch_threads": torch.get_num_threads() if torch is not None else None,
         "torch_cuda": torch.version.cuda if torch is not None else None,
+        "vector_units": torch.backends.cpu.get_cpu_capability() if torch is not None else None,
         "machine": machine_id(),
     }
 
