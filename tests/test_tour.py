@@ -148,4 +148,4 @@ def test_a_stop_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]
     error = capsys.readouterr().err.strip()
     assert "no stop 'nowhere'; known: sampler" in error and "\n" not in error
     assert main(["tour", "--list", "cache"]) == 0
-    assert "h2o against autoregressive" in capsys.readouterr().out
+    assert "kv_int8 against autoregressive" in capsys.readouterr().out

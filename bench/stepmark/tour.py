@@ -67,8 +67,8 @@ COMPARISONS = (
     ),
     Stop(
         "cache",
-        "a key/value cache that forgets, asked for facts of a long text",
-        method="h2o",
+        "a key/value cache in eight bits, asked for facts of a long text",
+        method="kv_int8",
         baseline="autoregressive",
         task="recall/needles",
         rungs=(16,),
