@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 from stepmark.leaderboard.trust import Intervals
 
+from stepmark import plugins
 from stepmark.record import LONGEST_LINE, Record
 
 csv.field_size_limit(LONGEST_LINE)  # what a record may hold, a cell may hold
 
 FIELDS = (
-    "id", "suite", "machine", "device", "checkpoint", "tier", "track", "method", "task", "rung", "seed", "status",
+    "id", "suite", "machine", "device", "checkpoint", "tier", "track", "method", "base", "task", "rung", "seed", "status",
     "message", "flags", "latency_items", "latency_median_ms", "latency_iqr_ms", "latency_p95_ms", "latency_cuda_ms",
     "baseline", "baseline_median_ms", "speedup", "speedup_low", "speedup_high", "memory_peak_mib", "memory_how",
     "memory_state_mib", "energy_joules", "energy_idle_watts", "energy_window_s", "energy_sensor", "offline_seconds",
@@ -30,7 +31,7 @@ ENERGY = ("joules", "idle_watts", "window_s", "sensor")
 OFFLINE = ("seconds", "state_mib", "seed")
 INTEGERS = ("rung", "seed", "offline_seed")
 TEXTS = (
-    "id", "suite", "machine", "device", "checkpoint", "tier", "track", "method", "task", "status", "message", "flags",
+    "id", "suite", "machine", "device", "checkpoint", "tier", "track", "method", "base", "task", "status", "message", "flags",
     "baseline", "memory_how", "energy_sensor", "commit", "created", "command",
 )  # fmt: skip
 
@@ -48,6 +49,8 @@ class File(NamedTuple):
 def _fixed(name: str, r: Record) -> list[object]:
     """The values of `FIELDS`, null as None."""
     found: list[object] = [name, r.suite, r.machine, r.device, r.checkpoint or None, r.tier, r.track, r.method]
+    info = plugins.methods().get(r.method)
+    found.append(info.base if info is not None else None)
     found += [r.task, r.rung, r.seed, r.status]
     found += [r.message, "; ".join(r.flags)]
     for part, names in ((r.latency, LATENCY), (r.memory, MEMORY), (r.energy, ENERGY), (r.offline, OFFLINE)):

@@ -16,10 +16,9 @@ from stepmark.leaderboard.fronts import COSTS, Ladder, Offer, Yardstick, anchor,
 from stepmark.leaderboard.ledger import Ledger
 from stepmark.leaderboard.markup import Cell, Line, chip, esc, estimate, link, number, table
 from stepmark.leaderboard.rows import Place, Row, Training, headline, index, places, split, training
-from stepmark.leaderboard.trust import Standing
+from stepmark.leaderboard.trust import Standing, sources_now, stale
 from stepmark.leaderboard.verdicts import Verdicts, verdicts
 
-from stepmark import plugins
 from stepmark.plugins import MethodInfo
 from stepmark.record import Record
 from stepmark.samples import SampleFile
@@ -134,12 +133,11 @@ class Board:
     def _stale(self) -> dict[tuple[str, str], dict[str, str]]:
         """Digests of the sources as they are now, by (method, task): read once."""
         pairs = {(row.method, row.task) for row in self.rows if row.method in self.methods and row.task in self.tasks}
-        return {(m, t): plugins.source_digests(self.methods[m], self.tasks[t][1]) for m, t in sorted(pairs)}
+        return {(m, t): sources_now(self.methods[m], self.tasks[t][1]) for m, t in sorted(pairs)}
 
     def is_stale(self, row: Row) -> bool:
         """Whether the sources that a row was measured from have changed since."""
-        now = self._stale.get((row.method, row.task), {})
-        return any(row.first.digests.get(name, digest) != digest for name, digest in now.items())
+        return stale(row.first, self._stale.get((row.method, row.task), {}))
 
     @cached_property
     def tags(self) -> dict[str, list[str]]:

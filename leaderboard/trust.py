@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from stepmark.leaderboard.rows import place_of, record_id
 
-from stepmark import plugins
+from stepmark import backbones, plugins
 from stepmark.plugins import MethodInfo
 from stepmark.record import Record
 from stepmark.task import Task
@@ -103,7 +103,14 @@ def standing(
     return found
 
 
-def stale(record: Record, info: MethodInfo | None, task: Task) -> bool:
-    """Whether the sources that a record was written from have changed since."""
-    now = plugins.source_digests(info, task) if info is not None else {}
+def sources_now(info: MethodInfo, task: Task) -> dict[str, str]:
+    """Digests of all that a method's figures on a task hang on, as they are now: what a new record would carry."""
+    found = plugins.source_digests(info, task)
+    for role, backbone in (task.backbones | task.judges).items():
+        found[f"backbone_{role}"] = backbones.digest(backbone)[: plugins.DIGITS]
+    return found
+
+
+def stale(record: Record, now: Mapping[str, str]) -> bool:
+    """Whether the sources that a record was written from differ from these, as far as both are known."""
     return any(record.digests.get(name, digest) != digest for name, digest in now.items())

@@ -85,7 +85,9 @@ def test_words_that_the_code_reads_count(tmp_path: Path, reading: str) -> None:
 def test_of_a_track_only_what_is_used_counts(tmp_path: Path) -> None:
     path = tmp_path / "method.py"
     path.write_text(METHOD)
-    used = set(digests.identifiers(path))
+    used = {
+        name for each in digests.definitions(path) for name in each.defined | each.used | {i[0] for i in each.imports}
+    }
     before = digest(tmp_path, TRACK, used)
     assert digest(tmp_path, TRACK.replace("return x\n", "return -x\n"), used) == before
     assert digest(tmp_path, TRACK + "\n\ndef more():\n    return 1\n", used) == before

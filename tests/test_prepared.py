@@ -261,3 +261,97 @@ def test_once_is_for_prepare_and_needs_data_to_train(plugin: Plugin, monkeypatch
     monkeypatch.setattr("stepmark.prepared.CONTRACT", "another")
     with pytest.raises(Skip, match="no data here"):
         state_of(plugin(ASKS))
+
+
+# what the keys of states must not miss ------------------------------------------------------------------------------
+
+
+def shared(info: plugins.MethodInfo, seed: int = 0) -> Tensor:
+    return Runner(info, TASK, "smoke", seed=seed, show_progress=False).session.state["w"]
+
+
+def test_a_decorated_training_is_known_by_what_it_holds(plugin: Plugin) -> None:
+    """A decorator is another file's: the source that counts is inside."""
+    decorated = "def plain(session, width):\n    note(", "@torch.no_grad()\ndef plain(session, width):\n    note("
+    asks = '\n    def prepare(self, session):\n        return {"w": session.once(plain, 3)["w"]}\n'
+    assert shared(plugin(asks, "toy", *decorated)).tolist() == [1, 1, 1]
+    changed = (HEAD + asks).replace(*decorated).replace("torch.ones(width)", "2 * torch.ones(width)")
+    info = plugin(asks)
+    info.path.write_text(changed)
+    assert shared(plugins.methods()["toy"]).tolist() == [2, 2, 2]
+
+
+def test_a_training_in_a_plugin_folder_hangs_on_its_siblings(plugin: Plugin, tmp_path: Path) -> None:
+    folder = tmp_path / "m" / "image" / "toy"
+    folder.mkdir()
+    (folder / "net.py").write_text("SIZE = 1.0\n")
+    (folder / "__init__.py").write_text(
+        HEAD.replace("import torch\n", "import torch\n\nfrom .net import SIZE\n").replace(
+            "torch.ones(width)", "SIZE * torch.ones(width)"
+        )
+        + '\n    def prepare(self, session):\n        return {"w": session.once(plain, 2)["w"]}\n'
+    )
+    before = prepared.reach_digest([(folder / "__init__.py", ["plain"])])
+    (folder / "net.py").write_text("SIZE = 2.0\n")
+    assert prepared.reach_digest([(folder / "__init__.py", ["plain"])]) != before
+    (folder / "net.py").write_text("SIZE = 1.0\nOTHER = 3\n")
+    assert prepared.reach_digest([(folder / "__init__.py", ["plain"])]) == before
+
+
+def test_no_training_while_networks_are_built(plugin: Plugin) -> None:
+    body = "\n    def networks(self, session):\n        session.once(plain, 2)\n        return {}\n"
+    with pytest.raises(Sealed, match=r"session\.once is for prepare"):
+        Runner(plugin(body), TASK, "smoke", show_progress=False)
+
+
+def test_a_tensor_may_have_any_name(plugin: Plugin) -> None:
+    body = '\n    def prepare(self, session):\n        return {"w": session.once(plain, 2)["empty"]}\n'
+    info = plugin(body, "toy", 'return {"w": torch.ones(width)}', 'return {"empty": torch.ones(width)}')
+    assert shared(info).tolist() == [1, 1] and shared(info).tolist() == [1, 1], "made, and found"
+
+
+def test_a_longer_ladder_is_prepared_for(plugin: Plugin) -> None:
+    """A method may prepare for each rung: a state of before a rung was added has nothing for it."""
+    info, task = plugin(ASKS), plugins.tasks()[TASK][1]
+    cpu = torch.device("cpu")
+    longer = replace(task, rungs=(*task.rungs, 128))
+    assert runner.prepared_path("toy", task, {}, "smoke", cpu) != runner.prepared_path("toy", longer, {}, "smoke", cpu)
+    assert shared(info) is not None
+
+
+def test_numbers_from_elsewhere_are_random_numbers_too(plugin: Plugin) -> None:
+    body = """
+    def prepare(self, session):
+        import numpy as np
+        return {"w": torch.tensor(np.random.rand(2))}
+"""
+    assert Runner(plugin(body), TASK, "smoke", show_progress=False).offline.seed == 0
+
+
+def test_a_damaged_state_is_made_again(plugin: Plugin, tmp_path: Path) -> None:
+    info = plugin(ASKS)
+    before = shared(info)
+    for path in (tmp_path / "cache").rglob("*.safetensors"):
+        head = path.read_bytes()[:40]
+        path.unlink()  # what is loaded may still be read from the old one
+        path.write_bytes(head)
+    assert torch.equal(shared(info), before)
+
+
+def test_updates_are_counted_where_they_are_made(plugin: Plugin) -> None:
+    """By the harness, of shared trainings too, whether they were made or found."""
+    steps = """    note("plain")
+    w = torch.nn.Parameter(torch.zeros(1))
+    optimiser = torch.optim.SGD([w], 0.1)
+    for _ in range(5):
+        w.sum().backward()
+        optimiser.step()
+"""
+    body = """
+    def prepare(self, session):
+        torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))]).step()
+        return {"w": session.once(plain, 2)["w"]}
+"""
+    info = plugin(body, "toy", '    note("plain")\n', steps)
+    for name in ("toy", "again"):
+        assert Runner(replace(info, id=name), TASK, "smoke", show_progress=False).offline.updates == 6

@@ -447,3 +447,21 @@ def test_a_file_is_read_by_its_bare_name(tmp_path: Path, monkeypatch: pytest.Mon
     records.append(path, record)
     monkeypatch.chdir(path.parent)
     assert list(records.read(Path("euler.jsonl"))) == [record]
+
+
+@pytest.mark.parametrize("quality", [{"fd": {"value": 1.0, "resamples": [1.0, 1.5]}}, {"fd": {"value": 1.0}}])
+def test_no_key_stands_twice_however_much_is_left_out(quality: dict[str, Any]) -> None:
+    """The quick reader counts keys: what a record leaves out must not make room for a second of another."""
+    packed = json.dumps(json.loads(line(quality=quality)), separators=(",", ":"))
+    twice = packed.replace('"status":"ok"', '"status":"failed","status":"ok"')
+    assert twice != packed
+    assert records.parse(packed, "here:1").status == "ok"
+    with pytest.raises(RecordError, match="twice"):
+        records.parse(twice, "here:1")
+
+
+@pytest.mark.parametrize("created", ["9999-99-99T99:99:99Z", "2026-02-30T00:00:00Z", "9998-01-01T00:00:00Z"])
+def test_a_date_that_cannot_be_is_refused(created: str) -> None:
+    """Of two records of a cell the later one counts: a date of the far future would count for ever."""
+    with pytest.raises(RecordError, match="created"):
+        records.parse(line(created=created), "here:1")

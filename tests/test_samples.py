@@ -19,7 +19,7 @@ from stepmark import record as records
 from stepmark.backbones.lm import encode
 from stepmark.cli import main
 from stepmark.judge import Judge
-from stepmark.record import Record, RecordError
+from stepmark.record import Offline, Record, RecordError
 from stepmark.runner import Runner
 from stepmark.verify import draw
 
@@ -172,7 +172,9 @@ def test_a_run_leaves_samples_and_making_them_again_gives_the_same(
 def test_nothing_is_trained_for_a_picture_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEPMARK_CACHE", str(tmp_path))
     task = plugins.tasks()["sampling/mixtures_flow"][1]
-    found = record(method="reflow", task=task.id, digests=cell.digests(plugins.methods()["reflow"], task))
+    long = Offline(seconds=60.0, evaluations={}, state_mib=1.0)
+    digests = cell.digests(plugins.methods()["reflow"], task)
+    found = record(method="reflow", task=task.id, digests=digests, offline=long)
     assert "not in the cache" in str(samples.remake(found))
     assert "sources have changed" in str(samples.remake(record(method="reflow", task=task.id)))
 

@@ -21,7 +21,7 @@ from stepmark.leaderboard.fronts import COSTS, KEEP, Offer, Saving, front, offer
 from stepmark.leaderboard.groups import grouped
 from stepmark.leaderboard.rows import current, headline, record_id
 from stepmark.leaderboard.tables import compare, show
-from stepmark.leaderboard.trust import Dispute, stale, standing
+from stepmark.leaderboard.trust import Dispute, sources_now, stale, standing
 from stepmark.leaderboard.verdicts import verdicts
 
 from stepmark import plugins
@@ -390,9 +390,9 @@ def test_a_changed_source_shows(toys: None) -> None:
     task, info = plugins.tasks()[TASK][1], plugins.methods()["toy_base"]
     current = plugins.source_digests(info, task)
     fresh = make("toy_base", low, 1.0, digests=current)
-    assert not stale(fresh, info, task)
-    assert stale(make("toy_base", low, 1.0, digests=current | {"method": "0" * 64}), info, task)
-    assert stale(fresh, info, replace(task, version=task.version + 1))
+    assert not stale(fresh, sources_now(info, task))
+    assert stale(make("toy_base", low, 1.0, digests=current | {"method": "0" * 64}), sources_now(info, task))
+    assert stale(fresh, sources_now(info, replace(task, version=task.version + 1)))
 
 
 def test_docstring_keeps_equations() -> None:

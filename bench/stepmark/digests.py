@@ -91,25 +91,24 @@ def _modules(file: Iterable[Definition], definition: Definition) -> Iterator[tup
 
 def _led_to(module: str, name: str, used: frozenset[str]) -> list[tuple[Path, str]]:
     """Where an import leads: to a name of a module, or, of a whole module, to every name that the user mentions."""
-    whole = _file(f"{module}.{name}") if name else _file(module)
+    whole = _file(_inside(module, name)) if name else _file(module)
     if whole is not None:
         return [(whole, each) for each in used]
     path = _file(module)
     return [] if path is None else [(path, name)]
 
 
+def _inside(module: str, name: str) -> str:
+    return f"{module}/{name}" if module.startswith("/") else f"{module}.{name}"
+
+
 @lru_cache(maxsize=1024)
 def _file(module: str) -> Path | None:
     """The file of a module whose code is followed; None where it is not, or where there is no such module."""
-    if not module.startswith(SHARED):
+    if not module.startswith((*SHARED, "/")):
         return None
-    stem = PACKAGE.joinpath(*module.split(".")[1:])
+    stem = Path(module) if module.startswith("/") else PACKAGE.joinpath(*module.split(".")[1:])
     return next((p for p in (stem.with_suffix(".py"), stem / "__init__.py") if p.is_file()), None)
-
-
-def identifiers(path: Path) -> frozenset[str]:
-    """Every name that a source file mentions."""
-    return frozenset().union(*(d.defined | d.used for d in definitions(path)))
 
 
 def definitions(path: Path) -> tuple[Definition, ...]:
@@ -149,9 +148,12 @@ def _imports(node: ast.AST, path: Path) -> list[tuple[str, str, str]]:
         return [(a.asname or a.name.partition(".")[0], a.name, "") for a in node.names]
     if isinstance(node, ast.ImportFrom):
         module = node.module or ""
-        if node.level and path.is_relative_to(PACKAGE):
-            package = [path.parent, *path.parent.parents][node.level - 1].relative_to(PACKAGE.parent)
-            module = ".".join(filter(None, [*package.parts, module]))
+        if node.level:
+            folder = [path.parent, *path.parent.parents][node.level - 1]
+            if path.is_relative_to(PACKAGE):
+                module = ".".join(filter(None, [*folder.relative_to(PACKAGE.parent).parts, module]))
+            else:  # a plugin that is a folder: its modules have no name of their own, so a path stands for it
+                module = str(folder.joinpath(*module.split(".")) if module else folder)
         return [(a.asname or a.name, module, a.name) for a in node.names]
     return []
 

@@ -49,7 +49,9 @@ def load() -> dict[Path, tuple[State, tuple[MethodInfo, ...]]]:
 
 def save(known: Mapping[Path, tuple[State, tuple[MethodInfo, ...]]]) -> None:
     """Write the index whole or not at all. Where the cache cannot be written, listing is slower, and that is all."""
-    files = [(str(path), state, [_plain(info) for info in infos]) for path, (state, infos) in known.items()]
+    files = [
+        (str(path), state, [_plain(info) for info in infos]) for path, (state, infos) in known.items() if path.exists()
+    ]
     with contextlib.suppress(OSError):
         _place().parent.mkdir(parents=True, exist_ok=True)
         temporary = _place().with_suffix(f".{os.getpid()}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -17,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from stepmark.digests import reach_digest
+from stepmark.digests import definitions, reach_digest
+from stepmark.meter import machine
 from stepmark.places import cache_folder
 
 CONTRACT = "3"  # raised when the meaning of a cached state changes
-EMPTY = "empty"  # stands for no tensors at all, of which safetensors makes no file
+EMPTY, NAME = "empty", "="  # stands for no tensors at all, of which safetensors makes no file; begins every other name
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,9 @@ class State:
 
 def path_of(kind: str, name: str, parts: Mapping[str, str]) -> Path:
     """Where a state lies that hangs on `parts`, where no random numbers went into it."""
-    digest = hashlib.sha256(json.dumps(dict(parts) | {"contract": CONTRACT}, sort_keys=True).encode()).hexdigest()
+    beneath = {"contract": CONTRACT, "torch": torch.__version__, "lock": machine.lock_digest() or ""}
+    beneath["vector_units"] = torch.backends.cpu.get_cpu_capability()
+    digest = hashlib.sha256(json.dumps(dict(parts) | beneath, sort_keys=True).encode()).hexdigest()
     return cache_folder() / kind / f"{name}-{digest[:32]}.safetensors"
 
 
@@ -68,10 +73,14 @@ def kept(path: Path, seed: int, make: Callable[[], State]) -> State:
         own = _of_seed(path, seed)
         held.enter_context(_locked(own.with_suffix(".lock")))
         found = find(path, seed)
-        if found is None:
-            state = make()
-            found = own if state.drew else path
-            _write(found, state)
+        if found is not None:
+            try:
+                return _read(found)
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+                found.unlink(missing_ok=True)  # a damaged file is none
+        state = make()
+        found = own if state.drew else path
+        _write(found, state)
         return _read(found)
 
 
@@ -93,7 +102,10 @@ def _write(path: Path, state: State) -> None:
     said = {"drew": state.drew, "own": asdict(state.own), "costs": {k: asdict(v) for k, v in state.costs.items()}}
     temporary = path.with_suffix(f".{os.getpid()}")
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.tensors.items()}
-    save_file(tensors or {EMPTY: torch.zeros(0)}, temporary, metadata={"state": json.dumps(said)})
+    named = {f"{NAME}{name}": value for name, value in tensors.items()}
+    save_file(named or {EMPTY: torch.zeros(0)}, temporary, metadata={"state": json.dumps(said)})
+    with open(temporary, "rb") as handle:
+        os.fsync(handle.fileno())
     temporary.replace(path)
 
 
@@ -102,7 +114,8 @@ def _read(path: Path) -> State:
 
     with safe_open(path, framework="pt") as handle:
         said = json.loads(handle.metadata()["state"])
-        tensors = {name: handle.get_tensor(name) for name in handle.keys() if name != EMPTY}  # noqa: SIM118
+        names = [name for name in handle.keys() if name.startswith(NAME)]  # noqa: SIM118 (a handle is no dict)
+        tensors = {name.removeprefix(NAME): handle.get_tensor(name) for name in names}
     own = Cost(**said["own"])
     return State(tensors, said["drew"], own, {path.stem: own} | {k: Cost(**v) for k, v in said["costs"].items()})
 
@@ -140,7 +153,9 @@ def code_of(function: Callable[..., Any]) -> str:
     Raises:
         TypeError: a lambda, a method, a function within another.
     """
+    function = inspect.unwrap(function)  # a decorator's own file says nothing of what it holds
     name, code = getattr(function, "__name__", ""), getattr(function, "__code__", None)
-    if code is None or function.__qualname__ != name or name == "<lambda>":
+    path = Path(code.co_filename) if code is not None else Path()
+    if code is None or not path.is_file() or not any(name in each.defined for each in definitions(path)):
         raise TypeError("session.once takes a function that stands at the top level of a method's file or of a track")
-    return f"{name} {reach_digest([(Path(code.co_filename), [name])])}"
+    return f"{name} {reach_digest([(path, [name])])}"

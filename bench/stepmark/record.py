@@ -11,6 +11,7 @@ stands. Records of schema 1 are read as well; `stepmark migrate` rewrites them.
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 import json
 import os
@@ -39,6 +40,7 @@ from stepmark.plugins import DIGITS
 
 SCHEMA_VERSION = 2
 LONGEST_LINE = 2_000_000
+YEARS_TO_COME = 10  # clocks may be wrong, and tests may travel
 LONGEST_ENVIRONMENT = 100_000  # bytes
 MOST_DIGITS = 22  # the largest power of ten that a floating-point number holds
 LARGEST = 2**53  # up to here a floating-point number holds every integer
@@ -57,6 +59,14 @@ Lookup = Callable[[str], dict[str, str]]
 
 class RecordError(Exception):
     """A record file cannot be read. One line that names file and line."""
+
+
+def _possible(created: str) -> str:
+    """A date that there is. Of two records of a cell the later one counts: one of the far future would count for ever."""
+    when = dt.datetime.strptime(created, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=dt.UTC)
+    if when.year > YEARS_TO_COME + dt.datetime.now(dt.UTC).year:
+        raise ValueError("a date of the far future")
+    return created
 
 
 class _Strict(BaseModel):
@@ -278,7 +288,7 @@ class Record(_Strict):
     digests: dict[Name, Digest] = Field(default_factory=dict)
     environment: Environment = Field(default_factory=dict)
     command: Line
-    created: Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
+    created: Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$"), AfterValidator(_possible)]
     commit: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{7,40}(-dirty)?$")] | None = None
 
     @property
@@ -340,7 +350,7 @@ def _plainly(line: str, lookup: Lookup | None) -> Record | None:
     )  # fmt: skip
     parts = [part for part in (record.latency, record.memory, record.energy, record.offline) if part is not None]
     keys = len(record.model_fields_set) + sum(map(len, tables))
-    keys += sum(map(len, record.handles.values())) + 2 * len(record.quality)
+    keys += sum(map(len, record.handles.values())) + sum(len(q.model_fields_set) for q in record.quality.values())
     keys += sum(len(part.model_fields_set) for part in parts)
     keys += len(record.offline.evaluations) if record.offline else 0
     keys += len(record.latency.beside) if record.latency else 0

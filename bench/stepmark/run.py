@@ -17,6 +17,7 @@ from stepmark.meter import machine
 from stepmark.meter.counts import BudgetExceeded
 from stepmark.method import Skip
 from stepmark.runner import Runner
+from stepmark.syntax import PluginError
 from stepmark.task import BadOutput, Sealed, Task
 
 
@@ -37,9 +38,12 @@ def measured(
         raise KeyError(f"no method {cell.method!r}; see: stepmark list methods")
     torch.set_num_threads(1)
     task = track_of(cell.task)[1]
-    sources = digests(info, task)
-    fields = _heading(cell, task, sources, device)
     shown: samples.Shown | None = None
+    try:
+        sources = digests(info, task)
+    except PluginError as error:  # what listing does not read may not even parse
+        return record.Record(**_heading(cell, task, {}, device), status="failed", message=_one_line(str(error))), None
+    fields = _heading(cell, task, sources, device)
     try:
         mine = runner.ready(info, cell.task, cell.tier, device, cell.seed, show_progress, sources)
         found, shown, beside = _walk(cell, mine, timing)

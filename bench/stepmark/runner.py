@@ -31,7 +31,7 @@ from stepmark.method import Method, skip
 from stepmark.plugins import MethodInfo
 from stepmark.record import Offline
 from stepmark.session import Session, derive_seed
-from stepmark.task import sealed
+from stepmark.task import Task, sealed
 
 READY = 4  # runners kept for the next cell: a method and its baseline, and what one looks at beside them
 
@@ -70,11 +70,16 @@ class Networks(dict[str, nn.Module]):
         raise KeyError(role)
 
 
-def prepared_path(method: str, sources: Mapping[str, str], tier: str, device: torch.device) -> Path:
+def prepared_path(method: str, task: Task, sources: Mapping[str, str], tier: str, device: torch.device) -> Path:
     """Where the state of a method lies that draws no random numbers; beside it lie those of single seeds. `sources`: the
     digests of all that its figures hang on.
     """
-    return prepared.path_of("prepared", method, {**sources, "tier": tier, "device": device.type})
+    return prepared.path_of("prepared", method, {**sources, **_preparing(task, tier, device)})
+
+
+def _preparing(task: Task, tier: str, device: torch.device) -> dict[str, str]:
+    """What a state hangs on besides the sources of a record: a method may prepare for each rung of the ladder."""
+    return {"tier": tier, "device": device.type, "ladder": f"{task.rungs} {task.smoke_rungs}"}
 
 
 class Runner:
@@ -127,7 +132,7 @@ class Runner:
             for name, function in self.track.handles(self.task, self.device).items()
         }
         theirs = {name: digest for name, digest in self.sources.items() if name not in _OF_METHODS}
-        sources = theirs | {"tier": self.tier, "device": self.device.type}
+        sources = theirs | _preparing(self.task, self.tier, self.device)
         return Session(
             task, self.tier, self.device, torch.float32, self.networks, simulators, self.ledger, show_progress,
             self.seed, sources,
@@ -140,7 +145,7 @@ class Runner:
         if type(self.method).networks is Method.networks and type(self.method).prepare is Method.prepare:
             return Offline(seconds=0.0, evaluations={}, state_mib=0.0, updates=0.0)
         seed = derive_seed("prepare", self.task.id, self.task.version) + self.seed
-        self.session.begin("prepare", seed)
+        self.session.begin("networks", seed)
         with sealed(), self.session.drawing(seed):  # initial weights of new networks
             own = self.method.networks(self.session)
         if own and self.task.untrained:
@@ -150,7 +155,8 @@ class Runner:
                 part.__dict__.pop("forward", None)
             network.to(self.device)
             self.networks[name] = self._watched(name, network)
-        path = prepared_path(self.info.id, self.sources, self.tier, self.device)
+        self.session.advance("prepare")
+        path = prepared_path(self.info.id, self.task, self.sources, self.tier, self.device)
         state = prepared.kept(path, self.seed, partial(self._train, own, seed))
         self._restore(own, state.tensors)
         self.method = self._load()

@@ -301,7 +301,7 @@ def remake(record: Record, device: str = "cpu", prepare: bool = False) -> Shown 
     task = plugins.tasks()[record.task][1]
     if cell.digests(info, task) != record.digests:
         return "its sources have changed since the record was written"
-    path = prepared_path(info.id, record.digests, record.tier, torch.device(device))
+    path = prepared_path(info.id, task, record.digests, record.tier, torch.device(device))
     long = record.offline is not None and record.offline.seconds > SOON
     if long and not prepare and prepared.find(path, record.seed) is None:
         return "its prepared state is not in the cache (give --prepare to make it)"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -102,6 +104,10 @@ class Session:
         self.reported = {}
         self.drew, self.shared, self.shared_seconds, self.shared_updates = False, {}, 0.0, 0.0
 
+    def advance(self, stage: str) -> None:
+        """Harness only: from `networks` to `prepare`, with the random streams as they stand."""
+        self._stage = stage
+
     def _reseed(self, seed: int) -> None:
         self._seed, self._seed_read = seed % (2**32), False
         self.rng.manual_seed(seed)
@@ -110,7 +116,7 @@ class Session:
     def drawing(self, seed: int) -> Iterator[None]:
         """Harness only: torch's global generator starts at `seed` inside and is put back afterwards; `drew` learns
         whether a number was drawn from it or from `rng`, or `seed` was read."""
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
             before = self._streams()
             yield
@@ -120,12 +126,13 @@ class Session:
         states = [self.rng.get_state(), torch.random.get_rng_state()]
         if self.device.type == "cuda":
             states.append(torch.cuda.get_rng_state(self.device))
-        return [state.numpy().tobytes() for state in states]
+        elsewhere = (np.random.get_state(legacy=True), random.getstate())  # which nobody should draw from, but may
+        return [*(state.numpy().tobytes() for state in states), repr(elsewhere).encode()]
 
     @property
     def train(self) -> Mapping[str, Any]:
         """The dataset's train split. Only `prepare` may look at it."""
-        if self._stage != "prepare":
+        if self._stage not in ("networks", "prepare"):
             raise Sealed("session.train is for prepare; run gets its inputs as batch and its state as session.state")
         if self.task.untrained:
             skip(self.task.untrained)
@@ -137,7 +144,7 @@ class Session:
 
         The same is: the function's name and source and what it uses of its file and of tracks, the literals, the task
         with its data and networks, the tier, the kind of device, the training seed (unless it draws no random numbers)
-        and the weights of the method's own networks as they stand. Its random streams begin where
+        and the weights of all networks as they stand. Its random streams begin where
         those of `prepare` begin, and streams and networks are afterwards as they were before, so that nothing hangs on
         who asks first. Its cost is part of the offline
         cost of everyone who asks.
@@ -150,11 +157,11 @@ class Session:
             raise Sealed("session.once is for prepare; what it returned can be kept in session.state")
         said = prepared.as_literals(literals)
         source = prepared.code_of(function)
-        name = f"{function.__name__}{said}"
+        name = f"{source}{said}"
         if name in self._running:
-            raise TypeError(f"session.once: {name} asks for itself")
-        own = {role: net.state_dict() for role, net in self.networks.items() if role not in self.task.backbones}
-        parts = {"function": function.__name__, "source": source, "literals": said, "networks": digest_of(own)}
+            raise TypeError(f"session.once: {function.__name__}{said} asks for itself")
+        weights = {role: net.state_dict() for role, net in self.networks.items()}
+        parts = {"source": source, "literals": said, "networks": digest_of(weights)}
         start = time.perf_counter()
 
         def make() -> prepared.State:
@@ -166,6 +173,8 @@ class Session:
             else:
                 path = prepared.path_of("once", function.__name__, parts | dict(self._sources))
                 state = prepared.kept(path, self._training, make)
+        for network in self.networks.values():  # as after a training, also where it was found
+            network.zero_grad(set_to_none=True)
         self.shared_seconds += time.perf_counter() - start
         self.shared_updates += made.count
         self.shared |= state.costs
@@ -185,6 +194,8 @@ class Session:
             start = time.perf_counter()
             with _unchanged(self.networks), self.drawing(self._seed), Updates() as made:
                 tensors = {key: value.detach().clone() for key, value in function().items()}
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize(self.device)
             seconds = time.perf_counter() - start - self.shared_seconds
             own = prepared.Cost(seconds, self._ledger.asked(), made.count - self.shared_updates)
             return prepared.State(tensors, self.drew, own, self.shared)
@@ -249,4 +260,3 @@ def _unchanged(networks: Mapping[str, nn.Module]) -> Iterator[None]:
             part.training = mode
         for parameter, want in wanted:
             parameter.requires_grad_(want)
-            parameter.grad = None

@@ -114,7 +114,10 @@ def pending(wanted: Sequence[Cell], results: Path, device: str = "cpu", timing: 
     for cell in wanted:
         pair, task = (cell.method, cell.task), plugins.tasks()[cell.task][1]
         if pair not in current:
-            current[pair] = digests(known[cell.method], task)
+            try:
+                current[pair] = digests(known[cell.method], task)
+            except plugins.PluginError:  # its run will say so
+                current[pair] = {}
         found = have.get((*cell.key, device.partition(":")[0], task.checkpoint[: plugins.DIGITS]))
         if (
             found is None

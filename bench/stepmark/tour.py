@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from stepmark import plugins
+from stepmark.meter.machine import machine_id
 from stepmark.places import results_folder
 from stepmark.record import Record, read_all
 from stepmark.stats import centred, paired_test
@@ -106,7 +107,9 @@ def folder() -> Path:
 
 
 def figures(records: Sequence[Record], stop: Stop) -> dict[tuple[str, int], Record]:
-    """The records of a stop that gave figures, at tier embedded and noise seed 0; of several the one made last."""
+    """The records of a stop that gave figures, at tier embedded and noise seed 0, all of one place: of the device of the
+    machine that has most of the stop's cells, and of such the one that was measured last; of a cell the record made last.
+    """
     sound = [
         r
         for r in records
@@ -115,7 +118,10 @@ def figures(records: Sequence[Record], stop: Stop) -> dict[tuple[str, int], Reco
         and r.rung in stop.rungs
         and (r.seed, r.tier, r.status) == (0, "embedded", "ok")
     ]
-    return {(r.method, r.rung): r for r in sorted(sound, key=lambda r: r.created)}
+    places: dict[tuple[str, ...], dict[tuple[str, int], Record]] = {}
+    for r in sorted(sound, key=lambda r: r.created):
+        places.setdefault((r.suite, r.machine, r.device, r.checkpoint), {})[r.method, r.rung] = r
+    return max(places.values(), key=lambda cells: (len(cells), max(r.created for r in cells.values())), default={})
 
 
 # what the figures say ------------------------------------------------------------------------------------------------
@@ -291,7 +297,7 @@ def measure(
     options = suite.Options(results=results, device=device, workers=workers, again=again, announce=lambda text: None)
     for record in suite.walk(selection, options):
         told(record)
-    return read_all(results)
+    return [r for r in read_all(results) if (r.machine, r.device) == (machine_id(), device.partition(":")[0])]
 
 
 @contextmanager

@@ -51,6 +51,8 @@ def compare(record: Record, again: Record, intervals: Mapping[str, tuple[float, 
     tolerance = SAME_MACHINE if exact else OTHER_MACHINE
     counts = [n for n in record.counts if n in again.counts]
     wrong = [n for n in counts if abs(record.counts[n] - again.counts[n]) > tolerance * abs(record.counts[n]) + 1e-9]
+    for name in sorted(set(record.counts) - set(again.counts)):
+        found.differs.append(f"{name}: {record.counts[name]:g} in the record, not counted now")
     for name in wrong:
         found.differs.append(f"{name}: {record.counts[name]:g} in the record, {again.counts[name]:g} now")
     if counts and not wrong:

@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stepmark import plugins
+
 if TYPE_CHECKING:
     from stepmark.hub import Choice
     from stepmark.suite import Selection
@@ -21,6 +23,7 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     )
     for name, text in (("method", "ID"), ("track", "TRACK"), ("task", "KIND/NAME")):
         parser.add_argument(f"--{name}", action="append", default=[], metavar=text, help="may be given several times")
+    parser.add_argument("--variants", action="store_true", help="with --method: the variants of these methods too")
     parser.add_argument(
         "--rung", action="append", type=int, default=[], metavar="N", help="of the task's; with --backbone any"
     )
@@ -111,13 +114,23 @@ def choice_of(arguments: argparse.Namespace) -> Choice | None:
     )
 
 
+def methods_of(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """The methods that were named, with their variants where those were asked for."""
+    named = list(arguments.method)
+    if arguments.variants and not named:
+        raise ValueError("--variants is for --method ID: without it every method and variant is meant")
+    if arguments.variants:
+        named += [info.id for info in plugins.methods().values() if info.base in arguments.method]
+    return tuple(dict.fromkeys(named))
+
+
 def selection_of(arguments: argparse.Namespace) -> Selection:
     """The cells that were chosen."""
     from stepmark.suite import Selection
 
     return Selection(
         tier=arguments.tier,
-        methods=tuple(arguments.method),
+        methods=methods_of(arguments),
         tracks=tuple(arguments.track),
         tasks=tuple(arguments.task),
         rungs=tuple(arguments.rung),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from stepmark.commands.options import choice_of, tier_of
+from stepmark.commands.options import choice_of, methods_of, tier_of
 from stepmark.commands.table import columns
 from stepmark.places import results_folder
 
@@ -16,12 +16,13 @@ def show(arguments: argparse.Namespace) -> int:
     from stepmark.record import read_all
 
     arguments.tier = tier_of(arguments)
+    methods = methods_of(arguments)
     results = arguments.results or results_folder(arguments.tier)
     records = [
         r
         for r in read_all(results)
         if r.tier == arguments.tier
-        and (not arguments.method or r.method in arguments.method)
+        and (not methods or r.method in methods)
         and (not arguments.track or r.track in arguments.track)
         and (not arguments.task or r.task in arguments.task)
     ]
