@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from stepmark.leaderboard import markup
 from stepmark.leaderboard.estimates import figure
 from stepmark.leaderboard.markup import Cell, Line, chip, esc, link, table
-from stepmark.leaderboard.pages import Board, element, slug, words
+from stepmark.leaderboard.pages import Board, element, slug
 from stepmark.leaderboard.rows import Place
 from stepmark.leaderboard.verdicts import claim_task
 
@@ -44,7 +44,8 @@ def of_method(found: Board, info: MethodInfo, up: str) -> str:
 def _said(claim: Claim) -> Cell:
     """The claim in words and as a sentence, headlines marked."""
     mark = chip("headline", "open", "what the paper's abstract boasts of") + " " if claim.headline else ""
-    return Cell(f"{mark}{esc(claim.says)}<br><code>{esc(claim.check)}</code>", claim.says)
+    check = f'<code class="sm-check">{esc(claim.check)}</code>'
+    return Cell(f"{mark}{esc(claim.says)}<br>{check}", claim.says)
 
 
 def _judged(verdict: claims.Verdict | None) -> list[Cell]:
@@ -72,13 +73,14 @@ def page(found: Board) -> list[str]:
             state = verdict.state if verdict else "not run"
             headlines[state] += claim.headline
             marks = {"track": info.track, "headline": "headline" if claim.headline else "further", "verdict": state}
-            cells = [Cell(link(f"methods/{info.id}.html", info.id), info.id), markup.text(words(info.track))]
-            lines.append(Line([*cells, _said(claim), *_judged(verdict)], marks=marks))
+            name = Cell(link(f"methods/{info.id}.html", info.id), info.id)
+            verdict_cell, share, measured = _judged(verdict)
+            lines.append(Line([name, verdict_cell, share, _said(claim), measured], marks=marks))
     told = markup.tally(headlines, markup.VERDICT_MOOD) or "none stated yet"
     missing = [f"{link(f'methods/{i.id}.html', i.id)} ({esc(i.unclaimed or 'not stated yet')})" for i in bare]
     return [
-        element("p", f"Headline claims, what the abstracts boast of: {told}." + _missing(missing)),
-        table(("Method", "Track", "The paper says", "Verdict", "Holds in", "Measured"), lines, "Claims", picks=PICKS),
+        element("p", f"Headline claims, what the abstracts boast of: {told}.") + _missing(missing),
+        table(("Method", "Verdict", "Holds in", "The paper says", "Measured"), lines, "Claims", picks=PICKS),
         f'<p class="sm-note">{HOW} {link("claims-and-trust.html", "The language, and what a verdict needs")}.</p>',
     ]
 
@@ -88,4 +90,7 @@ def _best(by_place: dict[Place, claims.Verdict]) -> claims.Verdict | None:
 
 
 def _missing(missing: Sequence[str]) -> str:
-    return f" Without one: {', '.join(missing)}." if missing else ""
+    """The papers that state no headline, with their reasons, folded away."""
+    if not missing:
+        return ""
+    return f"<details><summary>{len(missing)} papers state none</summary><p>{', '.join(missing)}.</p></details>"
