@@ -266,11 +266,52 @@ def test_a_loop_holds_alpha_and_finishes() -> None:
     assert torch.equal(x, torch.tensor([A, B, C, A]).expand_as(x))
 
 
+@pytest.mark.parametrize(
+    ("name", "few", "many"),
+    [
+        ("remdm", 0.64, 0.32),
+        ("remdm_unscaled", 0.04, 0.02),
+        ("remdm_cap", 0.64, 0.128),
+        ("remdm_rescale", 0.72, 0.24),
+    ],
+)
+def test_eta_is_the_papers_for_the_schedule_and_the_number_of_steps(name: str, few: float, many: float) -> None:
+    """Sixteen times the published constants for a sixteenth of the words; the loop from one step a word on."""
+    used: dict[int, tuple[str, float]] = {}
+
+    def remask(denoise: Any, x: Tensor, steps: int, sigma: Any, generator: Any, nucleus: float) -> Tensor:
+        assert nucleus == 0.9
+        # Where a quarter is visible everything may be masked again, where half is, a half.
+        greatest = sampling.greatest_sigma(0.5, 0.75)
+        kind = "rescale" if sigma(0.5, 0.75) < min(greatest, sigma(0.25, 0.25)) else "cap"
+        used[steps] = kind, sigma(0.25, 0.25)
+        assert sigma(0.5, 0.75) == pytest.approx(
+            sigma(0.25, 0.25) * greatest if kind == "rescale" else min(greatest, sigma(0.25, 0.25))
+        )
+        return x.masked_fill(x == MASK, A)
+
+    def loop(denoise: Any, x: Tensor, steps: int, eta: float, generator: Any, nucleus: float) -> Tensor:
+        assert nucleus == 0.9
+        used[steps] = "loop", eta
+        return x.masked_fill(x == MASK, A)
+
+    method = load(name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(method.run.__globals__, "remask", remask)
+        patch.setitem(method.run.__globals__, "remask_in_a_loop", loop)
+        for steps in (4, 63, 64, 256):
+            method.run(session_of(model=tiny(False)), {"prompt": [[]], "length": [64]}, steps)
+    late = "loop" if method.schedule == "loop" else method.schedule
+    early = "rescale" if method.schedule == "rescale" else "cap"
+    assert [kind for kind, _ in used.values()] == [early, early, late, late]
+    assert [eta for _, eta in used.values()] == pytest.approx([few, few, many, many])
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_writers_keep_the_budget_spend_nothing_idle_and_repeat(name: str) -> None:
     method = load(name)
     networks: dict[str, nn.Module] = {"model": tiny(False), "ar": tiny(True)}
-    if name == "sdtt":
+    if name.startswith("sdtt"):
         networks["student"] = tiny(False, 3)
     outputs = []
     for _ in range(2):
@@ -282,7 +323,7 @@ def test_writers_keep_the_budget_spend_nothing_idle_and_repeat(name: str) -> Non
         track.check(TASKS["generation/stories64"], batch, outputs[-1])
     assert outputs[0] == outputs[1]
     spent = session.ledger.spent / 2
-    if name in ("mdlm_ancestral", "mdlm_nucleus", "sdtt"):
+    if name.startswith(("mdlm_", "sdtt")):
         assert 34 < spent < 48  # of 64 steps, 64 (1 - 1/e) = 40 move a mask
     elif name == "ar_lm":
         assert spent == 64 and session.ledger.entries["ar"].as_dict()["positions"] == 2 * 64
@@ -303,17 +344,50 @@ def test_a_pass_over_some_positions_is_exact_while_nothing_changes() -> None:
     x = texts()[:1].clone()
     x[:, 30:] = MASK
     with torch.no_grad():
-        cache = flashdlm.free_cache(model)
+        cache = flashdlm.FreeCache(model)
         whole = mdlm.logits(model, x)
         assert torch.allclose(flashdlm.run_from_clean(model, x, cache), whole, atol=1e-5)
         again = flashdlm.run_from_clean(model, x, cache)
-        assert torch.equal(again[:, :29], torch.zeros_like(again[:, :29]))
-        assert torch.allclose(again[:, 29:], whole[:, 29:], atol=1e-4)
+        assert torch.equal(again[:, :30], torch.zeros_like(again[:, :30]))
+        assert torch.allclose(again[:, 30:], whole[:, 30:], atol=1e-4)
         y = x.clone()
         y[:, 30:40] = texts()[1, 30:40]
         kept, fresh = flashdlm.run_from_clean(model, y, cache)[:, 39:], mdlm.logits(model, y)[:, 39:]
         assert float((kept - fresh).abs().max()) > 1e-3
         assert mdlm.logits(model, y)[:, :5].sub(whole[:, :5]).abs().max() > 1e-3  # it looks both ways
+
+
+@pytest.mark.parametrize("name", ["flashdlm", "flashdlm_corrected", "left_to_right", "freecache"])
+def test_no_kept_key_or_value_is_that_of_a_mask(name: str) -> None:
+    """Whatever a pass takes from the cache was computed for the word that stands there, at each step of each rule."""
+    method, model, guide = load(name), tiny(False), tiny(True)
+    original, starts = blocks.run_blocks, []
+    ran_for = torch.full((64,), -1)  # the word for which keys and values of a position were last computed
+
+    def spy(network: Any, ids: Tensor, start: int, cache: Any) -> Tensor:
+        if network is model:
+            starts.append(start)
+            text = seen[-1]
+            assert torch.equal(ran_for[:start], text[0, :start]) and MASK not in ran_for[:start]
+            ran_for[start:] = ids[0]
+        return original(network, ids, start, cache)
+
+    seen: list[Tensor] = []
+    passed = method.run.__globals__["run_from_clean"]
+
+    def run(network: Any, x: Tensor, cache: Any) -> Tensor:
+        seen.append(x)
+        return passed(network, x, cache)
+
+    session = session_of("completion/stories64", model=model, ar=guide)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        globals_of = method.run.__globals__
+        patch.setitem(globals_of, "run_blocks", spy)
+        patch.setitem(globals_of, "run_from_clean", run)
+        method.run(session, {"prompt": [texts()[0, :24].tolist()], "length": [64]}, 40)
+    assert len(starts) > 3 and starts[:2] == [0, 24] and starts == sorted(starts)
+    for before, after, start in zip(seen, seen[1:], starts[1:], strict=False):
+        assert start == flashdlm.first_mask(before) <= flashdlm.first_mask(after)  # nothing clean runs a third time
 
 
 def test_the_causal_model_with_a_cache_is_the_one_without() -> None:
@@ -327,8 +401,9 @@ def test_the_causal_model_with_a_cache_is_the_one_without() -> None:
     assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-4)
 
 
-def test_the_guide_decides_how_much_and_never_what() -> None:
-    assert [flashdlm.agreed([1, 2, 3], g) for g in ([1, 2, 3], [1, 2, 9], [9, 2, 3])] == [3, 2, 1]
+@pytest.mark.parametrize("corrected", [False, True])
+def test_the_guide_decides_how_much_and_what_only_where_it_corrects(corrected: bool) -> None:
+    assert [flashdlm.agreed([1, 2, 3], g) for g in ([1, 2, 3], [1, 2, 9], [9, 2, 3])] == [3, 2, 0]
     model, guide = tiny(False), tiny(True)
     x = torch.full((1, 64), MASK)
     x[:, :24] = texts()[:1, :24]
@@ -342,18 +417,39 @@ def test_the_guide_decides_how_much_and_never_what() -> None:
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(flashdlm, "run_from_clean", spy)
-        done = flashdlm.fill_guided(model, guide, x, 40, cached=False)
+        done = flashdlm.fill_guided(model, guide, x, 40, None, corrected)
     steps.append((done, done))
     assert len(steps) > 3
     for (y, draft), (after, _) in itertools.pairwise(steps):
         start, stop = flashdlm.first_mask(y), flashdlm.first_mask(after)
-        assert torch.equal(after[:, start:stop], draft[:, start:stop])  # the model's own words
         text = torch.where(y == MASK, draft, y)
         before = torch.cat([torch.full((1, 1), mdlm.START), text[:, :-1]], 1)
         with torch.no_grad():
             wished = sampling.word_probabilities(mdlm.logits(guide, before)).argmax(-1)
         agrees = (wished == text)[0, start:].tolist()
-        assert stop - start == max(1, agrees.index(False) if False in agrees else len(agrees)) or after is done
+        same = agrees.index(False) if False in agrees else len(agrees)
+        assert torch.equal(after[:, start : start + same], draft[:, start : start + same])
+        if corrected and same < len(agrees):
+            assert stop == start + same + 1 and after[0, stop - 1] == wished[0, stop - 1]
+        else:
+            assert stop - start == max(1, same) or after is done
+            assert torch.equal(after[:, start:stop], draft[:, start:stop])  # the model's own words
+
+
+def test_the_control_writes_as_many_words_from_the_left() -> None:
+    model, x = tiny(False), torch.full((1, 64), MASK)
+    x[:, :24] = texts()[:1, :24]
+    firsts: list[int] = []
+    original = flashdlm.run_from_clean
+
+    def spy(network: Any, y: Tensor, cache: Any) -> Tensor:
+        firsts.append(flashdlm.first_mask(y))
+        return original(network, y, cache)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(flashdlm, "run_from_clean", spy)
+        done = flashdlm.fill_from_the_left(model, x, 8, None)
+    assert firsts == list(range(24, 64, 5)) and MASK not in done
 
 
 def test_an_agreeing_guide_ends_in_one_step_and_positions_are_saved() -> None:
@@ -369,7 +465,7 @@ def test_an_agreeing_guide_ends_in_one_step_and_positions_are_saved() -> None:
         spent[name] = session.ledger.entries["model"].as_dict()
     assert spent["freecache"]["evaluations"] == spent["dlm_confidence"]["evaluations"] == 40
     assert spent["dlm_confidence"]["positions"] == 40 * 64
-    assert spent["flashdlm"]["positions"] < 0.6 * 64 * spent["flashdlm"]["evaluations"]
+    assert spent["flashdlm"]["positions"] < 0.65 * 64 * spent["flashdlm"]["evaluations"]
     assert spent["guided_diffusion"]["positions"] == 64 * spent["guided_diffusion"]["evaluations"]
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         method = load("flashdlm")
@@ -468,37 +564,111 @@ def test_inference_climbs_to_the_exact_likelihood_of_a_linear_gaussian() -> None
     x, variance = torch.randn(40, 6, generator=generator) @ torch.diag(torch.ones(6) * 1.5), 0.25
     exact = torch.distributions.MultivariateNormal(torch.zeros(6), w @ w.T + variance * torch.eye(6)).log_prob(x)
 
-    def elbo(mean: Tensor, log_std: Tensor) -> Tensor:
+    def elbo(mean: Tensor, log_variance: Tensor) -> Tensor:
         """The bound without Monte Carlo."""
         fit = torch.distributions.Normal(mean @ w.T, variance**0.5).log_prob(x).sum(1)
-        spread = (w.square().sum(0) * (2 * log_std).exp()).sum(1) / (2 * variance)
-        return fit - spread - latent.divergence(mean, log_std)
+        spread = (w.square().sum(0) * log_variance.exp()).sum(1) / (2 * variance)
+        return fit - spread - latent.divergence(mean, log_variance)
 
-    def bound(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        mean, log_std = mean.requires_grad_(True), log_std.requires_grad_(True)
-        z = mean + log_std.exp() * noise
-        value = torch.distributions.Normal(z @ w.T, variance**0.5).log_prob(x).sum(1) - latent.divergence(mean, log_std)
-        gradients = torch.autograd.grad(value.sum(), (mean, log_std))
+    def bound(mean: Tensor, log_variance: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean, log_variance = mean.requires_grad_(True), log_variance.requires_grad_(True)
+        z = mean + (0.5 * log_variance).exp() * noise
+        fit = torch.distributions.Normal(z @ w.T, variance**0.5).log_prob(x).sum(1)
+        value = fit - latent.divergence(mean, log_variance)
+        gradients = torch.autograd.grad(value.sum(), (mean, log_variance))
         return value.detach(), gradients[0], gradients[1]
 
     found = []
     for steps in (0, 1, 4, 16, 64):
-        mean, log_std = latent.infer(bound, torch.Size((40, 3)), steps, 0.1, rng(1))
-        value = elbo(mean.detach(), log_std.detach())
+        mean, log_variance, _ = latent.infer(bound, torch.Size((40, 3)), steps, 0.1, rng(1), 0.0, 1.0, False)
+        value = elbo(mean.detach(), log_variance.detach())
         assert bool((value <= exact + 1e-4).all())
         found.append(float(value.mean()))
     assert found == sorted(found)
     posterior = torch.linalg.inv(torch.eye(3) + w.T @ w / variance)
-    best = elbo(x @ w / variance @ posterior, posterior.diagonal().log() / 2 + torch.zeros(40, 3))
+    best = elbo(x @ w / variance @ posterior, posterior.diagonal().log() + torch.zeros(40, 3))
     assert torch.allclose(best, exact, atol=1e-4)  # the closed form closes the gap
     assert found[-1] > found[0] + 0.95 * (float(exact.mean()) - found[0])
+
+
+def test_inference_starts_narrow_slows_down_and_holds_its_noise() -> None:
+    """The constants of the official code, seen on a bound of gradient 1: each step of Adam is then the rate itself."""
+    latent = module("latent_thought_lm")
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def bound(mean: Tensor, log_variance: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        seen.append((mean, log_variance, noise))
+        return mean.sum((1, 2)), torch.ones_like(mean), torch.ones_like(mean)
+
+    mean, log_variance, noise = latent.infer(bound, torch.Size((50, 4, 8)), 16, 0.3, rng(4))
+    means, variances = torch.stack([m for m, _, _ in seen]), torch.stack([v for _, v, _ in seen])
+    assert float(means[0].abs().max()) == 0
+    assert float(variances[0].mean()) == pytest.approx(-5, abs=0.02)
+    assert float(variances[0].std()) == pytest.approx(0.1, abs=0.01)
+    assert all(torch.equal(e, noise) for _, _, e in seen)
+    rates = torch.diff(torch.cat([means, mean[None]]).mean((1, 2, 3)))
+    expected = [0.3 * (0.1 + 0.9 * (1 + math.cos(math.pi * k / 16)) / 2) for k in range(16)]
+    assert rates.tolist() == pytest.approx(expected, rel=1e-4)
+    assert float((log_variance - variances[0]).mean()) == pytest.approx(sum(expected), rel=1e-4)
+    assert float(log_variance.max()) < -1.5  # why the first rate is twice theirs: the prior's 0 is out of their reach
+    seen.clear()
+    latent.infer(bound, torch.Size((2, 4, 8)), 3, 0.3, rng(4), held=False)
+    assert not torch.equal(seen[0][2], seen[1][2])
+
+
+def test_training_climbs_on_the_draw_that_inference_held() -> None:
+    """The slow step reads the same z as the last fast one; the bound that `run` gives is at a draw of its own."""
+    method = load("latent_thought_lm")
+    latent = module("latent_thought_lm")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        decoder = latent.ThoughtDecoder(32, 1, 2, 4, 8)
+    climbed: list[Tensor] = []
+    bounds: list[Tensor] = []
+    decoder.register_forward_pre_hook(lambda m, args: climbed.append(args[3]))
+    plain = decoder.log_likelihood
+    decoder.log_likelihood = lambda tokens, z: bounds.append(z) or plain(tokens, z)
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    inferred = method.infer
+    method.infer = lambda *args: found.append(inferred(*args)) or found[-1]
+    session = SimpleNamespace(
+        networks={"decoder": decoder},
+        rng=rng(1),
+        device=torch.device("cpu"),
+        train={"text": load_split("stories64", "test")["text"]},
+        scale=lambda full, small: small,
+        progress=lambda steps, words: steps,
+    )
+    type(method).prepare(method, session)
+    assert len(climbed) == 2 * 2 and len(bounds) == 2 * 3  # 2 slow steps, 2 fast ones each
+    assert torch.equal(climbed[0], climbed[1]) and not torch.equal(climbed[1], climbed[2])
+    for slow, (mean, log_variance, noise) in zip(bounds[2::3], found, strict=True):
+        assert torch.equal(slow, mean + (0.5 * log_variance).exp() * noise)
+    assert torch.equal(found[0][2], climbed[0])
+    climbed.clear()
+    method.run(session, {"tokens": texts()[:2]}, 3)
+    assert torch.equal(climbed[0], climbed[1]) and not torch.equal(climbed[1], climbed[2])
+
+
+def test_without_inference_the_decoder_is_a_language_model() -> None:
+    """The autoregressive arm: an exact likelihood over all words before, at one evaluation whatever the rung."""
+    latent, method = module("latent_thought_lm"), load("latent_thought_ar")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        decoder = latent.ThoughtDecoder(32, 1, 2, 4, method.window).eval().requires_grad_(False)
+    session = session_of("likelihood/stories64", decoder=decoder)
+    session.ledger.reset(limit=4)
+    found = method.run(session, {"tokens": texts()[:4]}, 33)
+    assert torch.allclose(found.float(), -decoder.log_likelihood(texts()[:4], torch.zeros(4, 1, 2, 4)), atol=1e-4)
+    assert bool(decoder.seen.tril().equal(torch.ones(64, 64, dtype=torch.bool).tril()))
+    assert load("latent_thought_window").window == load("latent_thought_lm").window
 
 
 def test_the_thought_decoder_sees_a_window_and_its_own_vectors() -> None:
     latent = module("latent_thought_lm")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        decoder = latent.ThoughtDecoder(32, 2, 3, 4).eval().requires_grad_(False)
+        decoder = latent.ThoughtDecoder(32, 2, 3, 32, 4).eval().requires_grad_(False)
         for parameter in decoder.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(5)
@@ -521,14 +691,14 @@ def test_the_thought_decoder_sees_a_window_and_its_own_vectors() -> None:
         moved = z.clone()
         moved[:, 1] += 1
         assert float((losses(tokens, z) - losses(tokens, moved)).abs().amax((0, 2)).min()) > 0
-    mean, log_std, noise = (0.3 * torch.randn(z.shape, generator=rng(s)) for s in (1, 2, 3))
-    _, by_mean, by_std = decoder(tokens, mean, log_std, noise)
+    mean, log_variance, noise = (0.3 * torch.randn(z.shape, generator=rng(s)) for s in (1, 2, 3))
+    _, by_mean, by_variance = decoder(tokens, mean, log_variance, noise)
     step = 1e-2
-    for gradient, index in ((by_mean, 0), (by_std, 1)):
+    for gradient, index in ((by_mean, 0), (by_variance, 1)):
         direction = gradient / gradient.norm()
         ends = []
         for sign in (-1, 1):
-            moved_by = [mean, log_std]
+            moved_by = [mean, log_variance]
             moved_by[index] = moved_by[index] + sign * step * direction
             ends.append(float(decoder(tokens, *moved_by, noise)[0].sum()))
         assert (ends[1] - ends[0]) / (2 * step) == pytest.approx(float(gradient.norm()), rel=0.05)

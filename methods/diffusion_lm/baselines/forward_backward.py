@@ -36,9 +36,14 @@ class ForwardBackward(Method):
     baselines = ("mdlm_nucleus",)
     claims = (
         Claim(
-            "gen_ppl[forward_backward,64] < gen_ppl[mdlm_nucleus,64] "
-            "and gen_ppl[forward_backward,256] < gen_ppl[mdlm_nucleus,256]",
-            says="with the corrector texts are better than with as many steps of the predictor alone",
+            "gen_ppl[forward_backward,*] < gen_ppl[mdlm_nucleus,*] "
+            "and entropy[forward_backward,*] >= 0.985 * entropy[mdlm_nucleus,*]",
+            says="with the corrector texts are better than with as many steps of the predictor alone, and as varied",
+            headline=True,
+        ),
+        Claim(
+            "valid[forward_backward,16] > valid[mdlm_nucleus,32] and valid[forward_backward,32] > valid[mdlm_nucleus,64]",
+            says="and than with twice as many of them",
         ),
     )
 

@@ -19,6 +19,9 @@ class MDLMBound(Method):
     MDLM's negative ELBO in the form that counts masks instead of drawing each by itself, whose
     Monte Carlo estimate varies less (Nie et al. 2025, equation 6). One evaluation per draw; the numbers of masks of a
     text's draws are stratified. More draws narrow the estimate, the bound stays.
+
+    What limits it here: the two networks are of one size, but the masked one was trained for more than twice as many
+    updates, on as many texts each, for it learns more slowly.
     """
 
     paper = Paper(
@@ -34,8 +37,9 @@ class MDLMBound(Method):
     baselines = ("ar_lm",)
     claims = (
         Claim(
-            "nll[mdlm_bound,33] <= 1.1 * nll[ar_lm,33] and excess[mdlm_bound,33] >= 0",
-            says="in nats a word within a tenth of an autoregressive model of the same size, and above the floor",
+            "nll[mdlm_bound,*] <= 1.1 * nll[ar_lm,*]",
+            says="in nats a word within a tenth of an autoregressive model of the same size, as on the paper's web text",
+            headline=True,
         ),
     )
 

@@ -7,13 +7,23 @@ by another model. A masked-diffusion model (`model`) and an autoregressive one o
   list of the `length - len(prompt)` token ids that follow. A rung is a number of evaluations per text: all blocks of a
   network once, over however many positions (`model_positions` counts those). An evaluation that is not needed, because
   no word is revealed in a step, is not spent.
+  Completions come one text at a time, so that methods which advance each text at its own pace and methods that would
+  advance several at once are timed alike.
 * `likelihood/*`: a batch is {"tokens": int64 [B, 64]}; `run` returns an upper bound of -log p(text) in nats, float [B].
   A rung is a number of evaluations of that bound or of its parts, gradient included.
 
+What the tasks can tell: `valid` is the share of wholly right texts and moves over the whole ladder, about three standard
+errors of 480 texts (n x seeds) are 0.06 where it is 0.7. Unigram entropy moves little, for most words of a story are
+fixed: a nucleus of a half (`mdlm_sharp`), which makes texts alike without making them right, loses two to three
+hundredths of it. Claims that ask for variety therefore ask for 0.985 of another method's entropy.
+
+On `likelihood/*` the autoregressive backbone is within two thousandths of a nat of the grammar's own entropy, so that
+no model can be better than it there: what learns less well is compared with an autoregressive model of the same size
+and training instead.
+
 Masks: alpha(t) = 1 - t is the probability that a word is visible at time t, t = 1 all masked. A denoiser is any
-function from token ids [B, L] to logits [B, L, V] of the clean words. What methods share stands below: drawing words
-(`word_probabilities`, `draw_words`), steps of samplers (`ancestral_step`, `remasking_step` and its schedules), passes
-over some positions (`run_blocks`, `run_from_clean`), confident and guided unmasking, targets of self-distillation.
+function from token ids [B, L] to logits [B, L, V] of the clean words. What methods share stands beside: drawing words
+and steps of samplers in `sampling`, passes over some positions and confident unmasking in `blocks`.
 """
 
 from __future__ import annotations
@@ -34,7 +44,7 @@ from stepmark.tracks.diffusion_lm.sampling import NOISE
 TASKS = (
     Task(
         id="generation/stories64",
-        version=1,
+        version=2,
         summary="Write the first 64 words of a story from nothing; likelihood under the exact grammar",
         dataset="stories64",
         backbones={"model": "mdlm_stories", "ar": "ar_stories"},
@@ -42,9 +52,9 @@ TASKS = (
         unit="NFE",
         rungs=(4, 8, 16, 32, 64, 256),
         metrics={"gen_ppl": "lower", "valid": "higher", "entropy": "higher"},
-        n=48,
-        batch=8,
-        seeds=3,
+        n=96,
+        batch=16,
+        seeds=5,
         smoke_n=1,
         smoke_rungs=(4,),
         probe=2,
@@ -52,7 +62,7 @@ TASKS = (
     ),
     Task(
         id="completion/stories64",
-        version=1,
+        version=2,
         summary="Complete a story after 24 of 64 words, any right way; likelihood under the exact grammar",
         dataset="stories64",
         backbones={"model": "mdlm_stories", "ar": "ar_stories"},
@@ -62,7 +72,7 @@ TASKS = (
         rungs=(4, 8, 16, 40),
         metrics={"valid": "higher", "gen_ppl": "lower", "entropy": "higher"},
         n=96,
-        batch=8,
+        batch=1,
         seeds=3,
         smoke_n=1,
         smoke_rungs=(4,),
