@@ -640,8 +640,8 @@ def test_training_climbs_on_the_draw_that_inference_held() -> None:
         progress=lambda steps, words: steps,
     )
     type(method).prepare(method, session)
-    assert len(climbed) == 2 * 2 and len(bounds) == 2 * 3  # 2 slow steps, 2 fast ones each
-    assert torch.equal(climbed[0], climbed[1]) and not torch.equal(climbed[1], climbed[2])
+    assert len(climbed) == len(bounds) == 2 * 3  # 2 slow steps, 2 fast ones each, all of them counted
+    assert torch.equal(climbed[0], climbed[1]) and not torch.equal(climbed[1], climbed[3])
     for slow, (mean, log_variance, noise) in zip(bounds[2::3], found, strict=True):
         assert torch.equal(slow, mean + (0.5 * log_variance).exp() * noise)
     assert torch.equal(found[0][2], climbed[0])
