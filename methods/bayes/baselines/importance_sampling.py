@@ -28,6 +28,8 @@ class ImportanceSampling(Method):
         "posterior/gaussian_n10",
         "posterior/gaussian_n1",
         "posterior/mixture_n10",
+        "posterior/two_clusters_n30",
+        "posterior/two_clusters_n10",
     )
 
     def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> Tensor:

@@ -18,7 +18,7 @@ class LaggedRegression(Method):
     The interval is the usual normal one. Runs no trials: the same at every rung.
     """
 
-    tasks = ("effect/wearable",)
+    tasks = ("effect/wearable", "effect/wearable_years")
 
     def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> dict[str, Tensor]:
         """Effect and 95 % interval [B] from treatment and outcome [B, T]."""

@@ -21,7 +21,7 @@ class PropensityWeighting(Method):
     Source: the propensity-score twin that Daza and Schneider set beside MoTR; Lunceford and Davidian 2004 for the variance.
     """
 
-    tasks = ("effect/wearable",)
+    tasks = ("effect/wearable", "effect/wearable_years")
 
     def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> dict[str, Tensor]:
         """Effect and 95 % interval [B] from treatment and outcome [B, T]."""

@@ -15,7 +15,8 @@ class Rejection(Method):
     """Rejection sampling from the prior: exact draws, as long as the budget yields enough of them.
 
     A prior draw theta is accepted with probability prod_j p(x_j | theta) / M. The bound M is the likelihood at its
-    maximum, which for a location family with Gaussian noise is the sample mean; that evaluation is paid for too. Accepted
+    maximum, which for a location family with Gaussian noise is the sample mean (no bound is known for `two_clusters`, which
+    is left out); that evaluation is paid for too. Accepted
     draws are exact and independent. Should fewer than DRAWS be accepted, they are repeated in turn; should none be, the
     proposal of highest likelihood is repeated (the only case in which draws are wrong rather than few).
 

@@ -84,45 +84,89 @@ class GaussianMixture:
 
 @dataclass(frozen=True)
 class Problem:
-    """A known prior and a Gaussian likelihood x | theta ~ N(theta, noise).
+    """A known prior and a likelihood x | theta ~ sum_c w_c N(theta + offset_c, noise) of one or two components.
 
     Attributes:
         prior: float32 mixture without leading dimensions; methods may use it freely.
-        noise: covariance of one observation, [d, d].
+        noise: covariance of one observation's component, [d, d].
+        offsets: [C, d], C = 1 or 2.
+        log_weights: [C], normalised.
     """
 
     prior: GaussianMixture
     noise: Tensor
+    offsets: Tensor
+    log_weights: Tensor
 
     def simulate(self, theta: Tensor, generator: torch.Generator) -> Tensor:
         """One observation for each row of theta [R, d]: [R, d]."""
         normal = torch.randn(theta.shape, generator=generator, device=theta.device, dtype=theta.dtype)
-        return theta + normal @ torch.linalg.cholesky(self.noise).mT.to(theta)
+        centre = theta
+        if len(self.offsets) > 1:
+            chosen = torch.multinomial(
+                self.log_weights.exp().to(theta.device), len(theta), replacement=True, generator=generator
+            )
+            centre = theta + self.offsets.to(theta)[chosen]
+        return centre + normal @ torch.linalg.cholesky(self.noise).mT.to(theta)
 
     def log_likelihood(self, theta: Tensor, x: Tensor) -> Tensor:
         """log p(x | theta) of each row: theta [R, d], x [R, d] -> [R]."""
-        residual = x - theta
         precision = torch.linalg.inv(self.noise).to(theta)
         log_det = torch.logdet(2 * math.pi * self.noise).to(theta)
-        return -0.5 * (((residual @ precision) * residual).sum(-1) + log_det)
+        parts = []
+        for offset, log_weight in zip(self.offsets.to(theta), self.log_weights.to(theta), strict=True):
+            residual = x - theta - offset
+            parts.append(log_weight - 0.5 * (((residual @ precision) * residual).sum(-1) + log_det))
+        return parts[0] if len(parts) == 1 else torch.stack(parts).logsumexp(0)
 
     def posterior(self, x: Tensor) -> GaussianMixture:
-        """The exact posterior of every set x [..., n, d], in float64. Harness only."""
+        """The exact posterior of every set x [..., n, d], in float64. Harness only.
+
+        Given which k of the n observations came from component 1, theta's posterior is that of a Gaussian mean with
+        sample mean xbar - (k offset_1 + (n - k) offset_0) / n: it hangs on k alone, so that the 2^n assignments make a
+        mixture of n + 1 terms for each component of the prior.
+        """
         harness_only("the exact posterior")
         x = x.double()
         prior, noise = self.prior.to(torch.float64).to(x.device), self.noise.to(x)
         n = x.shape[-2]
-        mean = x.mean(-2)[..., None, :]  # [..., 1, d]: sufficient
+        log_counts, shifts = self._assignments(x)
+        means = x.mean(-2)[..., None, :] - shifts  # [..., k, d]: sufficient
         prior_precision, data_precision = torch.linalg.inv(prior.covariances), n * torch.linalg.inv(noise)
         covariances = torch.linalg.inv(prior_precision + data_precision)
-        shift = (prior_precision @ prior.means[..., None]) + data_precision @ mean[..., None]
-        means = (covariances @ shift).squeeze(-1)
-        # Component k explains the sample mean with N(mean; mu_k, C_k + noise / n).
+        shift = (prior_precision @ prior.means[..., None]) + data_precision @ means[..., None, :, None]
+        centres = (covariances @ shift).squeeze(-1)
+        # A component of the prior explains the sample mean with N(mean; mu, C + noise / n).
         spread = prior.covariances + noise / n
-        residual = mean - prior.means
+        residual = means[..., None, :] - prior.means
         quadratic = (residual[..., None, :] @ torch.linalg.inv(spread) @ residual[..., None]).squeeze(-1).squeeze(-1)
-        log_weights = prior.log_weights - 0.5 * (quadratic + torch.logdet(spread))
-        return GaussianMixture(log_weights.log_softmax(-1), means, covariances.expand(*means.shape, means.shape[-1]))
+        log_weights = log_counts[..., None] + prior.log_weights - 0.5 * (quadratic + torch.logdet(spread))
+        centres, log_weights = centres.flatten(-3, -2), log_weights.flatten(-2)
+        spreads = covariances.repeat(len(shifts), 1, 1)
+        return GaussianMixture(log_weights.log_softmax(-1), centres, spreads.expand(*centres.shape, centres.shape[-1]))
+
+    def _assignments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Log evidence [..., K], but for theta, of k = 0 .. K - 1 observations from component 1, and mean offset [K, d].
+
+        Summed over the assignments with that k: the coefficients of prod_j (b_j + a_j z), a_j and b_j being the weight
+        and density of what each component leaves of x_j.
+        """
+        n = x.shape[-2]
+        offsets = self.offsets.to(x)
+        if len(offsets) == 1:
+            return x.new_zeros(*x.shape[:-2], 1), offsets
+        precision = torch.linalg.inv(self.noise.to(x))
+        left = x[..., None, :] - offsets  # [..., n, 2, d]
+        log_parts = self.log_weights.to(x) - 0.5 * ((left @ precision) * left).sum(-1)
+        log_counts = log_parts[..., 0, :]
+        none = torch.full_like(log_counts[..., :1], -math.inf)
+        for j in range(1, n):
+            stay = torch.cat([log_counts, none], -1) + log_parts[..., j, :1]
+            log_counts = torch.logaddexp(stay, torch.cat([none, log_counts], -1) + log_parts[..., j, 1:])
+        share = torch.arange(n + 1, dtype=x.dtype, device=x.device)[:, None] / n
+        shifts = share * offsets[1] + (1 - share) * offsets[0]
+        mean = x.mean(-2)[..., None, :] - shifts
+        return log_counts + 0.5 * n * ((mean @ precision) * mean).sum(-1), shifts
 
 
 def problem(task: Task) -> Problem:
@@ -133,7 +177,8 @@ def problem(task: Task) -> Problem:
     prior = GaussianMixture(torch.tensor(data.PRIOR_WEIGHTS).log(), means, covariances)
     d = means.shape[-1]
     noise = data.NOISE_STD**2 * ((1 - data.CORRELATION) * torch.eye(d) + data.CORRELATION * torch.ones(d, d))
-    return Problem(prior, noise)
+    offsets = torch.tensor(getattr(data, "OFFSETS", ((0.0,) * d,)))
+    return Problem(prior, noise, offsets, torch.tensor(getattr(data, "OFFSET_WEIGHTS", (1.0,))).log())
 
 
 def observations(task: Task) -> int:
