@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from stepmark import backbones, plugins
 from stepmark.cell import track_of
 from stepmark.meter.counts import Ledger, watch
 from stepmark.session import Session
-from stepmark.tracks.image import schedules, solvers
+from stepmark.tracks.image import captions, schedules, solvers
 
 torch.set_num_threads(1)
 
@@ -144,66 +143,166 @@ def test_no_image_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(*weights)
 
 
+class Straightened(nn.Module):
+    """A student whose signal is y(eps, t) = eps - student(eps, t) = k (1 - t) eps."""
+
+    prediction = "flow"
+
+    def __init__(self, k: float) -> None:
+        super().__init__()
+        self.k = nn.Parameter(torch.tensor(k, dtype=torch.float64))
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        return x - self.k * (1 - t).view(-1, *[1] * (x.dim() - 1)) * x
+
+
+class ExactSignal(nn.Module):
+    """The signal of the exact flow of N(0, 1/4): x_t = eps sqrt((1 - t)^2 / 4 + t^2), y_t = (x_t - t eps) / (1 - t)."""
+
+    prediction = "flow"
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        t = t.view(-1, *[1] * (x.dim() - 1)).double()
+        return x - (((1 - t) ** 2 / 4 + t**2).sqrt() - t) / (1 - t).clamp(min=1e-9) * x
+
+
+def boot_loss(student: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """BOOT's loss of a student of the flow of N(0, 1/4), with the draws of seed 7."""
+    found: list[Tensor] = []
+    session = session_of("class_to_image/digits_flow", Flow("flow"))
+    session.networks["student"] = student
+    session.begin("prepare", 7)
+    monkeypatch.setattr(boot, "fit", lambda session, network, loss, *_: found.append(loss()))
+    boot.Boot().prepare(session)
+    monkeypatch.undo()
+    return found[0]
+
+
+def test_boots_loss_ties_a_level_to_a_step_of_the_teacher_from_the_one_above(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written out for a student of one number, with its slope: the target is held, the level below and the boundary learn.
+
+    The teacher's guess at x_t is c(t) x_t with c = (1 - t) / 4 / ((1 - t)^2 / 4 + t^2), and 0 at the boundary.
+    """
+    k, delta = 0.3, 1 / 16
+    student = Straightened(k)
+    loss = boot_loss(student, monkeypatch)
+    (slope,) = torch.autograd.grad(loss, student.k)
+    session = session_of("class_to_image/digits_flow")
+    session.begin("prepare", 7)
+    labels, draw = session.train["condition"], session.rng
+    torch.randint(len(labels), (64,), generator=draw)
+    eps = torch.randn(64, 1, 8, 8, generator=draw).double().square().flatten(1).mean(1)
+    t = delta + (1 - delta) * torch.rand(64, generator=draw).double()
+    s = t - delta
+    y = k * (1 - t)
+    x0 = (1 - t) / 4 / ((1 - t) ** 2 / 4 + t**2) * ((1 - t) * y + t)
+    target = x0 + (1 - t) * s / (t * (1 - s)) * (y - x0)
+    gap = k * (1 - s) - target  # at the boundary the signal and the guess are both 0
+    assert loss.item() == pytest.approx(float((gap.square() * eps).mean()), rel=1e-4)
+    assert slope.item() == pytest.approx(float((2 * gap * (1 - s) * eps).mean()), rel=1e-4)
+
+
+def test_boots_loss_vanishes_for_the_teachers_own_trajectory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the error of one step, and for no other student: neither one that stays where it starts nor one late by a quarter."""
+
+    class Late(ExactSignal):
+        def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+            return super().forward(x, (t + 1 / 4).clamp(max=1.0), condition)
+
+    class Raised(ExactSignal):
+        def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+            return super().forward(x, t, condition) - 0.5
+
+    exact, late, raised = (float(boot_loss(student(), monkeypatch)) for student in (ExactSignal, Late, Raised))
+    assert exact < 1e-4
+    assert late > 5 * exact
+    assert raised > 0.1  # the boundary tells a student that is off by the same everywhere
+
+
 # --- ReDi ------------------------------------------------------------------------------------------------------------
 
 
-def prepared(session: Session, seed: int = 5) -> tuple[Any, dict[str, Tensor]]:
-    """A prepared ReDi, and the noises and labels of the trajectories that it stored."""
+def prepared(session: Session, seed: int = 5, **settings: Any) -> tuple[Any, dict[str, Tensor]]:
+    """A prepared ReDi, and the start noise with the captions of the trajectories that it stored."""
     method = redi.ReDi()
+    vars(method).update(settings)
     session.begin("prepare", seed)
     session.state = method.prepare(session)
-    draw = torch.Generator().manual_seed(seed)
-    label = load_labels(session)
-    condition = label[torch.randint(len(label), (40,), generator=draw)]
-    assert torch.equal(condition, session.state["condition"])
-    return method, {"noise": torch.randn(40, 2, generator=draw), "condition": condition}
+    condition = captions.captions(40, torch.Generator().manual_seed(seed))
+    noise = captions.start_noise().expand(40, *captions.SHAPE).clone()
+    return method, {"noise": noise, "condition": condition}
 
 
-def load_labels(session: Session) -> Tensor:
-    """Labels of the train split."""
-    return session.train["condition"]
+def test_captions_are_blends_and_the_pure_ones_are_those_of_the_network() -> None:
+    blend, named = backbones.load("shapes16_flow_blend"), backbones.load("shapes16_flow")
+    asked = captions.captions(500, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(asked[:, :3].sum(1), torch.ones(500))
+    torch.testing.assert_close(asked[:, 3:].sum(1), torch.ones(500))
+    assert float(asked.min()) > 0
+    torch.testing.assert_close(asked[:, :3].mean(0), torch.full((3,), 1 / 3), rtol=0, atol=0.05)
+    names = torch.tensor([[0, 4], [2, 6]])
+    pure = torch.zeros(2, 7).scatter_(1, names, 1.0)
+    x = torch.randn(2, *captions.SHAPE, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(blend(x, torch.full((2,), 0.6), pure), named(x, torch.full((2,), 0.6), names))
 
 
-@pytest.mark.parametrize("rung", [2, 4])
+def test_all_queries_start_from_the_noise_of_the_knowledge_base_and_ask_for_other_things() -> None:
+    spec = track_of("captions/shapes16")[1]
+    batch = captions.inputs(spec, 8, torch.Generator().manual_seed(2), torch.device("cpu"))
+    assert torch.equal(batch["noise"], captions.start_noise().expand(8, *captions.SHAPE))
+    assert len(batch["condition"].unique(dim=0)) == 8
+
+
+@pytest.mark.parametrize("rung", [4])
 def test_a_stored_trajectory_is_found_again(rung: int) -> None:
-    """From a stored noise the jump lands on its own trajectory: S steps for the price of half."""
-    session = session_of("sampling/mixtures_flow")
+    """For a stored prompt the jump lands on its own trajectory: S steps for the price of half."""
+    session = session_of("captions/shapes16")
     method, batch = prepared(session)
+    batch = {name: part[:10] for name, part in batch.items()}
     whole = module_of("euler").Euler().run(session, batch, 2 * rung)
-    session.begin("run", 1, rung * 40)
+    session.begin("run", 1, rung * 10)
     torch.testing.assert_close(method.run(session, batch, rung), whole, rtol=1e-3, atol=1e-3)
-    assert session.spent == rung * 40
+    assert session.spent == rung * 10
 
 
-def test_on_a_linear_flow_the_jump_is_exact() -> None:
-    """There values are linear in keys, so a query that the keys span lands where the whole sampler would."""
-    session = session_of("sampling/mixtures_flow", Gaussian("flow"))
+def test_a_new_prompt_is_followed_after_the_jump_and_a_copy_is_not() -> None:
+    """The copy is the end of the nearest trajectory; what follows the jump brings the picture nearer to its own end."""
+    session = session_of("captions/shapes16")
     method, _ = prepared(session)
-    batch = batch_of(20, (2,), 2, seed=9)
+    asked = captions.captions(10, torch.Generator().manual_seed(77))
+    batch = {"noise": captions.start_noise().expand(10, *captions.SHAPE).clone(), "condition": asked}
     whole = module_of("euler").Euler().run(session, batch, 8)
-    torch.testing.assert_close(method.run(session, batch, 4), whole, rtol=1e-3, atol=1e-4)
-    nearest = redi.ReDi()
-    nearest.neighbours = 1
-    assert (nearest.run(session, batch, 4) - whole).abs().max() > 0.01
+    ours = (method.run(session, batch, 4) - whole).flatten(1).norm(dim=1).mean()
+    control, stored = prepared(session, copy=True)
+    session.begin("run", 1, 20)
+    made = control.run(session, batch, 4)
+    assert session.spent == 2 * 10  # the first k steps alone
+    session.begin("run", 1)
+    ends = module_of("euler").Euler().run(session, stored, 8)
+    cosine = torch.cosine_similarity(made.flatten(1)[:, None], ends.flatten(1)[None], dim=2).max(1).values
+    assert float(cosine.min()) > 0.999
+    assert float(ours) < 0.9 * float((made - whole).flatten(1).norm(dim=1).mean())
 
 
-def kept(keys: Tensor, queries: Tensor) -> float:
+def kept(keys: Tensor, queries: Tensor, neighbours: int) -> float:
     """Share of the squared norm of the queries that a jump along a linear trajectory keeps."""
-    landed = redi.combination(queries, keys, 0.5 * keys, redi.ReDi.neighbours)
+    landed = redi.combination(queries, keys, 0.5 * keys, neighbours)
     return 1 - float((landed - 0.5 * queries).square().sum() / (0.5 * queries).square().sum())
 
 
-def test_in_64_dimensions_neighbours_span_what_shares_their_noise_and_half_of_what_does_not() -> None:
-    """Keys that begin with one noise and differ in a few directions span a query that does too. The nearest of 200 keys,
-    as many as there are of a digit, with noises of their own lose half of it.
+def test_neighbours_span_what_shares_their_noise_and_half_of_what_does_not() -> None:
+    """Keys that begin with one noise and differ in a few directions span a query that does too, and the nearest alone is
+    most of it. The nearest of 200 keys with noises of their own, alone or ten together, lose half of it or more.
     """
     draw = torch.Generator().manual_seed(0)
-    shared, content = torch.randn(64, generator=draw), torch.randn(8, 64, generator=draw)
+    shared, content = 4 * torch.randn(64, generator=draw), torch.randn(8, 64, generator=draw)
     keys, queries = (torch.randn(n, 8, generator=draw) @ content for n in (200, 50))
-    assert kept(shared + keys, shared + queries) > 0.999
+    assert kept(shared + keys, shared + queries, 10) > 0.999
+    assert kept(shared + keys, shared + queries, 1) > 0.8
     own, asked = (torch.randn(n, 64, generator=draw) for n in (200, 50))
-    assert 10 / 64 < kept(own, asked) < 0.5
-    assert kept(own[:, :8], asked[:, :8]) > 0.999  # in the plane, or in few dimensions, they span everything
+    assert 10 / 64 < kept(own, asked, 10) < 0.5
+    assert kept(own, asked, 1) < 0.25
 
 
 # --- MMD fine-tuning -------------------------------------------------------------------------------------------------
@@ -235,13 +334,16 @@ def test_gradients_reach_every_step() -> None:
             return self.scales[self.calls - 1] * x
 
     network, batch = PerCall(), batch_of(16, (4,), 1)
-    samples = mmd.MMDFinetuning.sample(network, batch["noise"], batch["condition"], 4)
+    times = mmd.MMDFinetuning.times(network, 4)
+    assert [round(1000 * t) - 1 for t in times[:-1]] == [750, 500, 250, 0]  # the authors' timesteps
+    samples = mmd.MMDFinetuning.sample(network, batch["noise"], batch["condition"], times)
     mmd.squared_mmd(samples, torch.randn(16, 4, generator=torch.Generator().manual_seed(1))).backward()
     assert network.calls == 4
     assert all(scale.grad is not None and scale.grad.abs() > 0 for scale in network.scales)
-    plain = module_of("ddim").DDIM()
     network.calls = 0
-    assert torch.equal(plain.run(SimpleNamespace(networks={"teacher": network}), batch, 4), samples.detach())
+    with torch.no_grad():
+        plain = module_of("ddim").DDIM.solve(solvers.Denoiser(network, batch["condition"]), batch["noise"], times)
+    assert torch.equal(plain, samples.detach())
 
 
 class Told(nn.Module):
@@ -265,8 +367,22 @@ def finetuned(student: nn.Module, rate: float, steps: int) -> None:
     session.begin("prepare", 3)
     method = mmd.MMDFinetuning()
     method.rate, method.steps, method.tuned = rate, steps, 1
+    method.times = lambda network, n: schedules.uniform_times(n)
     data = 0.5 * torch.randn(500, 4, generator=torch.Generator().manual_seed(2))
     method.finetune(session, nn.Identity(), data, torch.zeros(500, dtype=torch.int64))
+
+
+def test_the_control_is_the_same_sampler_untouched() -> None:
+    session, batch = session_of("class_to_image/digits_eps"), batch_of(10, (1, 8, 8), 10)
+    method = plugins.load_class(plugins.methods()["mmd_ddm_untuned"])()
+    session.begin("prepare", 3)
+    session.networks["student"] = method.networks(session)["student"]
+    method.prepare(session)
+    found = method.run(session, batch, 4)
+    denoise = solvers.Denoiser(session.networks["teacher"], batch["condition"])
+    with torch.no_grad():
+        plain = module_of("ddim").DDIM.solve(denoise, batch["noise"], schedules.leading_times(4))
+    torch.testing.assert_close(found, plain)
 
 
 def test_fine_tuning_learns_the_spread_and_leaves_alone_what_is_out_of_range() -> None:
@@ -301,7 +417,7 @@ class Flow(Gaussian):
     """The exact flow for a batch of different times."""
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        t = t[:, None]
+        t = t.view(-1, *[1] * (x.dim() - 1))
         return (t - (1 - t) / 4) / ((1 - t) ** 2 / 4 + t**2) * x
 
 

@@ -23,6 +23,7 @@ from stepmark.task import load_split
 from stepmark.tracks.image.metrics import exact_endpoints, sliced_w2
 from stepmark.tracks.image.schedules import Schedule, add_noise, uniform_times
 from stepmark.tracks.image.solvers import Denoiser, ddim_step
+from stepmark.tracks.image.training import follow
 
 torch.set_num_threads(1)
 
@@ -398,6 +399,30 @@ def test_imm_trained_for_a_moment_beats_two_euler_steps():
     assert distance(two) < 0.8 * distance(euler)
 
 
+def test_flow_matching_of_the_same_network_learns_velocities_and_follows_them(monkeypatch):
+    """Data at one point c have the velocity (x - c) / t: no loss is left, and any number of steps leads to c."""
+    module, losses = module_of("imm"), []
+
+    class Towards(nn.Module):
+        def forward(self, z: Tensor, t: Tensor, s: Tensor, condition: Tensor) -> Tensor:
+            assert torch.equal(t, s)
+            x = z * ((1 - t) ** 2 + t**2).sqrt()[:, None]
+            return (x - 0.7) / t[:, None]
+
+    session, method = session_of("sampling/mixtures_flow"), module.IMM()
+    method.velocity = method_of("imm_flow_matching").velocity
+    session.begin("prepare", 1)
+    session.networks["generator"] = Towards()
+    train = {"x0": torch.full((100, 2), 0.7), "condition": torch.arange(100) % 2}
+    monkeypatch.setattr(Session, "train", property(lambda self: train))
+    monkeypatch.setattr(module, "fit", lambda session, network, loss, *_, **__: losses.append(loss().item()))
+    method.prepare(session)
+    assert losses[0] < 1e-6
+    for rung in (1, 4):
+        out = method.run(session, noise_of("sampling/mixtures_flow", 6), rung)
+        torch.testing.assert_close(out, torch.full((6, 2), 0.7), rtol=1e-4, atol=1e-4)
+
+
 # --- ReFlow and Simple ReFlow -------------------------------------------------------------------------------
 
 
@@ -417,7 +442,7 @@ class Straight(nn.Module):
         return self.v.expand_as(x) + 0 * x
 
 
-@pytest.mark.parametrize("method", ["reflow", "simple_reflow"])
+@pytest.mark.parametrize("method", ["reflow", "simple_reflow", "simple_reflow_plain", "simple_reflow_backward"])
 def test_the_coupling_of_a_straight_flow_is_reproduced(method):
     task = "class_to_image/digits_flow"
     teacher = Straight()
@@ -458,7 +483,7 @@ def test_reflow_learns_the_coupling_of_a_curved_flow():
     session.begin("prepare", 1)
     session.networks |= plugin.networks(session)
     plugin.prepare(session)
-    end = (1 - 1.5 / 10) ** 10  # x0 = end * eps, so v = (1 - end) eps along x_t = (end + t (1 - end)) eps
+    end = (1 - 0.15 + 0.15**2 / 2) ** 10  # ten steps of Heun's method: x0 = end * eps, so v = (1 - end) eps along x_t = (end + t (1 - end)) eps
     t = np.linspace(0, 1, 10001)
     path = end + t * (1 - end)
     expected = (1 - end) * path.mean() / (path**2).mean()
@@ -528,8 +553,13 @@ def test_forward_pairs_invert_and_generate_the_data_again():
     x0, condition = data["x0"][:40], data["condition"][:40]
     denoise, times = Denoiser(network, condition), uniform_times(20)
     with torch.no_grad():
-        eps = module.integrate(denoise, x0, times[::-1])
-        again = module.integrate(denoise, eps, times)
+        eps = follow(denoise, x0, times[::-1])
+        again = follow(denoise, eps, times)
+    session = session_of("class_to_image/digits_flow")
+    session.begin("prepare", 1)
+    pairs = module.inverted_pairs(session, 40, 20)
+    torch.testing.assert_close(pairs["eps"], eps, rtol=1e-4, atol=1e-4)
+    assert torch.equal(pairs["x0"], x0) and torch.equal(pairs["condition"], condition)
     assert (again - x0).square().mean().sqrt() < 0.1
     assert (x0 - x0.flip(0)).square().mean().sqrt() > 0.5
     assert 0.7 < eps.std().item() < 1.2

@@ -302,11 +302,41 @@ def test_the_ablation_stores_as_many_states_at_the_same_times_but_of_noised_data
 
 def test_pairs_are_the_ends_of_the_teachers_chain() -> None:
     session = session_of(DIGITS)
-    eps, x0, condition = training.teacher_pairs(session, 12, 4)
-    session.begin("run", 1)
-    batch = {"noise": eps, "condition": condition}
-    torch.testing.assert_close(module_of("euler").Euler().run(session, batch, 4), x0, rtol=1e-4, atol=1e-4)
-    assert abs(float(eps.mean())) < 0.1
+    pairs = training.teacher_pairs(session, 12, 4)
+    assert session._ledger.entries["teacher"].rows == 12 * 8
+    denoise, x = solvers.Denoiser(session.networks["teacher"], pairs["condition"]), pairs["eps"]
+    with torch.no_grad():
+        for t, s in pairwise(schedules.uniform_times(4)):
+            x = solvers.heun_step(denoise, x, t, s)
+    torch.testing.assert_close(x, pairs["x0"], rtol=1e-4, atol=1e-4)
+    assert abs(float(pairs["eps"].mean())) < 0.1
+
+
+def test_students_of_one_teacher_learn_from_the_same_pairs() -> None:
+    """Plain and simple reflow and one-step regression ask for the same training by name, and name the same numbers."""
+    asked = {}
+    for name in ("reflow", "simple_reflow", "simple_reflow_plain", "simple_reflow_backward", "one_step_regression"):
+        method, calls = method_of(name), []
+        session = session_of(DIGITS, method)
+
+        def once(function: Any, *literals: Any, session: Any = session, calls: list[Any] = calls) -> dict[str, Tensor]:
+            calls.append((function.__name__, *literals))
+            return blank_pairs(literals[0])
+
+        session.once = once  # type: ignore[method-assign]
+        session.scale = lambda embedded, smoke: smoke if smoke == 4 else embedded  # the pairs in full, few updates
+        method.prepare(session)
+        asked[name] = calls
+    assert all(calls[0] == ("teacher_pairs", 6000, 10) for calls in asked.values())
+    assert [call[0] for call in asked["simple_reflow"]] == ["teacher_pairs", "inverted_pairs"]
+    assert asked["simple_reflow_plain"] == asked["simple_reflow"]
+    assert len(asked["simple_reflow_backward"]) == 1
+
+
+def blank_pairs(n: int) -> dict[str, Tensor]:
+    """Pairs of noise with empty pictures."""
+    batch = batch_of(n, (1, 8, 8), 10)
+    return {"eps": batch["noise"], "x0": torch.zeros_like(batch["noise"]), "condition": batch["condition"]}
 
 
 def test_annealed_noise_is_gaussian_on_the_whole_way() -> None:
@@ -341,8 +371,8 @@ def test_distillation_is_guided_by_two_steps_of_the_annealed_flow(monkeypatch: p
         session = session_of(DIGITS)
         session.networks["student"] = Straight(bend)
         noise = batch_of(64, (1, 8, 8), 10)["noise"]
-        pairs = (noise, torch.zeros_like(noise), torch.zeros(64, dtype=torch.int64))
-        monkeypatch.setattr(slim, "teacher_pairs", lambda *_, pairs=pairs: pairs)
+        pairs = {"eps": noise, "x0": torch.zeros_like(noise), "condition": torch.zeros(64, dtype=torch.int64)}
+        session.once = lambda *_, pairs=pairs: pairs  # type: ignore[method-assign]
         monkeypatch.setattr(slim, "fit", lambda session, network, loss, *_, losses=losses: losses.append(loss().item()))
         method.prepare(session)
         found[bend] = losses[1]
@@ -353,10 +383,14 @@ def test_distillation_is_guided_by_two_steps_of_the_annealed_flow(monkeypatch: p
     assert found[0.5] > 0.1
 
 
-def test_the_naive_way_learns_the_teachers_pairs_from_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network that knows the one stored noise has no loss on the pairs, and as annealing begins, on random ones, much."""
+def test_annealing_leads_from_random_pairs_to_the_teachers_and_the_naive_way_begins_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A network that knows the one stored noise has no loss on the teacher's pairs, and on random ones a loss of the
+    variance of eps_b - eps, 2 - 2 sqrt(1 - b^2): the annealed way starts with all of it and ends with none.
+    """
     noise = batch_of(1, (1, 8, 8), 10)["noise"].expand(64, -1, -1, -1)
-    pairs = (noise, torch.zeros_like(noise), torch.zeros(64, dtype=torch.int64))
+    pairs = {"eps": noise, "x0": torch.zeros_like(noise), "condition": torch.zeros(64, dtype=torch.int64)}
 
     class Known(nn.Module):
         prediction = "flow"
@@ -364,20 +398,29 @@ def test_the_naive_way_learns_the_teachers_pairs_from_the_first_step(monkeypatch
         def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
             return noise[:1].expand_as(x)
 
-    monkeypatch.setattr(slim, "teacher_pairs", lambda *_: pairs)
-    first = {}
-    for name in ("slimflow", "slimflow_naive"):
-        method, session, losses = slim.SlimFlow(), session_of(DIGITS), []
+    found: dict[str, list[float]] = {}
+    monkeypatch.setattr(
+        slim, "fit", lambda session, network, loss, steps, *_: stages.append([loss().item() for _ in range(steps)])
+    )
+    for name in ("slimflow", "slimflow_naive", "slimflow_direct"):
+        stages: list[list[float]] = []
+        method, session = slim.SlimFlow(), session_of(DIGITS)
         vars(method).update(plugins.methods()[name].overrides)
         session.networks["student"] = Known()
-        monkeypatch.setattr(slim, "fit", lambda session, network, loss, *_, losses=losses: losses.append(loss().item()))
+        session.once = lambda *_: pairs  # type: ignore[method-assign]
+        session.scale = lambda embedded, smoke: (64, 10) if isinstance(embedded, tuple) else smoke
         method.prepare(session)
-        first[name] = losses[0]
-    assert first["slimflow_naive"] < 1e-6
-    assert first["slimflow"] > 0.5
+        found[name] = stages[0]
+        assert len(stages) == (1 if name == "slimflow_direct" else 2)
+        assert name != "slimflow_direct" or len(stages[0]) == 10 + 4
+    away = float(noise[0].square().mean()) + 1  # of a fresh noise from the stored one
+    assert found["slimflow"][0] == pytest.approx(away, rel=0.1)
+    assert all(later < earlier for earlier, later in pairwise(found["slimflow"][:7]))
+    assert max(found["slimflow"][6:]) < 1e-6
+    assert max(found["slimflow_naive"]) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["one_step_regression", "slimflow", "slimflow_naive"])
+@pytest.mark.parametrize("name", ["one_step_regression", "slimflow", "slimflow_naive", "slimflow_direct"])
 def test_one_evaluation_whatever_the_budget(name: str) -> None:
     method = method_of(name)
     session, batch = session_of(DIGITS, method), batch_of(10, (1, 8, 8), 10)
@@ -541,3 +584,35 @@ def test_four_transitions_are_counted_and_fewer_are_refused() -> None:
         assert session.spent == 80
     with pytest.raises(Skip):
         method.run(session, batch, 2)
+
+
+def test_each_side_learns_from_the_ends_that_the_other_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward leads noise to data, backward data to noise. What one makes is at time 1 of the other, with the law it started
+    from at time 0, pair by pair; the first pairs are data with independent noise.
+    """
+    method, session, rounds = asbm.ASBM(), session_of(POINTS, asbm.ASBM()), []
+    session.scale = lambda embedded, smoke: 2000 if isinstance(embedded, int) else (1, 1, 1)
+    data = session.train["x0"]
+
+    def fit(side: Any, pairs: Any, *_: Any) -> None:
+        rounds.append((id(side), *pairs()[:2]))
+
+    def shifted(network: nn.Module, x: Tensor, *_: Any) -> Tensor:
+        return x + 100.0
+
+    monkeypatch.setattr(asbm.Projection, "fit", fit)
+    monkeypatch.setattr(asbm, "transport", shifted)
+    method.prepare(session)
+    assert [side == rounds[0][0] for side, *_ in rounds] == [True, False, True]
+
+    def is_data(x: Tensor) -> bool:
+        return float((x[:50, None] - data).norm(dim=2).min(1).values.max()) < 1e-6
+
+    (_, first, noise), (_, second, reached), (_, third, back) = rounds
+    assert is_data(first) and not is_data(noise) and float(noise.std()) == pytest.approx(1, abs=0.1)
+    # backward: from where forward came (noise) at its time 0 to what forward made of the same points at its time 1
+    torch.testing.assert_close(reached, second + 100.0)
+    assert not is_data(second) and float(second.std()) == pytest.approx(1, abs=0.1)
+    # and forward again: from data at its time 0, to what backward made of them at its time 1
+    torch.testing.assert_close(back, third + 100.0)
+    assert is_data(third)

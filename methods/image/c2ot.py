@@ -28,7 +28,12 @@ class C2OT(Method):
     x_t = (1 - t) x0 + t eps, and is followed by Euler steps. Pools of 512 points serve two updates each.
 
     Differs from the paper: an assignment within each class is solved by itself, which gives the minimum for w large; no
-    continuous conditions, so that w needs no search; Euler with many steps stands for the adaptive solver.
+    continuous conditions, so that w needs no search; Euler with many steps stands for the adaptive solver; 4000 updates and
+    pools of 512, for all three pairings, where the authors' runs on points take 20 000 and pools of 1024.
+
+    What limits it here: with many steps all that is left is the error of the learnt field, and random pairs, whose
+    targets are those of the exact field, are as good. The distance of 2000 exact samples from 2000 others is most of
+    what is measured there, so that a tenth between the two is no difference.
     """
 
     paper = Paper(
@@ -43,12 +48,13 @@ class C2OT(Method):
     baselines = ("flow_matching_points", "ot_cfm")
     claims = (
         Claim(
-            "sliced_w2[c2ot,2] < sliced_w2[flow_matching_points,2]",
-            says="two steps are better than with random pairs",
+            "sliced_w2[c2ot,*] < sliced_w2[ot_cfm,*] and sliced_w2[c2ot,*] <= 1.1 * sliced_w2[flow_matching_points,*]",
+            says="at every budget better than optimal transport that ignores conditions, and no worse than random pairs",
+            headline=True,
         ),
         Claim(
-            "sliced_w2[c2ot,64] < sliced_w2[ot_cfm,64]",
-            says="with many steps better than optimal transport that ignores conditions",
+            "sliced_w2[c2ot,1..4] < sliced_w2[flow_matching_points,1..4]",
+            says="with up to four steps better than with random pairs",
         ),
     )
 

@@ -84,6 +84,9 @@ class GuidedDistillation(Method):
     Differs from the paper: the teacher is a rectified flow, whose v = eps - x0 takes the place of its v, and DDIM's step
     is Euler's; a few hundred updates a stage; halving starts at 32 steps; the stochastic sampler is left out.
 
+    Guidance of scale 3 moves samples away from the data, so that a student which ignored it would have the better Frechet
+    distance: the unguided sampler stands in the claim beside it, whose ends are far from the guided ones.
+
     What limits it here: a few hundred updates leave the student of stage 1 a distance from strong guidance that no number of
     steps makes up for, and every halving inherits it. At few evaluations, where the guided sampler's own steps are too
     long, that matters less.
@@ -97,24 +100,22 @@ class GuidedDistillation(Method):
         arxiv="2210.03142",
     )
     tasks = ("guided/digits_flow", "class_to_image/digits_flow")
-    baselines = ("ddim_cfg",)
+    baselines = ("ddim_cfg", "euler")
     claims = (
+        Claim(
+            "fd[guided_distillation,4] <= 1.25 * fd[ddim_cfg,64] "
+            "and endpoint_error[guided_distillation,4] < 0.5 * endpoint_error[euler,64]",
+            says="four evaluations are within 25 % of sixty-four of the guided sampler, and follow its guidance",
+            headline=True,
+        ),
+        Claim(
+            "endpoint_error[guided_distillation,2..8] < endpoint_error[ddim_cfg,2..8]",
+            says="with two to eight evaluations they end nearer to where guidance leads than the guided sampler's own",
+        ),
         Claim(
             "endpoint_error[guided_distillation,32] <= 1.1 * endpoint_error[ddim_cfg,64]",
             says="guidance folded into one network is followed as far for half of the evaluations",
-        ),
-        Claim(
-            "endpoint_error[guided_distillation,4] <= endpoint_error[ddim_cfg,16]",
-            says="after halving four evaluations end as near as sixteen of the guided sampler",
-        ),
-        Claim(
-            "endpoint_error[guided_distillation,4] < endpoint_error[ddim_cfg,8]",
-            says="and nearer than eight",
-        ),
-        Claim(
-            "fd[guided_distillation,4] <= 1.25 * fd[ddim_cfg,50]",
-            says="with weak guidance four evaluations are within 25 % of fifty of the guided sampler",
-            task="class_to_image/digits_flow",
+            setting="400 updates of stage 1, which leave it a distance from strong guidance at any number of steps",
         ),
     )
 

@@ -109,17 +109,14 @@ class InferenceFirst(Method):
     baselines = ("euler", "imm_target_blind")
     claims = (
         Claim(
-            "endpoint_error[imm_inference_first,1] < 0.5 * endpoint_error[imm_target_blind,1] "
-            "and endpoint_error[imm_inference_first,2] < 0.5 * endpoint_error[imm_target_blind,2]",
-            says="told where to jump, one and two jumps end less than half as far from the exact solution",
+            "sliced_w2[imm,2] <= 1.1 * sliced_w2[imm_flow_matching,32]",
+            says="trained by moment matching, two such jumps are as good as more than ten times as many steps of flow matching",
+            headline=True,
+            setting="three minutes of training, and r 32 times as far below t as in the paper",
         ),
         Claim(
-            "sliced_w2[imm,2] <= 1.1 * sliced_w2[euler,32]",
-            says="trained by moment matching, two such jumps are within 10 % of more than ten times as many steps",
-        ),
-        Claim(
-            "sliced_w2[imm,2] < sliced_w2[imm_target_blind,2]",
-            says="and moment matching from scratch, told s, is better at two jumps than exact targets without s",
+            "endpoint_error[imm_inference_first,*] < endpoint_error[imm_target_blind,*]",
+            says="told where to jump, a network of equal size ends nearer to the exact solution, at every number of jumps",
         ),
     )
 
@@ -130,12 +127,6 @@ class InferenceFirst(Method):
             says="Target-blind jumps: the best that a network can do which is not told where a jump ends",
             aware=False,
             baselines=("euler",),
-            claims=(
-                Claim(
-                    "endpoint_error[imm_target_blind,16] < 0.5 * endpoint_error[imm_target_blind,1]",
-                    says="what one jump cannot express, many small ones can: a sampler of this kind needs its steps",
-                ),
-            ),
         ),
     )
 

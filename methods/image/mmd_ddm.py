@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from stepmark import Claim, Method, Paper
+from stepmark import Claim, Method, Paper, Variant
 from stepmark.session import Session
-from stepmark.tracks.image.schedules import uniform_times
+from stepmark.tracks.image.schedules import leading_times, schedule_of
 from stepmark.tracks.image.solvers import Denoiser, ddim_step
 from stepmark.tracks.image.training import fit
 
@@ -41,8 +41,12 @@ class MMDFinetuning(Method):
     rate of 5e-6, without decay, on batches of 64, with gradients clipped at 0.5. The network is fine-tuned for 4 steps and
     sampled at every rung, to show what becomes of the others.
 
-    Differs from the paper: features of a perceptron instead of Inception or CLIP; timesteps are those of `ddim`, which
-    begin at the last one; the network is conditional, and a batch of images has the labels of the batch of samples.
+    Timesteps are those of the authors' sampler, the multiples of 1000 / S from zero up. Where sampling begins matters for
+    the gradients: at the last timestep, where `ddim` begins, a guess of the image is the error of the noise prediction
+    times more than a hundred, and the smallest of updates upsets it. `mmd_ddm_untuned` is the same sampler before
+    fine-tuning.
+
+    Differs from the paper: features of a perceptron instead of Inception or CLIP; the network is conditional, and a batch of images has the labels of the batch of samples.
 
     What limits it here: a few features of a small classifier leave much of an image undetermined, and what they do not see
     may move freely while their moments are matched.
@@ -57,18 +61,35 @@ class MMDFinetuning(Method):
         code="diegovalsesia/MMD-DDM",
     )
     tasks = ("class_to_image/digits_eps", "class_to_image/digits_eps_b")
-    baselines = ("ddim",)
+    baselines = ("mmd_ddm_untuned", "ddim")
     claims = (
-        Claim("fd[mmd_ddm,4] <= 0.7 * fd[ddim,4]", says="at four steps the distance falls by 30 % or more"),
-        Claim("fd[mmd_ddm,4] <= fd[ddim,10]", says="four fine-tuned steps are no worse than ten of DDIM"),
+        Claim(
+            "fd[mmd_ddm,4] <= 0.7 * fd[mmd_ddm_untuned,4]",
+            says="at four steps fine-tuning takes 30 % or more off the distance",
+            headline=True,
+        ),
+        Claim(
+            "fd[mmd_ddm,4] < fd[ddim,4] and fd[mmd_ddm,4] <= fd[mmd_ddm_untuned,10]",
+            says="four fine-tuned steps are better than four on the better timesteps, and no worse than ten before",
+        ),
     )
 
     tuned, batch, steps, rate = 4, 64, 200, 5e-6
+    variants = (
+        Variant(
+            "mmd_ddm_untuned",
+            says="the same sampler on the same timesteps before fine-tuning",
+            steps=0,
+            baselines=("ddim",),
+        ),
+    )
 
     def networks(self, session: Session) -> dict[str, nn.Module]:
         return {"student": session.clone("teacher")}
 
     def prepare(self, session: Session) -> None:
+        if not self.steps:
+            return
         data, label = (session.train[key].to(session.device) for key in ("x0", "condition"))
         self.finetune(session, self.features(session, data, label), data, label)
 
@@ -88,24 +109,31 @@ class MMDFinetuning(Method):
     def finetune(self, session: Session, features: nn.Module, data: Tensor, label: Tensor) -> None:
         """Minimise the discrepancy between features of samples and of images, through all steps of the sampler."""
         student, size = session.networks["student"], session.scale(self.batch, 16)
+        times = self.times(student, self.tuned)
         optimiser = torch.optim.Adam(student.parameters(), lr=self.rate)
         for _ in session.progress(range(session.scale(self.steps, 3)), "fine-tuning"):
             pick = torch.randint(len(data), (size,), generator=session.rng, device=session.device)
             noise = torch.randn(data[pick].shape, generator=session.rng, device=session.device)
-            samples = self.sample(student, noise, label[pick], self.tuned).clamp(-1, 1)
+            samples = self.sample(student, noise, label[pick], times).clamp(-1, 1)
             optimiser.zero_grad(set_to_none=True)
             squared_mmd(features(samples), features(data[pick])).backward()
             nn.utils.clip_grad_norm_(student.parameters(), 0.5)
             optimiser.step()
 
     @staticmethod
-    def sample(network: nn.Module, x: Tensor, condition: Tensor, steps: int) -> Tensor:
-        """DDIM samples [B, ...] in so many steps, with gradients through all of them where they are on."""
+    def times(network: nn.Module, steps: int) -> list[float]:
+        """The timesteps of the authors' sampler, the lowest multiples of 1000 / steps."""
+        return leading_times(steps, schedule_of(network).steps)
+
+    @staticmethod
+    def sample(network: nn.Module, x: Tensor, condition: Tensor, times: list[float]) -> Tensor:
+        """DDIM samples [B, ...] on a grid of times, with gradients through all steps where they are on."""
         denoise = Denoiser(network, condition)
-        for t, s in pairwise(uniform_times(steps)):
+        for t, s in pairwise(times):
             x = ddim_step(denoise.schedule, *denoise(x, t), s)
         return x
 
     @torch.no_grad()
     def run(self, session: Session, batch: Mapping[str, Tensor], rung: int) -> Tensor:
-        return self.sample(session.networks["student"], batch["noise"], batch["condition"], rung)
+        student = session.networks["student"]
+        return self.sample(student, batch["noise"], batch["condition"], self.times(student, rung))

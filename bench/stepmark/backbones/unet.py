@@ -89,7 +89,11 @@ class ConditionalUNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """Prediction [B, C, H, W] for x [B, C, H, W], t float [B], condition int64 [B] or [B, slots]."""
         rows = self.table(condition)
-        label = self.embed(rows if rows.dim() == 2 else rows.sum(1))
+        return self.denoise(x, t, rows if rows.dim() == 2 else rows.sum(1))
+
+    def denoise(self, x: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        """The same with the condition given as a row [B, features] like those of the table."""
+        label = self.embed(rows)
         timestep = t * TRAIN_TIMESTEPS if self.prediction == "flow" else t
         x = pixel_unshuffle(x, self.patch) if self.patch > 1 else x
         planes = torch.cat([x, self.coordinates.to(x.dtype).expand(len(x), -1, -1, -1)], 1)
@@ -129,6 +133,23 @@ class AnySize(nn.Module):
         axis = torch.linspace(-1, 1, x.shape[-1] // self.named.patch, device=x.device)
         self.named.coordinates = torch.stack(torch.meshgrid(axis, axis, indexing="ij"))
         return self.named(x, t, condition)
+
+
+class Blended(nn.Module):
+    """A denoiser whose condition blends named ones: weights float [B, kinds] of the rows of its table."""
+
+    def __init__(self, named: ConditionalUNet) -> None:
+        super().__init__()
+        self.named, self.prediction, self.kinds = named, named.prediction, named.kinds
+
+    def null_condition(self, condition: Tensor) -> Tensor:
+        """No weight on anything: the prediction without a name has no place in a blend."""
+        return torch.zeros_like(condition)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """Prediction [B, C, H, W] for x [B, C, H, W], t float [B], condition float [B, kinds]."""
+        rows = condition.to(x.dtype) @ self.named.table.weight[: self.kinds]
+        return self.named.denoise(x, t, rows)
 
 
 class FlatDenoiser(nn.Module):
@@ -265,6 +286,14 @@ def _any_size(backbone: str) -> AnySize:
     return AnySize(named)
 
 
+def _blended(backbone: str) -> Blended:
+    from stepmark.backbones import load
+
+    named = load(backbone)
+    assert isinstance(named, ConditionalUNet)
+    return Blended(named)
+
+
 def _mixture(prediction: str) -> MixtureDenoiser:
     from stepmark.datasets import mixtures
 
@@ -385,5 +414,8 @@ RECIPES: dict[str, Recipe] = {
     ),
     "shapes16_flow_any": Recipe(
         partial(_any_size, "shapes16_flow"), None, "shapes16, shapes16_flow at any size of image"
+    ),
+    "shapes16_flow_blend": Recipe(
+        partial(_blended, "shapes16_flow"), None, "shapes16, shapes16_flow asked for blends of shapes and of colours"
     ),
 }

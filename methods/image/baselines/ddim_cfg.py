@@ -40,6 +40,7 @@ class DDIMWithGuidance(Method):
         arxiv="2207.12598",
     )
     tasks = ("class_to_image/digits_flow", "class_to_image/digits_eps", "guided/digits_flow")
+    unclaimed = "a reference point: what distillation of guidance starts from"
 
     weight = 0.3
 

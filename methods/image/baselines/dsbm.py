@@ -48,9 +48,10 @@ class DSBM(Method):
         code="yuyang-shi/dsbm-pytorch",
     )
     tasks = ("sampling/mixtures_flow",)
+    unclaimed = "a reference point: what other methods are compared with"
 
-    epsilon, simulated = 0.1, 30
-    rounds = (5000, 3000, 2000, 2000, 2000)  # updates: forward, backward, forward, ...
+    epsilon, simulated = 1.0, 30
+    rounds = (4000, 3000, 2000)  # updates: forward, backward, forward, ...
     batch, rate = 256, 2e-3
 
     def networks(self, session: Session) -> dict[str, nn.Module]:

@@ -38,6 +38,7 @@ class Euler(Method):
         "sampling/mixtures_flow",
         "search/digits",
         "guided/digits_flow",
+        "captions/shapes16",
     )
 
     @torch.no_grad()

@@ -32,6 +32,7 @@ class FlowMatchingPoints(Method):
         arxiv="2210.02747",
     )
     tasks = ("sampling/mixtures_flow",)
+    unclaimed = "a reference point: what other methods are compared with"
 
     steps = 4000
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stepmark.tracks.image.schedules import add_noise, schedule_of, uniform_times
-from stepmark.tracks.image.solvers import Denoiser, ddim_step
+from stepmark.tracks.image.solvers import Denoiser, heun_step
 
 if TYPE_CHECKING:
     from stepmark.session import Session
@@ -71,10 +71,11 @@ def pseudo_huber(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def teacher_pairs(session: Session, n: int, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """n noises, the samples to which so many DDIM steps of the teacher take them, and their conditions. For `prepare`.
+def teacher_pairs(session: Session, n: int, steps: int) -> dict[str, Tensor]:
+    """n noises "eps", the samples "x0" to which so many Heun steps of the teacher take them, and the "condition" of each.
 
-    Conditions are drawn from the labels of the training data; no image is looked at.
+    For `session.once`: students of one teacher share their pairs, so that none of them learns from a better solver.
+    Conditions are drawn from the labels of the training data; no image is looked at. Two evaluations a step.
     """
     label, shape = session.train["condition"].to(session.device), session.train["x0"].shape[1:]
     condition = label[torch.randint(len(label), (n,), generator=session.rng, device=session.device)]
@@ -82,10 +83,15 @@ def teacher_pairs(session: Session, n: int, steps: int) -> tuple[Tensor, Tensor,
     samples = []
     for x, part in zip(session.progress(eps.split(200), "pairs"), condition.split(200), strict=True):
         denoise = Denoiser(session.networks["teacher"], part)
-        for t, s in pairwise(uniform_times(steps)):
-            x = ddim_step(denoise.schedule, *denoise(x, t), s)
-        samples.append(x)
-    return eps, torch.cat(samples), condition
+        samples.append(follow(denoise, x, uniform_times(steps)))
+    return {"eps": eps, "x0": torch.cat(samples), "condition": condition}
+
+
+def follow(denoise: Denoiser, x: Tensor, times: Sequence[float]) -> Tensor:
+    """x [B, ...] at times[0] of a flow taken along it to times[-1], which may lie before or behind, by Heun steps."""
+    for t, s in pairwise(times):
+        x = heun_step(denoise, x, t, s)
+    return x
 
 
 class PointField(nn.Module):
