@@ -31,7 +31,9 @@ COUNTS = {"train": 20000, "test": 8000}
 SEEDS = {"train": 41, "test": 42}
 
 _ANGLE = math.pi / 2 * torch.arange(4, dtype=torch.float64)
-_AWAY = _ANGLE + math.pi * torch.tensor([0, 1, 0.5, 1.5], dtype=torch.float64)  # from the common one to its rare neighbour
+_AWAY = _ANGLE + math.pi * torch.tensor(
+    [0, 1, 0.5, 1.5], dtype=torch.float64
+)  # from the common one to its rare neighbour
 _COMMON = 4.0 * torch.stack([_ANGLE.cos(), _ANGLE.sin()], 1)
 SPREAD = torch.tensor([0.3] * COMMON + [0.2] * RARE, dtype=torch.float64)  # standard deviation of each component
 WEIGHTS = torch.tensor([(1 - SHARE) / COMMON] * COMMON + [SHARE / RARE] * RARE, dtype=torch.float64)[None]

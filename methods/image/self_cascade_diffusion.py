@@ -143,8 +143,9 @@ class SelfCascadeDiffusion(Method):
     outcome is thrown away.
 
     `fully_finetuned` is the paper's other end: all weights of the network learn at the larger size, for as many updates of
-    as many images, and it samples from noise at that size with all of its rung. `upsampled_samples` is the control of all of it: composition of the best, no detail. All of its rung are steps at the
-    small size, whose rows cost a quarter of those of the large one.
+    as many images, and it samples from noise at that size with all of its rung. `upsampled_samples` is the control of all
+    of it: composition of the best, no detail. All of its rung are steps at the small size, whose rows cost a quarter of
+    those of the large one.
 
     Differs from the paper: one doubling instead of several, pixels instead of latents, Euler steps of a flow instead of a
     diffusion. phi_n is one narrow block instead of two, starts at zero and learns only the times that are sampled. It is
