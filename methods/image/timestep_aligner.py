@@ -14,10 +14,13 @@ from stepmark.tracks.image.schedules import add_noise, leading_times, schedule_o
 from stepmark.tracks.image.solvers import ddim_step
 
 
+LONGEST = 0.1  # step of a search away from ratio 1
+
+
 def downhill(loss: Callable[[float], float], highest: float, first: float, tolerance: float) -> float:
     """The minimum of a function of one number below `highest` that is reached from 1 by going downhill.
 
-    Steps from 1 double, to the side on which the function falls, until it rises or the range (0, highest) ends; the
+    Steps from 1 double up to a tenth, to the side on which the function falls, until it rises or the range (0, highest) ends; the
     minimum between the last three points is Brent's.
     """
     at_one = loss(1.0)
@@ -31,7 +34,7 @@ def downhill(loss: Callable[[float], float], highest: float, first: float, toler
             values.append(loss(nearer))
             if values[-1] >= values[-2]:
                 break
-            step *= 2
+            step = min(2 * step, LONGEST)
         if len(values) > 1 and min(values) < at_one:
             bounds = (min(points[-3:]), max(points[-3:]))
             found = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": tolerance})
@@ -65,7 +68,7 @@ class TimestepAligner(Method):
     does, and shows what is left to gain once the grid is mended.
 
     Differs: L is a function of one number, so it is minimised on fixed states instead of by 500 steps of Adam from 1 on
-    fresh ones. As those do, the search begins at ratio 1 and goes downhill, as far as it goes: in steps that double until L
+    fresh ones. As those do, the search begins at ratio 1 and goes downhill, as far as it goes: in growing steps until L
     rises again, then by Brent's method between the last three. Only tau <= 1 is kept to, the last time that the network
     was trained on. Step counts from 2 to 16 are tuned, others use their own timesteps.
 
