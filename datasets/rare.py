@@ -1,7 +1,8 @@
 """Points of the plane of which two in a hundred are rare: eight Gaussians with known density.
 
-Four common components lie close together around the origin, four rare ones further out between them, of weight 1/200
-each. `condition` is 0 throughout: there is one mixture and nothing to ask for.
+Four common components lie far from each other around the origin. Beside each, nearer to it than to anything else, is a
+rare one of weight 1/200: one lies further out than its common neighbour, one further in, two to the side, so that no
+one direction leads to all of them. `condition` is 0 throughout: there is one mixture and nothing to ask for.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from stepmark.task import Dataset
 
 DATASET = Dataset(
     id="rare",
-    version=1,
+    version=2,
     summary="one Gaussian mixture in 2-D with four common components and four that hold 2 % together",
     licence="Apache-2.0",
     digests={
-        "train": "89905eecc386e8875a2710dd78fc4030b84d43b3b0ffe8b689ef9b8aca006c4b",
-        "test": "7a753355fda80754c2ae6d19c20f3d9baf20ba3afcc331c77f9889bd6a423087",
+        "train": "9545ccdac5ea2a425d9155952411eb4cdb3803904cf2c3e637ca941c979b03c7",
+        "test": "9e5238b16515c0602bea05b4955ecfbbdb4f62502ed90ebcb37ced5fd3f1aa81",
     },
 )
 COMMON = RARE = 4
@@ -30,11 +31,13 @@ COUNTS = {"train": 20000, "test": 8000}
 SEEDS = {"train": 41, "test": 42}
 
 _ANGLE = math.pi / 2 * torch.arange(4, dtype=torch.float64)
-_CIRCLE = torch.stack([_ANGLE.cos(), _ANGLE.sin()], 1)
-_TURNED = torch.stack([(_ANGLE + math.pi / 4).cos(), (_ANGLE + math.pi / 4).sin()], 1)
-SPREAD = torch.tensor([0.15] * COMMON + [0.1] * RARE, dtype=torch.float64)  # standard deviation of each component
+_AWAY = _ANGLE + math.pi * torch.tensor(
+    [0, 1, 0.5, 1.5], dtype=torch.float64
+)  # from the common one to its rare neighbour
+_COMMON = 4.0 * torch.stack([_ANGLE.cos(), _ANGLE.sin()], 1)
+SPREAD = torch.tensor([0.3] * COMMON + [0.2] * RARE, dtype=torch.float64)  # standard deviation of each component
 WEIGHTS = torch.tensor([(1 - SHARE) / COMMON] * COMMON + [SHARE / RARE] * RARE, dtype=torch.float64)[None]
-MEANS = torch.cat([0.4 * _CIRCLE, 1.5 * _TURNED])[None]
+MEANS = torch.cat([_COMMON, _COMMON + 1.5 * torch.stack([_AWAY.cos(), _AWAY.sin()], 1)])[None]
 COVARIANCES = (SPREAD.square()[:, None, None] * torch.eye(2, dtype=torch.float64))[None]
 
 

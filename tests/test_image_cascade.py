@@ -120,7 +120,7 @@ def test_untrained_upsamplers_change_nothing_and_trained_ones_all_that_can() -> 
 
     before = {name: value.clone() for name, value in adapted.state_dict().items()}
     session.begin("prepare", 1)
-    cascade.train_cascade(session, 0.6)
+    cascade.train_large(session, session.networks["cascade"], 0.6, tuned=True)
     moved = {name for name, value in adapted.state_dict().items() if not torch.equal(value, before[name])}
     assert moved and all(name.startswith("upsamplers.") for name in moved)
     assert {name.split(".")[1] for name in moved} == {"0", "1", "2"}
@@ -153,12 +153,36 @@ def test_upsamplers_learn_the_flow_of_the_times_sampled(monkeypatch: pytest.Monk
     session.networks["cascade"] = ideal
     session.tier = "embedded"
     session.begin("prepare", 1)
-    cascade.train_cascade(session, 0.3, steps=80, batch=8)
+    cascade.train_large(session, session.networks["cascade"], 0.3, tuned=True, steps=80, batch=8)
     assert float(ideal.factor.detach()) == pytest.approx(1, abs=0.01)
     times = torch.stack([t for _, t in ideal.asked])
     assert 0 < times.min() < 0.05 and 0.25 < times.max() < 0.3
     for pivot, _ in ideal.asked:
         torch.testing.assert_close(pivot, cascade.halved(images).expand_as(pivot))
+
+
+def test_full_fine_tuning_learns_at_all_times_without_a_pivot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same loss on the same images, of the network itself and up to pure noise; it samples from noise directly."""
+    images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    data = {"x0": images, "condition": torch.tensor([[0, 3]])}
+    monkeypatch.setattr("stepmark.session.load_split", lambda dataset, split: data)
+
+    class Whole(Ideal):
+        def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x, x, t, condition)
+
+    session, ideal, batch = session_of(), Whole(images[0]), batch_of(2)
+    session.networks["student"] = ideal
+    session.tier = "embedded"
+    session.begin("prepare", 1)
+    method = plugins.load_class(plugins.methods()["fully_finetuned"])()
+    method.prepare(session)
+    assert float(ideal.factor.detach()) == pytest.approx(1, abs=0.02)
+    assert torch.stack([t for _, t in ideal.asked]).max() > 0.95
+    session.begin("run", 1)
+    with torch.no_grad():
+        found = method.run(session, batch, 4)
+    torch.testing.assert_close(found, images.expand_as(found), rtol=0.1, atol=0.1)
 
 
 def test_corrections_are_made_of_the_small_image_where_it_belongs() -> None:

@@ -67,23 +67,37 @@ class Gaussian(nn.Module):
 
 def test_untuned_steps_are_ddim_bit_for_bit() -> None:
     session, batch = session_of("class_to_image/digits_eps"), batch_of(10, (1, 8, 8), 10)
-    plain = module_of("ddim").DDIM().run(session, batch, 5)
-    assert torch.equal(aligner.TimestepAligner().run(session, batch, 5), plain)
+    plain, method = module_of("ddim").DDIM().run(session, batch, 5), aligner.TimestepAligner()
+    method.grid = "trailing"
+    session.begin("run", 1)
+    assert torch.equal(method.run(session, batch, 5), plain)
+
+
+@pytest.mark.parametrize(
+    ("lowest", "highest", "found"), [(0.4, 2.0, 0.4), (1.7, 2.0, 1.7), (1.7, 1.25, 1.25), (1.0, 1.0, 1.0)]
+)
+def test_the_search_goes_downhill_from_one_as_far_as_it_goes(lowest: float, highest: float, found: float) -> None:
+    """And stops in the first valley, as a gradient does: there is a deeper one at 0.1."""
+
+    def loss(ratio: float) -> float:
+        return min((ratio - lowest) ** 2, 20 * abs(ratio - 0.1) - 1)
+
+    assert aligner.downhill(loss, highest, 0.02, 1e-4) == pytest.approx(found, abs=0.01)
 
 
 def test_tuned_timesteps_minimise_the_change_of_direction_and_are_what_the_network_is_told() -> None:
     network, x = Gaussian("epsilon"), batch_of(64, (2,), 1)
     method, rung = aligner.TimestepAligner(), 5
-    ratios = method.tune(network, x["noise"], x["condition"], rung, 40)
+    ratios = method.tune(network, x["noise"], x["condition"], rung)
     state = x["noise"].double()
-    for (t, s), ratio in zip(list(pairwise(schedules.uniform_times(rung)))[:-1], ratios.tolist(), strict=False):
+    for (t, s), ratio in zip(list(pairwise(method.times(network, rung)))[:-1], ratios.tolist(), strict=False):
 
         def gap(r: float, state: Tensor = state, t: float = t, s: float = s) -> float:
             begin = method.noise(network, state, t, x["condition"])
             end = method.noise(network, method.step(network, state, t, s, r, x["condition"]), s, x["condition"])
             return float((begin - end).square().sum())
 
-        grid = [gap(r) for r in np.linspace(0.7, min(1.2, 1 / t), 200)]
+        grid = [gap(r) for r in np.linspace(ratio - 0.3, min(ratio + 0.3, 1 / t), 200)]
         assert gap(ratio) <= min(grid) + 1e-4 * max(grid)
         assert gap(ratio) <= gap(1.0)
         state = method.step(network, state, t, s, ratio, x["condition"])
@@ -94,7 +108,7 @@ def test_tuned_timesteps_minimise_the_change_of_direction_and_are_what_the_netwo
     network.times.clear()
     method.run(session, x, rung)
     assert network.times == pytest.approx(
-        [r * t for r, t in zip(ratios.tolist(), schedules.uniform_times(rung), strict=False)]
+        [r * t for r, t in zip(ratios.tolist(), method.times(network, rung), strict=False)]
     )
 
 

@@ -181,8 +181,8 @@ def test_the_best_of_what_was_judged_is_returned(kind: str) -> None:
     shown = torch.cat([part.view(-1, n, *part.shape[1:]) for part in verifier.shown])  # [tries, n, ...]
     values = [search.approval(Brightness(), tried, batch["condition"]) for tried in shown]
     if kind == "paths":  # of the last round: before, predictions are judged that lead on
-        values = values[-10:]
-        shown = shown[-10:]
+        values = values[-4:]
+        shown = shown[-4:]
     best = torch.stack(values).argmax(0)
     torch.testing.assert_close(found, shown[best, torch.arange(n)])
     assert session.spent <= rung * n
@@ -232,14 +232,32 @@ def test_noising_again_keeps_the_marginal(prediction: str) -> None:
     assert float(found.std()) == pytest.approx((alpha**2 / 4 + sigma**2) ** 0.5, rel=0.01)
 
 
-def test_the_model_of_a_search_knows_no_class() -> None:
-    network, batch = backbones.load("digits_flow_unnamed"), batch_of(10, (1, 8, 8), 10)
+def test_the_control_of_a_search_draws_lots_and_asks_no_verifier() -> None:
+    """Among as many noises: the images are not the first ones, and the verifier's choice is another."""
+    verifier, batch = Brightness(), batch_of(20, (1, 8, 8), 10)
+    session = session_of("search/digits", Straight(), verifier=verifier)
+    session.begin("run", 1, 64 * 20)
+    found = plugins.load_class(plugins.methods()["best_of_random"])().run(session, batch, 64)
+    assert not verifier.shown
+    chosen = searched("random", 64)[0]
+    wish = batch["condition"]
+    assert search.approval(Brightness(), chosen, wish).mean() > search.approval(Brightness(), found, wish).mean()
+    first = (found - batch["noise"] / 2).abs().flatten(1).amax(1) < 1e-4
+    assert 0 <= int(first.sum()) < 10  # of seven noises each the first is one
+
+
+def test_the_model_of_a_search_heeds_its_class_in_part() -> None:
+    network, named, batch = (
+        backbones.load("digits_flow_faint"),
+        backbones.load("digits_flow_a"),
+        batch_of(10, (1, 8, 8), 10),
+    )
+    t, wish = torch.full((10,), 0.6), batch["condition"]
     with torch.no_grad():
-        wished = network(batch["noise"], torch.full((10,), 0.6), batch["condition"])
-        other = network(batch["noise"], torch.full((10,), 0.6), batch["condition"].flip(0))
-        named = backbones.load("digits_flow_a")(batch["noise"], torch.full((10,), 0.6), batch["condition"])
-    assert torch.equal(wished, other)
-    assert (wished - named).abs().max() > 0.1
+        found = network(batch["noise"], t, wish)
+        null, full = named(batch["noise"], t, named.null_condition(wish)), named(batch["noise"], t, wish)
+    torch.testing.assert_close(found, 0.4 * null + 0.6 * full, rtol=1e-4, atol=1e-5)
+    assert (found - full).abs().max() > 0.1 and (found - null).abs().max() > 0.1
 
 
 # --- minorities ------------------------------------------------------------------------------------------------------
@@ -271,8 +289,9 @@ def test_without_weight_it_is_the_ancestral_chain_bit_for_bit() -> None:
     batch, session = batch_of(40, (2,), 1), session_of("minority/rare_eps", guide=minority.Guide())
     method = minority.SelfGuidedMinority()
     assert method.steps(64) == 45
-    plain = module_of("ancestral").Ancestral().run(session, batch, 45)
     method.weight = 0.0
+    assert method.steps(64) == 64  # nothing else to pay for
+    plain = module_of("ancestral").Ancestral().run(session, batch, 64)
     session.begin("run", 1)
     assert torch.equal(method.run(session, batch, 64), plain)
 
@@ -283,15 +302,20 @@ def test_guidance_finds_the_rare_among_the_data_and_pays_for_it() -> None:
     found = minority.SelfGuidedMinority().run(session, batch, 64)
     asked = session._ledger.evaluations()
     assert asked == {"teacher": 2000 * (45 + 9), "guide": 2000 * 9}  # a pass backwards is an evaluation
-    session.begin("run", 1, 64 * 2000)
-    plain = module_of("ancestral").Ancestral().run(session, batch, 64)
+    others = []
+    for name in ("ancestral", "warm_ancestral", "pushed_outward", "pushed_at_random"):
+        session.begin("run", 1, 64 * 2000)
+        others.append(plugins.load_class(plugins.methods()[name])().run(session, batch, 64))
     task, rows = track_of("minority/rare_eps")[1], np.arange(2000)[None]
-    figures = [track_of(task.id)[0].score(task, batch, points, {}, rows) for points in (found, plain)]
-    guided, usual = ({name: score.value for name, score in each.items()} for each in figures)
+    figures = [track_of(task.id)[0].score(task, batch, points, {}, rows) for points in (found, *others)]
+    guided, usual, warm, outward, shaken = ({name: score.value for name, score in each.items()} for each in figures)
     assert 0.004 < usual["minority_share"] < 0.03
     assert guided["minority_share"] > 3 * usual["minority_share"]
     assert guided["precision"] > 0.9
     assert guided["neighbour_distance"] > usual["neighbour_distance"]
+    # of every kind; who pushes outwards finds as many, but never those that lie inside
+    assert guided["rarest_share"] > 1.5 * max(each["rarest_share"] for each in (usual, warm, outward, shaken))
+    assert outward["minority_share"] > guided["minority_share"] and outward["rarest_share"] < 0.002
 
 
 def test_ancestral_steps_draw_from_the_posterior() -> None:

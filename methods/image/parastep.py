@@ -58,17 +58,25 @@ class ParaStep(Method):
     baselines = ("ddim",)
     claims = (
         Claim(
-            "rounds[parastep,64] <= 0.4 * rounds[ddim,64] and endpoint_error[parastep,64] < endpoint_error[ddim,16]",
-            says="64 steps in less than half the rounds end nearer to the exact solution than DDIM with a quarter of them",
+            "rounds[parastep,64] <= 0.4 * rounds[ddim,64] and endpoint_error[parastep,64] <= 1.1 * endpoint_error[ddim,64]",
+            says="64 steps in less than half of the rounds, at no loss against one after the other",
+            headline=True,
         ),
         Claim(
             "rounds[parastep,64] < rounds[ddim,32] and endpoint_error[parastep,64] < endpoint_error[ddim,32]",
-            says="and nearer than DDIM with more rounds",
+            says="nearer to the exact solution than DDIM with more rounds",
         ),
         Claim(
             "rounds[parastep,16] <= rounds[ddim,8] and fd[parastep,16] < fd[ddim,8]",
             says="images of 16 steps in 8 rounds are better than those of 8 steps",
             task="class_to_image/digits_eps",
+            setting="five of 16 steps are taken one by one before the first round, of the paper's 50 a tenth",
+        ),
+        Claim(
+            "rounds[parastep,16] <= rounds[ddim,8] and fd[parastep,16] < fd[ddim,8]",
+            says="the same with a second model",
+            task="class_to_image/digits_eps_b",
+            setting="five of 16 steps are taken one by one before the first round, of the paper's 50 a tenth",
         ),
     )
 
@@ -86,7 +94,9 @@ class ParaStep(Method):
                     says="16 steps in at most 12 rounds are better than 10 steps of DDIM",
                 ),
                 Claim(
-                    "latency_ms[parastep_processes,16] < latency_ms[ddim,16]", says="two devices are faster than one"
+                    "latency_ms[parastep_processes,16] < latency_ms[ddim,16]",
+                    says="two devices are faster than one",
+                    setting="the devices are cores of one machine, and a step takes milliseconds",
                 ),
             ),
         ),

@@ -101,20 +101,25 @@ class ConditionalUNet(nn.Module):
         return pixel_shuffle(out, self.patch) if self.patch > 1 else out
 
 
-class Unnamed(nn.Module):
-    """A conditional denoiser whose condition is ignored: it draws from all of the data."""
+class Faint(nn.Module):
+    """A conditional denoiser that heeds its condition in part: null + w (conditional - null) with w < 1, as one row.
 
-    def __init__(self, named: ConditionalUNet) -> None:
+    As a model of captions does, it draws what it was asked for most of the time and something else now and then.
+    """
+
+    def __init__(self, named: ConditionalUNet, heed: float) -> None:
         super().__init__()
-        self.named, self.prediction, self.kinds = named, named.prediction, named.kinds
+        self.named, self.prediction, self.kinds, self.heed = named, named.prediction, named.kinds, heed
 
     def null_condition(self, condition: Tensor) -> Tensor:
-        """The same condition: there is no other branch."""
-        return condition
+        """The condition of the unconditional branch, in the shape of `condition`."""
+        return self.named.null_condition(condition)
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """Unconditional prediction [B, C, H, W]."""
-        return self.named(x, t, self.named.null_condition(condition))
+        """Prediction [B, C, H, W]."""
+        asked = torch.cat([self.null_condition(condition), condition])
+        null, conditional = self.named(torch.cat([x, x]), torch.cat([t, t]), asked).chunk(2)
+        return torch.lerp(null, conditional, self.heed)
 
 
 class AnySize(nn.Module):
@@ -270,12 +275,12 @@ def _build(
         return ConditionalUNet(size, channels, widths, kinds, prediction, patch, attention)
 
 
-def _unnamed(backbone: str) -> Unnamed:
+def _faint(backbone: str, heed: float) -> Faint:
     from stepmark.backbones import load
 
     named = load(backbone)
     assert isinstance(named, ConditionalUNet)
-    return Unnamed(named)
+    return Faint(named, heed)
 
 
 def _any_size(backbone: str) -> AnySize:
@@ -399,8 +404,8 @@ RECIPES: dict[str, Recipe] = {
     "rare_eps": Recipe(_rare, None, "exact noise prediction of the 2-D mixture with rare components"),
     "digits_flow_a": _digits(100, "flow", "digits, rectified-flow UNet, first seed"),
     "digits_flow_b": _digits(200, "flow", "digits, rectified-flow UNet, second seed"),
-    "digits_flow_unnamed": Recipe(
-        partial(_unnamed, "digits_flow_a"), None, "digits, digits_flow_a without its classes"
+    "digits_flow_faint": Recipe(
+        partial(_faint, "digits_flow_a", 0.6), None, "digits, digits_flow_a heeding its classes by six tenths"
     ),
     "digits_eps_a": _digits(300, "epsilon", "digits, DDPM UNet (noise prediction), first seed"),
     "digits_eps_b": _digits(400, "epsilon", "digits, DDPM UNet (noise prediction), second seed"),

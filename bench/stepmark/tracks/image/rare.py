@@ -1,8 +1,14 @@
 """Track image, task of minorities: how many rare samples does a sampler draw from a model that knows all of the data?
 
-Two in a hundred points are rare and lie apart. A sampler that follows the model draws as few; one that is after
-minorities draws more, and must not pay for them with points where there are no data. Nothing says which are rare:
+Two in a hundred points are rare, a quarter of them of each of four kinds that lie in four directions from the common
+points beside them (`datasets/rare.py`). A sampler that follows the model draws as few; one that is after minorities draws
+more of every kind, and must not pay for them with points where there are no data. Nothing says which are rare:
 `condition` is 0 throughout.
+
+What the ground gives, measured with 3000 points and 64 evaluations: the ancestral chain draws .016 rare points, at most
+half a percent of a kind. Whoever pushes points away from the origin draws .24, none of them of the kind that lies inside,
+and one in six where there are no data; whoever pushes them inwards likewise the other way. Noise of 1.3 times the
+deviation draws .046. The last two figures hang together: `rarest_share` must be read beside `precision`.
 """
 
 from __future__ import annotations
@@ -23,19 +29,24 @@ from stepmark.tracks.image import reference_call as reference_call
 TASKS = (
     Task(
         id="minority/rare_eps",
-        version=1,
+        version=2,
         summary="Draw the rare points of a 2-D mixture, with its exact noise prediction",
         dataset="rare",
         backbones={"teacher": "rare_eps"},
         reference="teacher",
         unit="NFE",
-        rungs=(8, 16, 32, 64),
-        metrics={"minority_share": "higher", "precision": "higher", "neighbour_distance": "higher"},
+        rungs=(16, 32, 64, 128, 256),
+        metrics={
+            "minority_share": "higher",
+            "rarest_share": "higher",
+            "precision": "higher",
+            "neighbour_distance": "higher",
+        },
         n=2000,
         batch=2000,
         seeds=3,
         smoke_n=64,
-        smoke_rungs=(8, 16),
+        smoke_rungs=(16,),
     ),
 )
 WITHIN = 3.0  # standard deviations of a component around its centre that count as data: 98.9 % of it
@@ -56,7 +67,8 @@ def score(
     networks: Mapping[str, nn.Module],
     resample: NDArray[np.int64],
 ) -> dict[str, Score]:
-    """minority_share: share of points that lie within a rare component. precision: share within any.
+    """minority_share: share of points that lie within a rare component. precision: share within any. rarest_share: of the
+    four rare components, the smallest share that one has.
 
     neighbour_distance: mean distance to the five nearest points of the test split.
     """
@@ -65,8 +77,12 @@ def score(
 
     points = outputs.detach().double().cpu()
     inside = rare.distances(points).min(1).values < WITHIN
-    minority = inside & (rare.component_of(points) >= rare.COMMON)
+    component = torch.where(inside, rare.component_of(points), -1)
+    kinds = [(component == rare.COMMON + k).double() for k in range(rare.RARE)]
     near = torch.cdist(points.float(), load_split(task.dataset, "test")["x0"]).topk(NEIGHBOURS, largest=False).values
-    figures = {"minority_share": minority.double(), "precision": inside.double(), "neighbour_distance": near.mean(1)}
+    figures = {"minority_share": sum(kinds), "precision": inside.double(), "neighbour_distance": near.mean(1)}
     columns = {name: value.double().numpy() for name, value in figures.items()}
-    return {name: Score(float(v.mean()), v[resample].mean(1).tolist()) for name, v in columns.items()}
+    scores = {name: Score(float(v.mean()), v[resample].mean(1).tolist()) for name, v in columns.items()}
+    each = torch.stack(kinds, 1).numpy()  # [n, kinds]
+    rarest = Score(float(each.mean(0).min()), each[resample].mean(1).min(1).tolist())
+    return scores | {"rarest_share": rarest}
