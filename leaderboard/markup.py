@@ -121,7 +121,13 @@ def tally(counted: Mapping[str, int], moods: Mapping[str, str]) -> str:
     return " ".join(f'<span class="sm-count">{n:,} {chip(state, moods[state])}</span>' for state, n in have)
 
 
-VERDICT_MOOD = {"reproduced": "good", "not reproduced": "bad", "inconclusive": "open", "not run": ""}
+VERDICT_MOOD = {
+    "reproduced": "good",
+    "not reproduced": "bad",
+    "setting differs": "open",
+    "inconclusive": "open",
+    "not run": "",
+}
 TRUST_MOOD = {"claimed": "", "measured": "open", "reproduced": "good", "disputed": "bad"}
 STATUS_MOOD = {"ok": "good", "flagged": "bad", "failed": "bad", "skipped": ""}
 COVERAGE_MOOD = {"live": "good", "not run": "open", "no plugin yet": ""}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from stepmark.leaderboard import changes, markup, paper_pages, sample_pages
+from stepmark.leaderboard import changes, claims_page, markup, paper_pages, sample_pages
 from stepmark.leaderboard.estimates import figure
 from stepmark.leaderboard.markup import Cell, Line, chip, esc, estimate, link, number, table
 from stepmark.leaderboard.pages import (
@@ -69,7 +69,7 @@ def page(found: Board, name: str) -> list[str]:
         )
     else:
         parts.append(_reference(found, info))
-        parts += ["## Claims", paper_pages.claims_table(found, info, "../")] if info.claims else []
+        parts += ["## Claims", claims_page.of_method(found, info, "../")] if info.claims else []
         if info.base is None:
             parts += ["## What it is", markup.docstring(info.doc), element("p", SET, "sm-note")]
         variants = found.variants(name)

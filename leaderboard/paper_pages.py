@@ -6,13 +6,12 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from urllib.parse import quote
 
-from stepmark.leaderboard import markup, taxonomy
+from stepmark.leaderboard import claims_page, markup, taxonomy
 from stepmark.leaderboard.coverage import CatalogueEntry, Covered
-from stepmark.leaderboard.estimates import figure
 from stepmark.leaderboard.markup import Cell, Line, chip, esc, link, table
 from stepmark.leaderboard.pages import Board, crumbs, element, slug, verdict_counts, words
 from stepmark.leaderboard.trust import Standing
-from stepmark.leaderboard.verdicts import claim_task, tally
+from stepmark.leaderboard.verdicts import tally
 
 from stepmark.plugins import MethodInfo
 
@@ -138,7 +137,7 @@ def _measured(found: Board, each: Covered) -> list[str]:
         trust = standing_list(found, info.id, "../")
         parts.append(trust or element("p", "Not run yet.", "sm-empty"))
         if info.claims:
-            parts.append(claims_table(found, info, "../"))
+            parts.append(claims_page.of_method(found, info, "../"))
         else:
             parts.append(element("p", "The plugin states no claim.", "sm-note"))
         variants = [variant for variant in each.infos if variant.base == info.id]
@@ -148,7 +147,7 @@ def _measured(found: Board, each: Covered) -> list[str]:
             for variant in variants:
                 if variant.claims:
                     parts.append(element("p", f"Claims about {link(f'../methods/{variant.id}.html', variant.id)}:"))
-                    parts.append(claims_table(found, variant, "../"))
+                    parts.append(claims_page.of_method(found, variant, "../"))
     return parts
 
 
@@ -199,38 +198,6 @@ def why(state: Standing) -> str:
     """The reasons of a trust state. Untrusted text."""
     plain = {"claimed": "only the paper says so", "measured": "one run, which nobody has repeated"}
     return state.said or plain.get(state.state, "")
-
-
-def claims_table(found: Board, info: MethodInfo, up: str) -> str:
-    """Every claim of a plugin with its verdict, the share of draws it holds in, and the values behind it."""
-    lines = []
-    places = {place for _, by_place in found.verdicts[info.id] for place in by_place}
-    for claim, by_place in found.verdicts[info.id]:
-        task = claim_task(claim, info)
-        for place, verdict in by_place.items() or [(None, None)]:
-            state = verdict.state if verdict else "not run"
-            fraction = verdict.fraction if verdict else None
-            values = ", ".join(f"{k} = {figure(v)}" for k, v in verdict.values.items()) if verdict else ""
-            why = values or (verdict.text if verdict else "no records of this method")
-            share = Cell("–", "", True) if fraction is None else Cell(f"{100 * fraction:.1f} %", fraction, True)
-            lines.append(
-                Line(
-                    [
-                        Cell(f"{esc(claim.says)}<br><code>{esc(claim.check)}</code>", claim.says),
-                        Cell(chip(state, markup.VERDICT_MOOD[state]), state),
-                        share,
-                        markup.text(why),
-                        Cell(link(f"{up}tasks/{slug(task)}.html", task) if task in found.tasks else esc(task)),
-                        *([markup.text(place or "–")] if len(places) > 1 else []),
-                    ]
-                )
-            )
-    head = ("The paper says", "Verdict", "Holds in", "Measured", "Task", *(["Machine"] if len(places) > 1 else []))
-    where = f" Measured on {esc(next(iter(places)))}." if len(places) == 1 else ""
-    return table(head, lines, f"Claims of {info.id} and verdicts") + (
-        '<p class="sm-note">Reproduced: holds in at least 95 % of bootstrap resamples over seeds and items; not '
-        f"reproduced: in at most 5 %; else inconclusive.{where}</p>"
-    )
 
 
 def _related(related: Sequence[tuple[Covered, list[str]]]) -> str:

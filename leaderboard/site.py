@@ -18,6 +18,7 @@ from pathlib import Path
 
 from stepmark.leaderboard import (
     changes,
+    claims_page,
     compare_page,
     downloads,
     home_page,
@@ -163,6 +164,7 @@ def write(found: Board, source: Path, root: Path) -> list[str]:
         entry = each.entry
         parts = paper_pages.paper_page(found, each, related[entry.id], nodes)
         page(f"papers/{entry.id}.md", entry.title, parts)
+    page("claims.md", "Claims", claims_page.page(found))
     page("downloads.md", "Downloads", _downloads(found), toc=True)
     page("compare.md", "Compare", compare_page.page(found))
     track_pages.write_assets(source / "assets")

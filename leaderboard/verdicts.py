@@ -1,23 +1,29 @@
-"""From rows to the verdicts of claims."""
+"""From rows to the verdicts of claims: what the records say of each, and what has to be read beside it."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from stepmark.leaderboard.estimates import figure
 from stepmark.leaderboard.rows import Place, Row, index, places
 
 from stepmark import claims, plugins
+from stepmark.claims import TIMES, Span
 from stepmark.method import Claim
 from stepmark.plugins import MethodInfo
-from stepmark.record import Record
+from stepmark.record import Offline, Record
 from stepmark.stats import bootstrap_medians
 
 Verdicts = list[tuple[Claim, dict[Place, claims.Verdict]]]
+Found = Mapping[tuple[Place, str, str, int], Row]
 LATENCY_DRAWS = 100  # where a record has no quality resamples whose number could be followed
+UNEQUAL = 1.25  # a ratio of offline costs from which on a verdict says that its arms differ
+LONG = 1.0  # seconds of preparing that are a training, in records of before updates and seeds of trainings were kept
 
 
 def claim_task(claim: Claim, info: MethodInfo) -> str:
@@ -25,15 +31,22 @@ def claim_task(claim: Claim, info: MethodInfo) -> str:
     return claim.task or info.tasks[0]
 
 
-def judge(claim: Claim, task: str, place: Place, found: Mapping[tuple[Place, str, str, int], Row]) -> claims.Verdict:
-    """The verdict of a claim from the rows of one place; `found` is `index(rows)`."""
+def judge(claim: Claim, info: MethodInfo, place: Place, found: Found) -> claims.Verdict:
+    """The verdict of a claim of a method from the rows of one place; `found` is `index(rows)`.
+
+    A claim over several rungs holds where it holds at each. One that rests on a single training is at best inconclusive,
+    and one whose setting is not the paper's is never *not reproduced*.
+    """
+    task = claim_task(claim, info)
     try:
         check = claims.parse(claim.check)
-    except claims.ClaimError as error:
+        rungs = _rungs(check, task, place, found)
+    except (claims.ClaimError, ValueError) as error:
         return claims.Verdict("not run", None, None, {}, 0, f"not run: {error}")
+    check = check.at(rungs) if check.span is not None else check
     references = check.references()
-    needed = [found.get((place, task, r.method, r.rung)) for r in references]
-    seeds = sorted(set.intersection(*(set(row.measured) if row else set() for row in needed)))
+    rows = {r: found.get((place, task, r.method, r.rung)) for r in references if not isinstance(r.rung, Span)}
+    seeds = sorted(set.intersection(*(set(row.measured) if row else set() for row in rows.values())))
 
     def look(metric: str, method: str, rung: int) -> list[NDArray[np.float64]] | str:
         row = found.get((place, task, method, rung))
@@ -43,48 +56,159 @@ def judge(claim: Claim, task: str, place: Place, found: Mapping[tuple[Place, str
             return f"{row.status}: {'; '.join(row.notes)[:300] or 'no message'}"
         if not seeds:
             return "no noise seed that all figures of the claim share"
+        if metric in TIMES:
+            times = _times(metric, method, info.id, found.get((place, task, info.id, rung)), row)
+            return times if isinstance(times, str) else [times] * len(seeds)
         figures = [_figure(row, row.measured[s], metric) for s in seeds]
-        reason = row.reason(metric.removesuffix("_ms").removesuffix("_mib")) or "not measured"
+        reason = row.reason(metric.removesuffix("_mib")) or "not measured"
         return reason if any(f is None for f in figures) else [f for f in figures if f is not None]
 
     def point(metric: str, method: str, rung: int) -> float | None:
         row = found[(place, task, method, rung)]
         if metric in row.first.quality:
             return float(np.mean([row.measured[s].quality[metric].value for s in seeds]))
-        exact = {"latency_ms": row.latency_ms, "speedup": row.speedup}.get(metric)
-        return exact.value if exact else None
+        return None
 
-    return claims.verdict(check, look, points=point)
+    verdict = claims.verdict(check, look, points=point)
+    if verdict.state == "not run":
+        return verdict
+    notes = []
+    if rungs:
+        notes.append(f"at each of the rungs {', '.join(map(str, rungs))}")
+    arms = [arm(row, method, seeds) for (method, row) in {r.method: row for r, row in rows.items() if row}.items()]
+    notes += unequal(arms)
+    alone = [each.method for each in arms if each.trainings == 1]
+    if alone:
+        notes.append(f"one training of {', '.join(alone)}")
+        if verdict.state in {"reproduced", "not reproduced"}:
+            verdict = replace(
+                verdict, state="inconclusive", text=f"inconclusive, for it rests on one training: {verdict.text}"
+            )
+    if claim.setting and verdict.state == "not reproduced":
+        verdict = replace(
+            verdict, state="setting differs", text=verdict.text.replace("not reproduced", "setting differs", 1)
+        )
+    if claim.setting:
+        notes.append(f"not the paper's setting: {claim.setting}")
+    return replace(verdict, notes=tuple(notes))
+
+
+def _rungs(check: claims.Check, task: str, place: Place, found: Found) -> list[int]:
+    """The rungs that a claim with a span speaks of.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if check.span is None:
+        return []
+    ladder = plugins.tasks()[task][1].rungs if task in plugins.tasks() else ()
+    rungs = check.span.rungs(ladder)
+    if check.span.first is None:  # all that the methods have in common
+        methods = {r.method for r in check.references() if isinstance(r.rung, Span)}
+        have = [[found.get((place, task, method, rung)) for method in methods] for rung in rungs]
+        rungs = [rung for rung, rows in zip(rungs, have, strict=True) if all(row and row.measured for row in rows)]
+    if not rungs:
+        raise ValueError(f"no rung of {task} in {check.span} that all of its methods have records of")
+    return rungs
+
+
+# times ------------------------------------------------------------------------------------------
+
+
+def _times(metric: str, method: str, owner: str, mine: Row | None, row: Row) -> NDArray[np.float64] | str:
+    """Resamples of a method's time at a rung, from the rounds of the claim's own method; or why there are none."""
+    timed = row.timed if metric == "speedup" else mine.timed if mine is not None else None
+    if timed is None or timed.latency is None:
+        return f"no times of {owner} at this rung"
+    if (cores := _beside_others(timed)) is not None:
+        return cores
+    latency = timed.latency
+    draws = max((table.size for tables in row.centred.values() for table in tables.values()), default=0)
+    draws = draws if draws > 1 else LATENCY_DRAWS
+    if metric == "speedup":
+        samples, other = latency.samples_ms, latency.baseline_samples_ms
+        if not other or len(other) != len(samples):
+            return "its times were taken beside no baseline's"
+        own = bootstrap_medians(np.asarray(samples)[None], draws)[0]
+        return bootstrap_medians(np.asarray(other)[None], draws)[0] / np.maximum(own, 1e-9)
+    found = latency.samples_ms if method == owner else latency.beside.get(method)
+    if found is None and method == latency.baseline:
+        found = latency.baseline_samples_ms
+    if not found:
+        return f"its times were not taken in turns with those of {owner}"
+    return bootstrap_medians(np.asarray(found)[None], draws)[0] / latency.items
+
+
+def _beside_others(record: Record) -> str | None:
+    """Why a record's times are no times of a device that was alone; None where they are."""
+    usable, cores = record.environment.get("usable_cores"), record.environment.get("logical_cores")
+    if record.device == "cpu" and usable != cores:
+        return f"timed on {usable} of {cores} cores, beside whatever ran on the others"
+    return None
+
+
+# arms -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What one side of a claim cost before its first call, in the mean over its trainings; `trainings`: how many the
+    verdict rests on, 0 where nothing was trained.
+    """
+
+    method: str
+    evaluations: float
+    updates: float | None
+    seconds: float
+    trainings: int
+
+
+def arm(row: Row, method: str, seeds: Sequence[int]) -> Arm:
+    """From the records of the seeds that a verdict rests on."""
+    costs = [cost for s in seeds if (cost := row.measured[s].offline) is not None]
+    if not costs:
+        return Arm(method, 0.0, 0.0, 0.0, 0)
+    made = {cost.seed for cost in costs if _trains(cost)}
+    updates = [cost.updates for cost in costs if cost.updates is not None]
+    return Arm(
+        method,
+        float(np.mean([sum(cost.evaluations.values()) for cost in costs])),
+        float(np.mean(updates)) if updates else None,
+        float(np.mean([cost.seconds for cost in costs])),
+        len(made),
+    )
+
+
+def _trains(cost: Offline) -> bool:
+    """Whether another seed would have been another training."""
+    return cost.seed is not None if cost.updates is not None else cost.seconds > LONG
+
+
+def unequal(arms: Sequence[Arm]) -> list[str]:
+    """In words what differs by more than a quarter between the arms that were prepared at all."""
+    found = []
+    for name in ("evaluations", "updates", "seconds"):
+        costs = {each.method: float(getattr(each, name) or 0) for each in arms if each.seconds > LONG}
+        costs = {method: cost for method, cost in costs.items() if cost > 0}
+        if len(costs) > 1 and max(costs.values()) > UNEQUAL * min(costs.values()):
+            unit = " s" if name == "seconds" else f" offline {name}"
+            found.append("unequal arms: " + ", ".join(f"{m} {figure(cost)}{unit}" for m, cost in costs.items()))
+    return found
+
+
+# other figures ----------------------------------------------------------------------------------
 
 
 def _figure(row: Row, record: Record, metric: str) -> NDArray[np.float64] | None:
-    """One seed's figure for a claim: resamples of a metric or of a timing, length one for counts."""
+    """One seed's figure for a claim: resamples of a metric, length one for counts."""
     if metric in record.quality:
         return row.centred.get(metric, {}).get(record.seed)
     if metric in record.counts:
         return np.array([record.counts[metric]])
-    if metric in {"latency_ms", "speedup"} and row.timed is not None:
-        draws = max((tables[record.seed].size for tables in row.centred.values() if record.seed in tables), default=0)
-        figures = _latency_resamples(row.timed, draws if draws > 1 else LATENCY_DRAWS, metric == "speedup")
-        return figures if np.isfinite(figures).all() else None
     single = {"memory_mib": row.memory_mib, "joules": row.joules, "rounds": rounds(record)}.get(metric)
     if single is None:  # FLOPs and NFE-equivalents are counted at one seed and are the same at all
         single = next((r.counts[metric] for r in row.measured.values() if metric in r.counts), None)
     return None if single is None else np.array([single])
-
-
-def _latency_resamples(record: Record, draws: int, against_baseline: bool = False) -> NDArray[np.float64]:
-    """Bootstrap of the median ms per item [draws], or of the speed-up over the baseline's paired rounds."""
-    latency = record.latency
-    assert latency is not None
-    own = np.asarray(latency.samples_ms or [latency.median_ms])
-    medians = bootstrap_medians(own[None], draws)[0]
-    if against_baseline:
-        other = np.asarray(latency.baseline_samples_ms or [])
-        if other.size != own.size:
-            return np.full(draws, latency.speedup if latency.speedup is not None else np.nan)
-        return bootstrap_medians(other[None], draws)[0] / np.maximum(medians, 1e-9)
-    return medians / latency.items
 
 
 def rounds(record: Record) -> float | None:
@@ -96,18 +220,14 @@ def rounds(record: Record) -> float | None:
     return calls / math.ceil(task.items(record.tier) / task.batch) if task and calls else None
 
 
-def verdicts(
-    info: MethodInfo, found: Sequence[Row], have: Mapping[tuple[Place, str, str, int], Row] | None = None
-) -> Verdicts:
+def verdicts(info: MethodInfo, found: Sequence[Row], have: Found | None = None) -> Verdicts:
     """Every claim of a method with its verdict in every place that ran the method, best covered place first.
 
     `have` is `index(found)`, for those who ask for many methods.
     """
     have = index(found) if have is None else have
     where = places([row for row in found if row.method == info.id])
-    return [
-        (claim, {place: judge(claim, claim_task(claim, info), place, have) for place in where}) for claim in info.claims
-    ]
+    return [(claim, {place: judge(claim, info, place, have) for place in where}) for claim in info.claims]
 
 
 def tally(judged: Verdicts) -> Counter[str]:

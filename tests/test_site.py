@@ -87,7 +87,7 @@ def make(method: str, rung: int, value: float, seed: int = 0, **fields: Any) -> 
             speedup=speedup, speedup_low=speedup * 0.9, speedup_high=speedup * 1.1,
         ) if seed == 0 else None,
         "memory": Memory(peak_mib=1.25, how="tracker", state_mib=0.5) if seed == 0 else None,
-        "offline": Offline(seconds=3.5, evaluations={"teacher": 70.0}, state_mib=0.1),
+        "offline": Offline(seconds=3.5, evaluations={"teacher": 70.0}, state_mib=0.1, seed=seed, updates=30.0),
         "reasons": {"energy": f"no counter {HOSTILE}"},
         "outputs": "ab" * 16,
         "digests": {"task": hashlib.sha256(json.dumps(asdict(task), sort_keys=True).encode()).hexdigest()},

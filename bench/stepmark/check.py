@@ -6,6 +6,7 @@ writes the file that `stepmark new` starts an author with.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -13,10 +14,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stepmark import plugins
 from stepmark.audit import static_findings
+from stepmark.method import Claim
+from stepmark.places import results_folder
 from stepmark.plugins import MethodInfo
+
+if TYPE_CHECKING:
+    from stepmark.claims import Verdict
+
+TRIVIAL = 5.0  # a factor by which few methods beat another
 
 COUNTS = {
     "nfe",
@@ -66,16 +75,68 @@ def static(info: MethodInfo) -> Iterator[str]:
         except ClaimError as error:
             yield f"claim {claim.check!r}: {error}"
             continue
-        for metric, method, rung in references:
+        for metric, method, rungs in references:
             if method not in methods:
                 yield f"claim {claim.check!r}: there is no method {method!r}"
             elif task_id not in methods[method].tasks:
                 yield f"claim {claim.check!r}: {method} does not run on {task_id}"
-            if rung not in problem.rungs:
-                yield f"claim {claim.check!r}: rung {rung} is not on the ladder of {task_id}: {problem.rungs}"
+            ends = [rungs] if isinstance(rungs, int) else [end for end in (rungs.first, rungs.last) if end is not None]
+            for rung in ends:
+                if rung not in problem.rungs:
+                    yield f"claim {claim.check!r}: rung {rung} is not on the ladder of {task_id}: {problem.rungs}"
             if metric not in problem.metrics and metric not in COUNTS and not metric.startswith(_handles(task_id)):
                 yield f"claim {claim.check!r}: {task_id} has no metric {metric!r}; it has {', '.join(problem.metrics)}"
     yield from static_findings(info.path)
+
+
+def headline(info: MethodInfo) -> Iterator[str]:
+    """Whether a paper of the catalogue states what its abstract boasts of, or says why it does not."""
+    from stepmark.leaderboard.coverage import catalogue
+
+    if info.base is not None or info.paper is None or info.unclaimed or any(claim.headline for claim in info.claims):
+        return
+    if info.paper.id in {entry.id for entry in catalogue()} and "baselines" not in info.path.parts:
+        yield (
+            "no claim is the headline: state what the abstract boasts of with headline=True, even where it fails, or say "
+            'why there is none with unclaimed="..."'
+        )
+
+
+def narrow(info: MethodInfo) -> Iterator[str]:
+    """Warnings of claims that stand at one rung of a longer ladder, where a winner can be picked."""
+    from stepmark.claims import ClaimError, Span, parse
+
+    for claim in info.claims:
+        problem = plugins.tasks().get(claim.task or info.tasks[0], ("", None))[1]
+        with contextlib.suppress(ClaimError):
+            rungs = {reference.rung for reference in parse(claim.check).references()}
+            if problem and len(problem.rungs) > 1 and len(rungs) == 1 and not isinstance(next(iter(rungs)), Span):
+                yield f"claim {claim.check!r} stands at one rung of {len(problem.rungs)}: does it hold at each ([..,*])?"
+
+
+def weak(claim: Claim, verdict: Verdict) -> Iterator[str]:
+    """Warnings of what the records show: a claim that any method would meet, or one that n and seeds cannot tell."""
+    if verdict.state == "inconclusive" and verdict.fraction is not None and 0.05 < verdict.fraction < 0.95:
+        yield f"claim {claim.check!r}: its items and seeds cannot tell (it holds in {verdict.fraction:.0%} of the draws)"
+    sizes = [abs(value) for value in verdict.values.values()]
+    alike = len({name.partition("[")[0] for name in verdict.values}) == 1
+    if verdict.holds and alike and len(sizes) == 2 and max(sizes) > TRIVIAL * min(sizes):
+        yield f"claim {claim.check!r} holds by more than a factor of five: would a dumb control meet it too?"
+
+
+def warnings(info: MethodInfo) -> list[str]:
+    """What a reader should look at twice: nothing that keeps a plugin out."""
+    from stepmark.leaderboard.rows import cells
+    from stepmark.leaderboard.verdicts import verdicts
+    from stepmark.record import read_all
+
+    found = list(narrow(info))
+    results = results_folder("embedded")
+    if info.claims and results.is_dir():
+        rows = cells([r for r in read_all(results) if r.tier == "embedded"], plugins.tasks())
+        for claim, by_place in verdicts(info, rows):
+            found += [text for verdict in by_place.values() for text in weak(claim, verdict)]
+    return list(dict.fromkeys(found))
 
 
 def _handles(task: str) -> tuple[str, ...]:
@@ -135,11 +196,19 @@ def check(path: Path, device: str = "cpu", run: bool = True) -> list[str]:
         return [str(error)]
     findings: list[str] = []
     for info in infos:
-        own = list(static(info))
+        own = [*static(info), *headline(info)]
         if run and not any(finding.startswith(("tasks:", "baselines:")) for finding in own):
             own += running(info, device)
         findings += [finding if info.base is None else f"variant {info.id}: {finding}" for finding in own]
     return list(dict.fromkeys(findings))
+
+
+def warned(path: Path) -> list[str]:
+    """Warnings of every method and variant in a file; [] where it cannot be read, which `check` says."""
+    try:
+        return [text for info in plugins.read_methods(path.resolve()) for text in warnings(info)]
+    except (plugins.PluginError, OSError):
+        return []
 
 
 TEMPLATE = '''"""{title}."""

@@ -3,7 +3,8 @@
 A claim is one sentence such as `fid[lcm,4] <= 1.1 * fid[ddim_cfg,50] and nfe[lcm,4] == 4`:
 
 - `metric[method,rung]` is a measured figure: a metric of the task, a method by its bare name, a rung of its
-  ladder;
+  ladder; `*` in the place of a rung is every rung that the methods have in common, `4..16` every rung of the ladder
+  from 4 to 16: the sentence then holds *at each* of them, one after the other in all places where a span stands;
 - numbers, `+ - * /`, unary minus, parentheses, `abs(x)`, `min(x, y, ...)`, `max(x, y, ...)`;
 - comparisons `< <= > >= == !=`, chained at will (`1 <= a[m,1] <= 2`), joined by `and`.
 
@@ -16,7 +17,9 @@ inequality with its margin.
 from __future__ import annotations
 
 import ast
+import copy
 import math
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +28,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-State = Literal["reproduced", "not reproduced", "inconclusive", "not run"]
+State = Literal["reproduced", "not reproduced", "setting differs", "inconclusive", "not run"]
+
+TIMES = ("latency_ms", "speedup")  # metrics that are seconds of the clock: judged where they were taken in turns
 
 LONGEST = 500  # characters of a claim
 LARGEST = 1e12  # a number in a claim; far below 2**53, so that integers stay exact
@@ -46,12 +51,26 @@ class ClaimError(ValueError):
     """A claim that is not in the language: one line that names the piece and the mend."""
 
 
+class Span(NamedTuple):
+    """Rungs of a ladder from `first` to `last`; of all that the methods have in common where both are None."""
+
+    first: int | None = None
+    last: int | None = None
+
+    def __str__(self) -> str:
+        return "*" if self.first is None else f"{self.first}..{self.last}"
+
+    def rungs(self, ladder: Sequence[int]) -> list[int]:
+        """Those of a ladder that lie in it."""
+        return [rung for rung in ladder if self.first is None or self.first <= rung <= (self.last or 0)]
+
+
 class Reference(NamedTuple):
-    """A measured figure that a claim speaks of."""
+    """A measured figure that a claim speaks of; with a span a figure at each of its rungs."""
 
     metric: str
     method: str
-    rung: int
+    rung: int | Span
 
     def __str__(self) -> str:
         return f"{self.metric}[{self.method},{self.rung}]"
@@ -69,6 +88,23 @@ class Check:
         nodes = [node for node in ast.walk(self.tree) if isinstance(node, ast.Subscript)]
         nodes.sort(key=lambda node: (node.lineno, node.col_offset))
         return tuple(dict.fromkeys(_reference(node) for node in nodes))
+
+    @property
+    def span(self) -> Span | None:
+        """The span in the place of rungs, if there is one; a claim has one at most."""
+        return next((r.rung for r in self.references() if isinstance(r.rung, Span)), None)
+
+    def at(self, rungs: Sequence[int]) -> Check:
+        """The claim at each of these rungs, joined by `and`: without a span.
+
+        Raises:
+            ValueError: no rung is given.
+        """
+        if not rungs:
+            raise ValueError("a claim over no rung at all says nothing")
+        return Check(
+            self.text, ast.BoolOp(ast.And(), [_Placed(rung).visit(copy.deepcopy(self.tree)) for rung in rungs])
+        )
 
     def evaluate(
         self, values: Mapping[Reference, NDArray[np.float64] | float]
@@ -126,9 +162,32 @@ def _reference(node: ast.Subscript) -> Reference:
     assert isinstance(node.slice, ast.Tuple)
     method, rung = node.slice.elts
     assert isinstance(method, ast.Name)
+    if isinstance(rung, ast.Slice):
+        ends = [end.value if isinstance(end, ast.Constant) else None for end in (rung.lower, rung.upper)]
+        return Reference(node.value.id, method.id, Span(*ends))  # type: ignore[arg-type]
     assert isinstance(rung, ast.Constant)
     assert isinstance(rung.value, int)
     return Reference(node.value.id, method.id, rung.value)
+
+
+class _Placed(ast.NodeTransformer):
+    """Puts a rung where a span stands."""
+
+    def __init__(self, rung: int) -> None:
+        self.rung = rung
+
+    def visit_Slice(self, node: ast.Slice) -> ast.expr:
+        return ast.Constant(self.rung)
+
+
+# Python has no such rungs: they are read as its slices, which nothing else in the language can be.
+_SLICE = re.compile(r",[^\]]*:[^\]]*\]")
+_STAR = re.compile(r",\s*\*\s*\]")
+_FROM_TO = re.compile(r",\s*(\d{1,12})\s*\.\.\s*(\d{1,12})\s*\]")
+
+
+def _as_python(text: str) -> str:
+    return _FROM_TO.sub(r",\1:\2]", _STAR.sub(",:]", text))
 
 
 # parsing ------------------------------------------------------------------------------------------------
@@ -149,21 +208,28 @@ def parse(check: str) -> Check:
         raise ClaimError(f"the claim has {len(text)} characters; split it into claims of at most {LONGEST}")
     if not text.isascii() or not text.isprintable():
         raise ClaimError("the claim holds a character outside plain ASCII; write names and signs in ASCII (<=, *)")
+    if _SLICE.search(text):
+        raise ClaimError("':' is not in the claim language; write a span of rungs as fid[lcm,4..16]")
     if "#" in text:
         raise ClaimError("'#' is not in the claim language; put remarks into the claim's `says`")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as "invalid decimal literal": the tree decides, not a warning
-            tree = ast.parse(text, mode="eval").body
+            tree = ast.parse(_as_python(text), mode="eval").body
     except SyntaxError as error:
         shown = text if len(text) <= 60 else text[:57] + "..."
         raise ClaimError(f"{shown!r} does not parse ({error.msg}); a claim is a comparison of figures") from None
     except (ValueError, RecursionError, MemoryError):
         raise ClaimError("the claim is nested too deeply or holds too long a number; simplify it") from None
     found = Check(text, tree)
-    _vet_truth(tree, text)
+    _vet_truth(tree, _as_python(text))
     if not found.references():
         raise ClaimError("the claim names no measured figure; write one as metric[method,rung]")
+    spans = {reference.rung for reference in found.references() if isinstance(reference.rung, Span)}
+    if len(spans) > 1:
+        raise ClaimError(
+            f"the claim has the spans {' and '.join(sorted(map(str, spans)))}; make them one, or two claims"
+        )
     return found
 
 
@@ -246,12 +312,19 @@ def _vet_reference(node: ast.Subscript, text: str) -> None:
         raise ClaimError(f"{piece} does not begin with a metric's name; write metric[method,rung]")
     metric = node.value.id
     if isinstance(node.slice, ast.Name):
-        raise ClaimError(f"{piece} names no rung; a whole ladder has no mean, write {metric}[{node.slice.id},4]")
+        raise ClaimError(
+            f"{piece} names no rung; write {metric}[{node.slice.id},4], or {metric}[{node.slice.id},*] for each of all"
+        )
     if not isinstance(node.slice, ast.Tuple) or len(node.slice.elts) != 2:
         raise ClaimError(f"{piece} is not a figure; write {metric}[method,rung]")
     method, rung = node.slice.elts
     if not isinstance(method, ast.Name):
         raise ClaimError(f"{_piece(method, text)} in {piece} is not a method; use its bare name, as in {metric}[lcm,4]")
+    if isinstance(rung, ast.Slice):
+        span = _reference(node).rung
+        if isinstance(span, Span) and span.first is not None and span.last is not None and span.first >= span.last:
+            raise ClaimError(f"the span {span} of {metric}[{method.id}] is empty; write the lower rung first")
+        return
     if not isinstance(rung, ast.Constant) or type(rung.value) is not int:
         raise ClaimError(
             f"the rung {_piece(rung, text)} in {piece} is not a plain integer; write {metric}[{method.id},4]"
@@ -270,7 +343,8 @@ class Verdict:
     """What the measurements say of a claim.
 
     `fraction` of the draws in which it holds (None: not run), `holds` at the point estimates, `values` those
-    estimates by reference, `spoilt` the number of draws without a finite value, `text` all of it in one line.
+    estimates by reference, `spoilt` the number of draws without a finite value, `text` all of it in one line, `notes`
+    what has to be read beside it.
     """
 
     state: State
@@ -279,6 +353,7 @@ class Verdict:
     values: dict[str, float]
     spoilt: int
     text: str
+    notes: tuple[str, ...] = ()
 
 
 def verdict(
@@ -301,10 +376,13 @@ def verdict(
     inconclusive. A draw without a finite value (a division by zero) counts as one in which it does not hold.
     """
     check = parse(check) if isinstance(check, str) else check
+    if check.span is not None:
+        raise ValueError(f"{check.text!r} speaks of the rungs {check.span}; say which they are with `Check.at`")
     tables: dict[Reference, list[NDArray[np.float64]]] = {}
     reasons: list[str] = []
     for reference in check.references():
-        found = lookup(*reference)
+        assert isinstance(reference.rung, int)
+        found = lookup(reference.metric, reference.method, reference.rung)
         if isinstance(found, str):
             reasons.append(f"{reference}: {' '.join(found.split())}")
             continue
@@ -332,7 +410,8 @@ def verdict(
 
     estimates: dict[Reference, float] = {}
     for reference, rows in tables.items():
-        given = points(*reference) if points is not None else None
+        assert isinstance(reference.rung, int)
+        given = points(reference.metric, reference.method, reference.rung) if points is not None else None
         estimates[reference] = float(np.mean([row.mean() for row in rows])) if given is None else float(given)
     at_points, _ = check.evaluate(estimates)
 

@@ -28,6 +28,7 @@ class MethodInfo:
     tasks: tuple[str, ...]
     baselines: tuple[str, ...]
     claims: tuple[Claim, ...]
+    unclaimed: str = ""  # of a paper without a headline claim: why there is none
     base: str | None = None  # of a variant: the id of the method in whose file it stands
     says: str = ""  # of a variant: what is different
     overrides: dict[str, Any] = field(default_factory=dict)  # of a variant: attributes that replace the method's

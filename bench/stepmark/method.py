@@ -37,12 +37,15 @@ class Claim:
     """One checkable claim of a paper.
 
     `check` is a sentence of the claim language (`stepmark.claims`), `says` the same for people, `task` the task it is
-    evaluated on (default: the method's first task).
+    evaluated on (default: the method's first task). `headline`: it is what the paper's abstract boasts of. `setting`: why
+    the setting here is not the paper's, so that its failure would say nothing about the paper.
     """
 
     check: str
     says: str
     task: str | None = None
+    headline: bool = False
+    setting: str = ""
 
 
 class Variant:
@@ -71,6 +74,7 @@ class Method:
     baselines: tuple[str, ...] = ()
     claims: tuple[Claim, ...] = ()
     variants: tuple[Variant, ...] = ()
+    unclaimed: str = ""  # of a paper without a headline claim: why there is none
     ranks: int = 1  # processes in which `run` is called at once; they meet in `session.group`
 
     def networks(self, session: Session) -> dict[str, nn.Module]:

@@ -15,6 +15,7 @@ import torch
 
 from stepmark import plugins, record, runner
 from stepmark.cell import Cell, cut, fingerprint, join, size_of
+from stepmark.claims import TIMES, parse
 from stepmark.judge import Judge
 from stepmark.meter import latency as clock
 from stepmark.meter import machine
@@ -98,12 +99,14 @@ def counts(mine: Runner, judge: Judge, cell: Cell, answers: Answers) -> Part:
 
 
 def latency(mine: Runner, judge: Judge, cell: Cell, answers: Answers) -> Part:
-    """Wall time of calls on the first batch, interleaved with those of the first baseline that runs on the task."""
+    """Wall time of calls on the first batch, in rounds with those of the first baseline that runs on the task and of the
+    methods that a claim of time names beside it."""
     batch, task = answers.batch, judge.task
     runners = {"method": mine}
     baseline = _baseline(mine, judge, cell, batch)
     if baseline is not None:
         runners["baseline"] = baseline
+    runners |= _beside(mine, cell, {each.info.id for each in runners.values()})
     smoke = cell.tier == "smoke"
     with sealed(), torch.no_grad():
         read = clock.measure(
@@ -116,11 +119,12 @@ def latency(mine: Runner, judge: Judge, cell: Cell, answers: Answers) -> Part:
             setups={name: partial(each.begin, batch, cell.rung, cell.seed) for name, each in runners.items()},
         )
     own = read["method"]
-    figures: dict[str, Any] = {}
+    others = {name: _milliseconds(each) for name, each in read.items() if name not in ("method", "baseline")}
+    figures: dict[str, Any] = {"beside": others} if others else {}
     if baseline is not None:
         other = read["baseline"]
         ratio = clock.ratio(other, own)
-        figures = {
+        figures |= {
             "baseline": baseline.info.id,
             "baseline_median_ms": other.median_ns / 1e6,
             "baseline_samples_ms": _milliseconds(other),
@@ -159,6 +163,16 @@ def _baseline(mine: Runner, judge: Judge, cell: Cell, batch: Mapping[str, Any]) 
             if not partly:
                 raise
     return None
+
+
+def _beside(mine: Runner, cell: Cell, have: set[str]) -> dict[str, Runner]:
+    """Runners of further methods whose times at this cell's rung a claim of the method compares with its own."""
+    known, named = plugins.methods(), []
+    for claim in mine.info.claims:
+        if (claim.task or mine.info.tasks[0]) == cell.task:
+            named += [r.method for r in parse(claim.check).references() if r.metric in TIMES]
+    ids = [name for name in dict.fromkeys(named) if name not in have and cell.task in known[name].tasks]
+    return {name: runner.ready(known[name], cell.task, cell.tier, str(mine.device)) for name in ids}
 
 
 def _milliseconds(read: clock.Latency) -> list[float]:

@@ -87,7 +87,7 @@ def read_methods(path: Path) -> tuple[MethodInfo, ...]:
     if len(classes) != 1:
         raise PluginError(f"{source}: has {len(classes)} subclasses of Method, must have exactly one")
     node = classes[0]
-    values = literals.assigned(node.body, source, ("paper", "tasks", "baselines", "claims", "variants"))
+    values = literals.assigned(node.body, source, ("paper", "tasks", "baselines", "claims", "variants", "unclaimed"))
     main = MethodInfo(
         id=path.stem,
         track=track_above(path),
@@ -98,6 +98,7 @@ def read_methods(path: Path) -> tuple[MethodInfo, ...]:
         tasks=values.get("tasks", ()),
         baselines=values.get("baselines", ()),
         claims=values.get("claims", ()),
+        unclaimed=values.get("unclaimed", ""),
     )
     _check_named(main, f"{source}")
     variants = values.get("variants", ())
@@ -140,6 +141,8 @@ def _check_named(info: MethodInfo, where: str) -> None:
             raise PluginError(f"{where}: {name} must be a tuple of strings, such as ('a', 'b') or ('a',)")
     if not isinstance(info.claims, tuple) or not all(isinstance(c, Claim) for c in info.claims):
         raise PluginError(f"{where}: claims must be a tuple of Claim(...)")
+    if not isinstance(info.unclaimed, str):
+        raise PluginError(f'{where}: unclaimed="..." says in words why there is no headline claim')
     if not info.tasks:
         raise PluginError(f"{where}: tasks is empty; name at least one task (stepmark list tasks)")
 

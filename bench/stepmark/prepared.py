@@ -22,16 +22,17 @@ from torch import Tensor
 from stepmark.digests import reach_digest
 from stepmark.places import cache_folder
 
-CONTRACT = "2"  # raised when the meaning of a cached state changes
+CONTRACT = "3"  # raised when the meaning of a cached state changes
 EMPTY = "empty"  # stands for no tensors at all, of which safetensors makes no file
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What making a state took: wall seconds, and evaluations by handle."""
+    """What making a state took: wall seconds, evaluations by handle, updates of optimisers."""
 
     seconds: float
     evaluations: dict[str, float]
+    updates: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,10 @@ class Quality(_Strict):
 
 
 class Latency(_Strict):
-    """Wall time of one `run` call of `items` items, interleaved with the baseline in rounds. Milliseconds."""
+    """Wall time of one `run` call of `items` items, interleaved with the baseline in rounds. Milliseconds.
+
+    `beside`: samples of further methods that were timed in the same rounds, since a claim of time names them.
+    """
 
     items: int
     median_ms: Figure
@@ -206,6 +209,7 @@ class Latency(_Strict):
     speedup: Figure | None = None
     speedup_low: Figure | None = None
     speedup_high: Figure | None = None
+    beside: dict[Name, Figures] = Field(default_factory=dict)
 
 
 class Memory(_Strict):
@@ -226,7 +230,8 @@ class Energy(_Strict):
 
 
 class Offline(_Strict):
-    """What `prepare` cost: wall seconds, evaluations by handle, size of what it left, shared trainings included.
+    """What `prepare` cost: wall seconds, evaluations by handle, updates of optimisers, size of what it left, shared
+    trainings included. `updates` is None in records of before they were counted.
 
     `seed`: the seed of the training; None where no random numbers were drawn, so that all seeds share it, and in records
     of before it was kept.
@@ -236,6 +241,7 @@ class Offline(_Strict):
     evaluations: dict[Name, Figure] = Field(default_factory=dict)
     state_mib: Figure
     seed: Annotated[int, Field(ge=0, le=10**6)] | None = None
+    updates: Figure | None = None
 
 
 class Record(_Strict):
@@ -337,6 +343,7 @@ def _plainly(line: str, lookup: Lookup | None) -> Record | None:
     keys += sum(map(len, record.handles.values())) + 2 * len(record.quality)
     keys += sum(len(part.model_fields_set) for part in parts)
     keys += len(record.offline.evaluations) if record.offline else 0
+    keys += len(record.latency.beside) if record.latency else 0
     return record if keys == line.count('":') and "schema_version" in record.model_fields_set else None
 
 

@@ -26,7 +26,7 @@ from stepmark import backbones, distributed, plugins, prepared
 from stepmark.audit import Guard
 from stepmark.cell import digests, size_of, source_digest, track_of
 from stepmark.meter import energy, memory
-from stepmark.meter.counts import Flops, Ledger, Traffic, count_flops, watch, watch_function
+from stepmark.meter.counts import Flops, Ledger, Traffic, Updates, count_flops, watch, watch_function
 from stepmark.method import Method, skip
 from stepmark.plugins import MethodInfo
 from stepmark.record import Offline
@@ -138,7 +138,7 @@ class Runner:
     def _prepare(self) -> Offline:
         """Train or load, so that what follows finds the same in either case."""
         if type(self.method).networks is Method.networks and type(self.method).prepare is Method.prepare:
-            return Offline(seconds=0.0, evaluations={}, state_mib=0.0)
+            return Offline(seconds=0.0, evaluations={}, state_mib=0.0, updates=0.0)
         seed = derive_seed("prepare", self.task.id, self.task.version) + self.seed
         self.session.begin("prepare", seed)
         with sealed(), self.session.drawing(seed):  # initial weights of new networks
@@ -164,18 +164,19 @@ class Runner:
             evaluations=evaluations,
             state_mib=size / 2**20,
             seed=self.seed if state.drew else None,
+            updates=sum(cost.updates for cost in state.costs.values()),
         )
 
     def _train(self, own: dict[str, nn.Module], seed: int) -> prepared.State:
         start = time.perf_counter()
-        with sealed(), self.session.drawing(seed % 2**32):
+        with sealed(), self.session.drawing(seed % 2**32), Updates() as made:
             state = self.method.prepare(self.session) or {}
         self._synchronise()
         seconds = time.perf_counter() - start - self.session.shared_seconds
         tensors = {f"state.{key}": value for key, value in state.items()}
         for name, network in own.items():
             tensors |= {f"network.{name}.{key}": value for key, value in network.state_dict().items()}
-        cost = prepared.Cost(round(seconds, 3), self.ledger.asked())
+        cost = prepared.Cost(round(seconds, 3), self.ledger.asked(), made.count - self.session.shared_updates)
         return prepared.State(tensors, self.session.drew, cost, self.session.shared)
 
     def _restore(self, own: dict[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from stepmark import prepared
 from stepmark.distributed import Group
-from stepmark.meter.counts import Ledger
+from stepmark.meter.counts import Ledger, Updates
 from stepmark.task import Sealed, Task, digest_of, load_split, skip
 
 T = TypeVar("T")
@@ -81,6 +81,7 @@ class Session:
         self.drew = False
         self.shared: dict[str, prepared.Cost] = {}
         self.shared_seconds = 0.0
+        self.shared_updates = 0.0
 
     @property
     def seed(self) -> int:
@@ -92,13 +93,14 @@ class Session:
         """Harness only: start a stage with its own random stream and budget.
 
         From here on `drew` says whether random numbers were drawn inside `drawing`, `shared` what the trainings that
-        `once` was asked for cost, `shared_seconds` how long they took or took to load here.
+        `once` was asked for cost, `shared_seconds` how long they took or took to load here, `shared_updates` how many
+        updates they made here.
         """
         self._stage, self._stage_seed = stage, seed
         self._reseed(seed)
         self._ledger.reset(limit)
         self.reported = {}
-        self.drew, self.shared, self.shared_seconds = False, {}, 0.0
+        self.drew, self.shared, self.shared_seconds, self.shared_updates = False, {}, 0.0, 0.0
 
     def _reseed(self, seed: int) -> None:
         self._seed, self._seed_read = seed % (2**32), False
@@ -158,12 +160,14 @@ class Session:
         def make() -> prepared.State:
             return self._made(name, lambda: function(self, *literals))
 
-        if self._sources is None:
-            state = make()
-        else:
-            path = prepared.path_of("once", function.__name__, parts | dict(self._sources))
-            state = prepared.kept(path, self._training, make)
+        with Updates() as made:
+            if self._sources is None:
+                state = make()
+            else:
+                path = prepared.path_of("once", function.__name__, parts | dict(self._sources))
+                state = prepared.kept(path, self._training, make)
         self.shared_seconds += time.perf_counter() - start
+        self.shared_updates += made.count
         self.shared |= state.costs
         self.drew = self.drew or state.drew
         return {key: value.to(self.device) for key, value in state.tensors.items()}
@@ -171,22 +175,24 @@ class Session:
     def _made(self, name: str, function: Callable[[], Mapping[str, Tensor]]) -> prepared.State:
         """Run a shared training with random streams and counts of its own, and put back the caller's."""
         stream, numbers = self.rng.get_state(), (self._seed, self._seed_read)
-        tallies, entries = (self.drew, self.shared, self.shared_seconds), dict(self._ledger.entries)
-        self.drew, self.shared, self.shared_seconds = False, {}, 0.0
+        tallies = (self.drew, self.shared, self.shared_seconds, self.shared_updates)
+        entries = dict(self._ledger.entries)
+        self.drew, self.shared, self.shared_seconds, self.shared_updates = False, {}, 0.0, 0.0
         self._reseed(self._stage_seed)
         self._ledger.reset()
         self._running.append(name)
         try:
             start = time.perf_counter()
-            with _unchanged(self.networks), self.drawing(self._seed):
+            with _unchanged(self.networks), self.drawing(self._seed), Updates() as made:
                 tensors = {key: value.detach().clone() for key, value in function().items()}
-            own = prepared.Cost(time.perf_counter() - start - self.shared_seconds, self._ledger.asked())
+            seconds = time.perf_counter() - start - self.shared_seconds
+            own = prepared.Cost(seconds, self._ledger.asked(), made.count - self.shared_updates)
             return prepared.State(tensors, self.drew, own, self.shared)
         finally:
             self._running.pop()
             self.rng.set_state(stream)
             self._seed, self._seed_read = numbers
-            self.drew, self.shared, self.shared_seconds = tallies
+            self.drew, self.shared, self.shared_seconds, self.shared_updates = tallies
             self._ledger.entries.update(entries)
 
     @property

@@ -55,6 +55,8 @@ def check(arguments: argparse.Namespace) -> int:
         print(f"{path}: " + ("keeps the contract" if not findings else f"{len(findings)} to mend"))
         for finding in findings:
             print(f"  - {finding}")
+        for warning in contract.warned(path):
+            print(f"  warning: {warning}")
     return 1 if wrong else 0
 
 

@@ -144,6 +144,26 @@ class Ledger:
         return {name: entry.as_dict() for name, entry in asked.items()}
 
 
+class Updates:
+    """Counts the updates that optimisers of torch make in this process, from outside of who makes them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._hook: Any = None
+
+    def __enter__(self) -> Updates:
+        from torch.optim.optimizer import register_optimizer_step_post_hook
+
+        def counted(*_: Any) -> None:
+            self.count += 1
+
+        self._hook = register_optimizer_step_post_hook(counted)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+
+
 def held_bytes(owner: Any) -> int:
     """Bytes of the storages behind every tensor that an object holds, in attributes and containers at any depth.
 

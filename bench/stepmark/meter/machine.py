@@ -170,10 +170,10 @@ def usable_cores() -> int:
 def fingerprint() -> dict[str, object]:
     """All that is known of the machine and the installation; fields that cannot be read are None or missing.
 
-    Keys: cpu, cpu_revision (family, model and stepping), logical_cores, physical_cores, usable_cores, ram_gib, architecture, cpu_max_mhz, cpu_governor,
-    gpus (list of names), gpu_driver, gpu_driver_cuda, gpu_max_mhz, gpu_mhz_at_start, os, python,
-    libraries (name -> version), lock (sha256), torch_cuda, torch_threads and vector_units (None until torch is
-    imported), machine (the id).
+    Keys: cpu, cpu_revision (family, model and stepping), logical_cores, physical_cores, usable_cores, ram_gib,
+    architecture, cpu_max_mhz, cpu_governor, gpus (list of names), gpu_driver, gpu_driver_cuda, gpu_max_mhz,
+    gpu_mhz_at_start, os, python, libraries (name -> version), lock (sha256), torch_cuda, torch_threads and vector_units
+    (None until torch is imported), machine (the id).
     """
     torch = sys.modules.get("torch")  # never imported from here: that would cost seconds
     return {
