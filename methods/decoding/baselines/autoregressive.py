@@ -43,7 +43,9 @@ class Autoregressive(Method):
         """New token ids per prompt; of tasks `forced/...` log-probabilities [B, V] of the next word, with a full cache."""
         if "context" in batch:
             model = session.networks["target"]
-            return torch.stack([foretell(HeldDecoder(model, len(t), HeldCache(len(model.model.layers))), t) for t in batch["context"]])
+            return torch.stack(
+                [foretell(HeldDecoder(model, len(t), HeldCache(len(model.model.layers))), t) for t in batch["context"]]
+            )
 
         def write(prompt: list[int], room: int, temperature: float) -> list[int]:
             target = Decoder(session.networks["target"], len(prompt) + room)
