@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from stepmark.method import Claim, Method, Paper
+from stepmark.method import Claim, Method, Paper, Variant
 from stepmark.session import Session
 from stepmark.tracks.decoding.decoder import Decoder, write_each
 from stepmark.tracks.decoding.speculation import draw
@@ -22,6 +22,8 @@ class HARP(Method):
     probability delta (equation 2), a second pass over them gives l2, and the token comes from beta l1 + (1 - beta) l2
     (equation 3, algorithm 1). theta = 1 bit, delta = 0.2, beta = 0.5, and the entries that stay are not scaled up, as in
     the official code. At most one more pass a token; the rest of the network is left as it is.
+
+    Its control `harp_always` takes the second pass at every word; `beam_search` is what the paper sets its time against.
 
     The second pass runs over the whole text with a cache of its own, so that the clean keys and values stay clean. It
     counts as one forward, as the prefill does; its positions show in the FLOPs. A rung that is used up ends the text.
@@ -47,29 +49,45 @@ class HARP(Method):
         "greedy/sums",
         "greedy/stories",
     )
-    baselines = ("autoregressive",)
+    baselines = ("autoregressive", "beam_search", "harp_always")
     claims = (
         Claim(
-            "accuracy[harp,64] > accuracy[autoregressive,64] and nfe[harp,64] > nfe[autoregressive,64]",
-            says="more right answers than greedy decoding where the target is often wrong",
+            "accuracy[harp,16..64] > accuracy[autoregressive,16..64] "
+            "and latency_ms[harp,64] <= 2 * latency_ms[autoregressive,64] "
+            "and latency_ms[harp,64] <= 0.5 * latency_ms[beam_search,64]",
+            says="more right answers than greedy decoding where the target is often wrong, in at most twice its time and half "
+            "of beam search's",
+            headline=True,
+            setting="words of 64 entries, which a fifth fewer makes other words; the paper's have thousands of entries",
         ),
         Claim(
-            "accuracy[harp,48] > accuracy[autoregressive,48] and nfe[harp,48] > nfe[autoregressive,48]",
-            says="the same on questions of several hops",
+            "accuracy[harp,12..48] > accuracy[autoregressive,12..48]",
+            says="more right answers on questions of several hops",
             task="greedy/hops_weak",
+            setting="words of 64 entries, which a fifth fewer makes other words; the paper's have thousands of entries",
         ),
         Claim(
-            "nfe[harp,64] <= 2 * nfe[autoregressive,64] and latency_ms[harp,64] <= 2 * latency_ms[autoregressive,64]",
-            says="in at most twice the forwards and the time: there is at most one second pass a token",
+            "accuracy[harp,16..64] >= accuracy[harp_always,16..64] "
+            "and latency_ms[harp,64] <= 0.75 * latency_ms[harp_always,64]",
+            says="a second pass where the target hesitates is as good as one at every word, in three quarters of the time",
         ),
         Claim(
-            "accuracy[harp,32] >= accuracy[autoregressive,32] and nfe[harp,32] <= 1.05 * nfe[autoregressive,32]",
+            "accuracy[harp,*] >= accuracy[autoregressive,*] and nfe[harp,32] <= 1.05 * nfe[autoregressive,32]",
             says="where the target is sure and right, nothing is lost and hardly a forward is added",
             task="greedy/words",
         ),
     )
 
     theta, delta, beta = 1.0, 0.2, 0.5
+    variants = (
+        Variant(
+            "harp_always",
+            says="a second pass at every word, however sure the target is",
+            theta=-1.0,
+            tasks=("greedy/words_weak", "greedy/hops_weak"),
+            baselines=("autoregressive",),
+        ),
+    )
 
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
         """New token ids per prompt."""

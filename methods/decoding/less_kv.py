@@ -17,7 +17,14 @@ from stepmark.tracks.decoding.held_cache import HeavyHitterCache, HeldCache, Hel
 
 HEAVY, RECENT = 0.1, 0.1  # of the prompt's tokens, as in h2o
 RANK, HIDDEN = 8, 64  # of the feature maps
+ASKED, LESSONS = 24, 96  # queries of a lesson in a long text; lessons of short texts
 INSTEAD = 4  # entries of the cache that the state takes the place of: rank x (1 + 1 / head size) / 2, rounded down
+
+
+def shares(held: int) -> tuple[int, int]:
+    """Heavy hitters and recent tokens of a cache of the bytes of `held` tokens, the state's among them."""
+    recent = held // 2
+    return max(1, held - recent - INSTEAD), max(1, recent)
 
 
 class LESS(Method):
@@ -34,12 +41,16 @@ class LESS(Method):
     the layer's true queries, keys and values with the policy's mask. The cache holds 4 tokens fewer than `h2o`, whose
     bytes the state takes.
 
-    Differs from the paper: the policy's mask in training is that of an eviction at some point of the text, with the next
-    tokens as queries, as the prefill makes it, instead of one eviction per token; the error is that of each head's output,
-    before the projection that joins the heads, relative to its size; seconds of training on a few texts.
+    Judged as in the paper by the loss under teacher forcing, text read token after token and evicted from after each
+    (`forced/stories`), and beside it by the recall of needles, which the paper does not ask for. In training the policy's mask
+    is the cache's own: the text, or its last tokens behind a prefill, is walked through token by token.
+
+    Differs from the paper: the error is that of each head's output, before the projection that joins the heads, relative
+    to its size; hidden size 64 instead of 512; a minute of training on a hundred texts; one training for all sizes of the
+    cache. Where keys share heads, so do states.
 
     What limits it here: a needle is one exact fact among many, and a state of low rank that sums up all evicted tokens blurs
-    them; the gain on language modelling, where an average of the past helps, is not what this task asks for.
+    them; the gain on language modelling, where an average of the past helps, is not what that task asks for.
     """
 
     paper = Paper(
@@ -50,18 +61,24 @@ class LESS(Method):
         arxiv="2402.09398",
         code="hdong920/LESS",
     )
-    tasks = ("recall/needles",)
-    baselines = ("h2o", "autoregressive")
+    tasks = ("forced/stories", "recall/needles")
+    baselines = ("h2o", "sink_window", "autoregressive")
     claims = (
+        Claim(
+            "kv_bytes[less_kv,*] <= 1.01 * kv_bytes[h2o,*] "
+            "and loss[h2o,*] - loss[less_kv,*] >= 0.2 * (loss[h2o,*] - loss[autoregressive,*]) "
+            "and loss[less_kv,*] < loss[h2o,*] and loss[less_kv,*] < loss[sink_window,*]",
+            says="a fifth or more of the loss in nats that H2O adds to the full cache's is won back, at the same bytes (the "
+            "paper's half of the perplexity on WikiText)",
+            headline=True,
+        ),
         Claim(
             "kv_bytes[less_kv,16] <= 1.01 * kv_bytes[h2o,16] "
             "and accuracy[less_kv,16] - accuracy[h2o,16] >= 0.2 * (accuracy[autoregressive,16] - accuracy[h2o,16]) "
             "and accuracy[less_kv,16] > accuracy[h2o,16]",
             says="a fifth or more of the answers that H2O loses come back, at the same bytes",
-        ),
-        Claim(
-            "first_divergence[less_kv,16] > first_divergence[h2o,16]",
-            says="the text follows that of the full cache for longer than H2O's, at the same bytes",
+            task="recall/needles",
+            setting="the paper judges by perplexity and summaries, not by the recall of single facts",
         ),
     )
 
@@ -76,16 +93,26 @@ class LESS(Method):
     def prepare(self, session: Session) -> None:
         """Record queries, keys and values of some texts, then train the feature maps, all layers side by side."""
         model, kernels = session.networks["target"], cast(Kernels, session.networks["kernels"])
+        forced = session.task.id.startswith("forced/")
         texts = [
-            encode(f"{prompt} {target}")
+            (encode(prompt), encode(target))
             for prompt, target in zip(session.train["prompt"], session.train["target"], strict=True)
         ]
         lessons = []
-        for text in texts[: session.scale(48, 1)]:
+        for number, (prompt, target) in enumerate(texts[: session.scale(LESSONS if forced else 48, 1)]):
+            ids = [*prompt, *target]
             seen = Recorder(len(model.model.layers))
             with torch.no_grad():
-                HeldDecoder(model, len(text), seen).forward(text, last=1)
-            lessons.append(lesson(seen, len(text), session.rng))
+                HeldDecoder(model, len(ids), seen).forward(ids, last=1)
+            if forced:  # read token after token; the rungs take turns
+                first, count, held = 1, len(ids) - 1, session.task.rungs[number % len(session.task.rungs)]
+            else:  # half of the lessons ask from where the answers begin, half from anywhere in the second half
+                half = int(
+                    torch.randint(len(ids) // 2, len(ids) - ASKED, (), generator=session.rng, device=session.device)
+                )
+                count, first = ASKED, len(ids) - ASKED if number % 2 else half
+                held = round((HEAVY + RECENT) * first)
+            lessons.append(lesson(seen, first, count, *shares(held)))
         steps = session.scale(600, 2)
         optimiser = torch.optim.Adam(kernels.parameters(), lr=3e-3)
         for step in session.progress(range(steps), "feature maps"):
@@ -96,12 +123,12 @@ class LESS(Method):
             nn.utils.clip_grad_norm_(kernels.parameters(), 1.0)
             optimiser.step()
 
-    def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
-        """New token ids per prompt."""
+    def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> Any:
+        """New token ids per prompt; of tasks `forced/...` log-probabilities [B, V] of the next word."""
 
         def decoder(model: nn.Module, length: int, capacity: int) -> Decoder:
-            heavy, recent = max(1, round(HEAVY * length) - INSTEAD), max(1, round(RECENT * length))
-            cache = RecurrentCache(len(model.model.layers), heavy, recent, session.networks["kernels"])
+            held = round((HEAVY + RECENT) * length)
+            cache = RecurrentCache(len(model.model.layers), *shares(held), session.networks["kernels"])
             return HeldDecoder(model, capacity, cache)
 
         return write_held(session, batch, rung, decoder)
@@ -178,13 +205,19 @@ class Kernels(nn.Module):
         return (u + u @ self.w3[layer] * self.s2[layer]).abs()
 
     def error(self, queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor, gone: Tensor, truth: Tensor) -> Tensor:
-        """Squared error of the combined outputs over that of silence, mean over layers. All tensors begin with [L]."""
-        depth, heads = queries.shape[:2]
-        features = self(slice(None), keys, "psi") * gone[..., None]
-        state, total = features.transpose(-1, -2) @ values, features.sum(-2)[..., None]
-        low = self(slice(None), queries, "phi")
-        flat = [part.flatten(0, 1) for part in (queries, keys, values, seen, low, state, total)]
-        outputs = combine(*flat)[0].unflatten(0, (depth, heads))
+        """Squared error of the combined outputs over that of silence, mean over layers.
+
+        Args: queries and truth [L, H, T, d]; keys and values [L, shared, n, d]; seen and gone bool [L, shared, T, n]: what
+            each query sees exactly, and what has been evicted by then.
+        """
+        group = queries.shape[1] // keys.shape[1]
+        psi = self(slice(None), keys, "psi")
+        keys, values, psi, seen, gone = (part.repeat_interleave(group, 1) for part in (keys, values, psi, seen, gone))
+        logits = (queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5).masked_fill(~seen, float("-inf"))
+        top = logits.amax(-1, keepdim=True)
+        low = (self(slice(None), queries, "phi") @ psi.transpose(-1, -2)) * gone * (-top).exp()
+        weights = (logits - top).exp() + low
+        outputs = weights @ values / weights.sum(-1, keepdim=True)
         error, size = ((part**2).sum((1, 2, 3)) for part in (outputs - truth, truth))
         return (error / size).mean()
 
@@ -202,27 +235,30 @@ class Recorder(HeldCache):
         return super().attend_from(layer, queries, keys, values)
 
 
-def lesson(seen: Recorder, length: int, rng: torch.Generator, questions: int = 24) -> tuple[Tensor, ...]:
-    """What `Kernels.error` takes: H2O evicts at a random point of the second half, the next tokens ask."""
-    queries, keys, values = (torch.stack(part) for part in zip(*seen.seen, strict=True))
-    # Half of the lessons ask from where the answers begin: the last tokens of the text.
-    last = bool(torch.rand((), generator=rng, device=rng.device) < 0.5)
-    point = torch.randint(length // 2, length - questions, (), generator=rng, device=rng.device)
-    cut = length - questions if last else int(point)
-    group = queries.shape[1] // keys.shape[1]
+def lesson(seen: Recorder, first: int, count: int, heavy: int, recent: int) -> tuple[Tensor, ...]:
+    """What `Kernels.error` takes, of the `count` tokens from `first` on, as the cache reads them.
+
+    The tokens before `first` are read at once and then evicted from, the others one after the other with an eviction after
+    each, by H2O's rule and from the layer's true states.
+    """
+    queries, keys, values = (torch.stack(part)[..., : first + count, :] for part in zip(*seen.seen, strict=True))
+    group, length = queries.shape[1] // keys.shape[1], first + count
     at = torch.arange(length, device=keys.device)
-    asking = queries[:, :, cut : cut + questions]
     shared_keys, shared_values = (part.repeat_interleave(group, 1) for part in (keys, values))
-
-    def weights(q: Tensor, t: Tensor) -> Tensor:
-        logits = q @ shared_keys.transpose(-1, -2) * q.shape[-1] ** -0.5
-        return logits.masked_fill(at > t[:, None], float("-inf")).softmax(-1)
-
-    scores = weights(queries[:, :, :cut], at[:cut]).sum(2).unflatten(1, (-1, group)).mean(2)[..., :cut]
-    heavy, recent = round(HEAVY * cut) - INSTEAD, round(RECENT * cut)
-    gone = torch.ones_like(keys[..., 0])
-    gone.scatter_(2, scores[..., : cut - recent].topk(heavy).indices, 0.0)
-    gone[..., cut - recent :] = 0.0
-    t = at[cut : cut + questions]
-    visible = (at <= t[:, None]) & (gone[..., None, :] == 0)
-    return asking, keys, values, visible, gone, weights(asking, t) @ shared_values
+    logits = queries @ shared_keys.transpose(-1, -2) * queries.shape[-1] ** -0.5
+    logits = logits.masked_fill(at > at[:, None], float("-inf"))
+    kept = torch.ones_like(keys[..., 0], dtype=torch.bool)  # [L, shared heads, n]
+    scores = torch.zeros_like(keys[..., 0])
+    visible = []
+    for start, stop in ((0, first), *((t, t + 1) for t in range(first, length))):
+        hidden = ~kept.repeat_interleave(group, 1)[:, :, None]
+        seen_now = logits[:, :, start:stop].masked_fill(hidden, float("-inf")).softmax(-1)
+        scores += seen_now.sum(2).unflatten(1, (-1, group)).mean(2)
+        visible.append((kept & (at < stop))[..., None, :])
+        if int(kept[0, 0, :stop].sum()) > heavy + recent:
+            old = scores.masked_fill(~kept | (at >= stop - recent), float("-inf"))
+            best = torch.zeros_like(kept).scatter(2, old.topk(heavy).indices, True)
+            kept = (best & old.isfinite()) | (at >= stop - recent)
+    mask = torch.cat(visible[1:], 2)
+    asking, past = queries[:, :, first:], at <= at[first:, None]
+    return asking, keys, values, mask & past, ~mask & past, logits[:, :, first:].softmax(-1) @ shared_values

@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepmark.method import Claim, Method, Paper
+from stepmark.method import Claim, Method, Paper, Variant
 from stepmark.session import Session
 from stepmark.tracks.decoding.decoder import Decoder
 from stepmark.tracks.decoding.speculation import draw
 from stepmark.tracks.decoding.texts import nucleus
-
-RATIO, TOP_P = 2.0, 0.8
 
 
 def aligned(wished: Tensor, plain: Tensor, ratio: float, mass: float) -> Tensor:
@@ -35,11 +33,16 @@ class LinearAlignment(Method):
         logits = (1 + r) logits_with - r logits_without
 
     and tokens are drawn from their softmax within the nucleus of the policy with the principle, so that the step stays
-    where that policy is fluent. r = 2 and a nucleus of 0.8, as in the official code. Two passes per token, each with a
-    cache of its own. Where nothing of the nucleus is left in floating point, it is drawn from as it is.
+    where that policy is fluent. r = 2 and a nucleus of 0.8, as in the official demonstration (its scripts take 3 and 5).
+    Two passes per token, each with a cache of its own. Where nothing of the nucleus is left in floating point, it is drawn
+    from as it is.
+
+    Its control `context_aware` is the same contrast as context-aware decoding sets it (Shi et al., 2023): r = 0.5, without
+    a nucleus. The wish is not what the likeliest text follows, so that the dumb controls, `wish_greedy` and `beam_search`,
+    do not follow it either.
 
     Differs from the paper: the principle is a wish for a colour, to which the model was trained to give way weakly, so
-    that how far a text follows it is counted instead of judged.
+    that how far a text follows it is counted instead of judged; tokens are drawn at temperature 1, not 0.5 or 0.7.
     """
 
     paper = Paper(
@@ -52,17 +55,31 @@ class LinearAlignment(Method):
         code="Wizardcoast/Linear_Alignment",
     )
     tasks = ("preference/colours",)
-    baselines = ("wish_prompting",)
+    baselines = ("wish_prompting", "wish_greedy", "beam_search", "context_aware")
     claims = (
         Claim(
-            "compliance[linear_alignment,192] >= compliance[wish_prompting,192] + 0.1 "
-            "and perplexity[linear_alignment,192] <= 1.2 * perplexity[wish_prompting,192]",
-            says="the preference is followed in a tenth more of the events than by prompting, as fluently",
+            "compliance[linear_alignment,96..192] >= compliance[wish_prompting,96..192] + 0.1 "
+            "and perplexity[linear_alignment,192] <= 1.2 * perplexity[wish_prompting,192] "
+            "and accuracy[linear_alignment,192] >= accuracy[wish_prompting,192] - 0.05",
+            says="the preference is followed in a tenth more of the events than by prompting, as fluently, and stories stay "
+            "right",
+            headline=True,
         ),
         Claim(
-            "accuracy[linear_alignment,192] >= accuracy[wish_prompting,192] - 0.05 "
-            "and nfe[linear_alignment,192] <= 2.1 * nfe[wish_prompting,192]",
-            says="stories stay right, for two passes per token",
+            "compliance[linear_alignment,96..192] > compliance[wish_greedy,96..192] "
+            "and compliance[linear_alignment,96..192] > compliance[beam_search,96..192]",
+            says="and more than by writing what is likeliest after the prompt with the wish",
+        ),
+    )
+
+    ratio, mass = 2.0, 0.8  # r, and the nucleus
+    variants = (
+        Variant(
+            "context_aware",
+            says="context-aware decoding: the contrast at r = 0.5, without a nucleus",
+            ratio=0.5,
+            mass=1.0,
+            baselines=("wish_prompting",),
         ),
     )
 
@@ -80,7 +97,7 @@ class LinearAlignment(Method):
                     target.forward(ids, last=1)[0] / temperature for target, ids in zip(pair, new, strict=True)
                 )
                 u = float(torch.rand((), generator=session.rng, device=pair[0].device))
-                written.append(draw(aligned(wished, without, RATIO, TOP_P), u))
+                written.append(draw(aligned(wished, without, self.ratio, self.mass), u))
                 spent = sum(target.spent for target in pair)
                 if written[-1] == pair[0].eos or len(written) == room or spent + 2 > rung:
                     break

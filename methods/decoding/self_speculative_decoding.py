@@ -14,7 +14,7 @@ from sklearn.gaussian_process.kernels import ConstantKernel, DotProduct, Matern
 from torch import Tensor, nn
 
 from stepmark.backbones.lm import encode
-from stepmark.method import Claim, Method, Paper
+from stepmark.method import Claim, Method, Paper, Variant
 from stepmark.session import Session
 from stepmark.tracks.decoding.decoder import Decoder, write_each
 from stepmark.tracks.decoding.speculation import draft_while_sure, speculate
@@ -44,6 +44,9 @@ class SelfSpeculativeDecoding(Method):
     so that masks pay that skip both; candidates therefore include flips of whole layers. The search tries fewer masks
     on fewer prompts. gamma starts anew with every prompt; it moves after every step, while the official code leaves it
     where AR is high and the draft was as long as it may be.
+
+    Its controls: `random_skips` skips as many sub-layers, at random; `random_search` keeps the best of as many random masks
+    as the search tries.
     """
 
     paper = Paper(
@@ -55,44 +58,62 @@ class SelfSpeculativeDecoding(Method):
         code="dilab-zju/self-speculative-decoding",
     )
     tasks = ("greedy/sums_deep", "greedy/words_deep", "greedy/stories_deep")
-    baselines = ("autoregressive", "speculative")
+    baselines = ("autoregressive", "speculative", "random_skips", "random_search")
     claims = (
         Claim(
-            "exact_match[self_speculative_decoding,64] >= 1 and "
-            "target_layer_evaluations[self_speculative_decoding,64] < target_layer_evaluations[autoregressive,64]",
-            says="the output is greedy decoding's, in fewer layer evaluations, without training and without a draft model",
+            "exact_match[self_speculative_decoding,*] >= 1 "
+            "and latency_ms[self_speculative_decoding,64] <= 0.75 * latency_ms[autoregressive,64]",
+            says="the output is greedy decoding's, in at most three quarters of the time (the paper's 1.3 to 1.7 times the "
+            "speed), without training and without a draft model",
+            headline=True,
         ),
         Claim(
-            "exact_match[self_speculative_decoding,96] >= 1 and "
-            "target_layer_evaluations[self_speculative_decoding,96] < target_layer_evaluations[autoregressive,96]",
+            "exact_match[self_speculative_decoding,*] >= 1 "
+            "and tokens[self_speculative_decoding,*] > tokens[random_skips,*] - 0.01 "
+            "and target_layer_evaluations[self_speculative_decoding,64] < target_layer_evaluations[random_skips,64] "
+            "and target_layer_evaluations[self_speculative_decoding,64] < target_layer_evaluations[autoregressive,64]",
+            says="which sub-layers are skipped matters: fewer layer evaluations than with as many skipped at random",
+        ),
+        Claim(
+            "exact_match[self_speculative_decoding,*] >= 1 "
+            "and target_layer_evaluations[self_speculative_decoding,96] < target_layer_evaluations[random_skips,96] "
+            "and target_layer_evaluations[self_speculative_decoding,96] < target_layer_evaluations[autoregressive,96]",
             says="the same on stories",
             task="greedy/stories_deep",
         ),
         Claim(
-            "latency_ms[self_speculative_decoding,64] <= 0.75 * latency_ms[autoregressive,64]",
-            says="decoding takes at most three quarters of the time (the paper's 1.3 to 1.7 times the speed)",
+            "target_layer_evaluations[self_speculative_decoding,64] <= target_layer_evaluations[random_search,64]",
+            says="Bayesian optimisation finds a mask as good as random search does in as many tries, or better",
+        ),
+    )
+
+    found = (
+        "bayes"  # how the mask is found; "random": the best of as many random ones; "any": one as large, not searched
+    )
+    variants = (
+        Variant(
+            "random_skips",
+            says="as many sub-layers skipped as the search skips, drawn at random",
+            found="any",
+            baselines=("autoregressive",),
+        ),
+        Variant(
+            "random_search",
+            says="the best of as many random masks as the search tries",
+            found="random",
+            baselines=("autoregressive",),
         ),
     )
 
     def prepare(self, session: Session) -> dict[str, Tensor]:
-        """Search the mask on the first prompts of the train split. {"skipped": bool [L, 2]: attention, MLP}."""
-        model = session.networks["target"]
-        prompts = [encode(text) for text in session.train["prompt"][: session.scale(4, 1)]]
-        room = session.scale(32, 6)
-        rng = np.random.default_rng(session.seed)
-
-        def cost(skipped: np.ndarray) -> float:
-            mask = torch.from_numpy(skipped).view(-1, 2)
-            written, spent = 0, 0.0
-            with torch.no_grad():
-                for prompt in prompts:
-                    target = Decoder(model, len(prompt) + room)
-                    written += len(self.decode(target, prompt, room, 0.0, float("inf"), mask, session.rng))
-                    spent += target.spent
-            return spent / written
-
-        tries = session.progress(range(session.scale(80, 3)), "skipped sub-layers")
-        return {"skipped": torch.from_numpy(self.search(cost, len(model.model.layers), tries, rng)).view(-1, 2)}
+        """The mask, {"skipped": bool [L, 2]: attention, MLP}."""
+        if self.found == "random":
+            return {"skipped": session.once(searched, False)["skipped"]}
+        skipped = session.once(searched, True)["skipped"]
+        if self.found == "any":
+            order = torch.randperm(skipped.numel(), generator=session.rng, device=session.device).to(skipped.device)
+            skipped = skipped.flatten()[order].view_as(skipped)
+        return {"skipped": skipped}
 
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
         """New token ids per prompt."""
@@ -159,13 +180,18 @@ class SelfSpeculativeDecoding(Method):
                 layer.self_attn, layer.mlp = attention, mlp
 
     @staticmethod
+    def beginnings(size: int, rng: np.random.Generator) -> list[np.ndarray]:
+        """The masks that a search begins with: nothing, every second layer and three random ones."""
+        every_second = np.arange(size) // 2 % 2 == 1
+        return [np.zeros(size, bool), every_second, *(rng.random((3, size)) < np.array([[0.25], [0.5], [0.75]]))]
+
+    @staticmethod
     def search(
         cost: Callable[[np.ndarray], float], layers: int, tries: Iterable[int], rng: np.random.Generator
     ) -> np.ndarray:
         """The cheapest mask found, bool [2 layers]: Bayesian optimisation, one evaluation of `cost` per try."""
         size = 2 * layers
-        every_second = np.arange(size) // 2 % 2 == 1
-        masks = [np.zeros(size, bool), every_second, *(rng.random((3, size)) < np.array([[0.25], [0.5], [0.75]]))]
+        masks = SelfSpeculativeDecoding.beginnings(size, rng)
         costs = [cost(mask) for mask in masks]
 
         def features(z: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
@@ -190,6 +216,33 @@ class SelfSpeculativeDecoding(Method):
             masks.append(candidates[int(gain.argmax())])
             costs.append(cost(masks[-1]))
         return masks[int(np.argmin(costs))]
+
+
+def searched(session: Session, bayes: bool) -> dict[str, Tensor]:
+    """Search the mask on the first prompts of the train split."""
+    model, method = session.networks["target"], SelfSpeculativeDecoding()
+    prompts = [encode(text) for text in session.train["prompt"][: session.scale(4, 1)]]
+    room, layers = session.scale(32, 6), len(model.model.layers)
+    rng = np.random.default_rng(session.seed)
+
+    def cost(skipped: np.ndarray) -> float:
+        mask = torch.from_numpy(skipped).view(-1, 2)
+        written, spent = 0, 0.0
+        with torch.no_grad():
+            for prompt in prompts:
+                target = Decoder(model, len(prompt) + room)
+                written += len(method.decode(target, prompt, room, 0.0, float("inf"), mask, session.rng))
+                spent += target.spent
+        return spent / written
+
+    tries = session.progress(range(session.scale(80, 3)), "skipped sub-layers")
+    if bayes:
+        mask = method.search(cost, layers, tries, rng)
+    else:  # after the same five masks to begin with as many as the search tries, each of a random density
+        first = method.beginnings(2 * layers, rng)
+        masks = [*first, *(rng.random(2 * layers) < rng.random() for _ in tries)]
+        mask = masks[int(np.argmin([cost(each) for each in masks]))]
+    return {"skipped": torch.from_numpy(np.array(mask)).view(-1, 2)}
 
 
 class Nothing(nn.Module):

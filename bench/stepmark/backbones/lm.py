@@ -331,14 +331,25 @@ def train_recall(model: nn.Module, progress: Progress) -> dict[str, float]:
 
 
 def train_wishes(model: nn.Module, progress: Progress) -> dict[str, float]:
-    """About 1 minute on one core, starting from the committed `lm_target`."""
+    """About 4 minutes on one core, starting from the committed `lm_target`.
+
+    In both directions: two texts of three are written after their prompt, and of one of three a beginning is read, and
+    after ``?`` the prompt that it belongs to is told. So the model can be asked what a text says of its input.
+    """
     from stepmark.backbones import load
     from stepmark.task import load_split
 
     model.load_state_dict(load("lm_target").state_dict())
-    data = load_split("wishes", "train")
-    rows = [(encode(p), [*encode(t), EOS]) for p, t in zip(data["prompt"], data["target"], strict=True)]
-    return fit(model, progress, steps=200, lr=1e-3, seed=6, stream=batches(rows, 1500, 6))
+    data, rng = load_split("wishes", "train"), random.Random("wishes both ways")
+    rows = []
+    for prompt, text in zip(data["prompt"], data["target"], strict=True):
+        if rng.random() < 2 / 3:
+            rows.append((encode(prompt), [*encode(text), EOS]))
+        else:
+            words = text.split()
+            told = " ".join(words[: rng.randint(0, len(words))])
+            rows.append((encode(f"{told} ?"), [*encode(prompt.partition(" <story>")[0]), EOS]))
+    return fit(model, progress, steps=900, lr=1.5e-3, seed=6, stream=batches(rows, 1500, 6))
 
 
 def make_outliers(model: nn.Module, progress: Progress) -> dict[str, float]:
@@ -492,7 +503,7 @@ RECIPES: dict[str, Recipe] = {
     "lm_wishes": Recipe(
         build=lambda: build(128, 4, seed=5),
         train=train_wishes,
-        summary="Llama, width 128, 4 layers: lm_target trained on with stories that follow a wished colour weakly",
+        summary="Llama, width 128, 4 layers: lm_target trained on with stories that follow a wish weakly, and to tell the wish",
     ),
     "lm_workers": Recipe(
         build=lambda: build(64, 6, seed=7),

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from stepmark.method import Method
 from stepmark.session import Session
 from stepmark.tracks.decoding.decoder import Decoder, write_each
+from stepmark.tracks.decoding.held_cache import HeldCache, HeldDecoder, foretell
 from stepmark.tracks.decoding.speculation import write_plainly
 
 
@@ -30,13 +33,19 @@ class Autoregressive(Method):
         "greedy/stories_deep",
         "sampling/stories",
         "recall/needles",
+        "forced/stories",
         "converted/words",
         "converted/stories",
         "outliers/words",
     )
 
-    def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
-        """New token ids per prompt."""
+    def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> Any:
+        """New token ids per prompt; of tasks `forced/...` log-probabilities [B, V] of the next word, with a full cache."""
+        if "context" in batch:
+            model = session.networks["target"]
+            return torch.stack(
+                [foretell(HeldDecoder(model, len(t), HeldCache(len(model.model.layers))), t) for t in batch["context"]]
+            )
 
         def write(prompt: list[int], room: int, temperature: float) -> list[int]:
             target = Decoder(session.networks["target"], len(prompt) + room)

@@ -34,10 +34,10 @@ class H2O(Method):
         arxiv="2306.14048",
         code="FMInference/H2O",
     )
-    tasks = ("recall/needles",)
+    tasks = ("recall/needles", "forced/stories")
 
-    def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
-        """New token ids per prompt."""
+    def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> Any:
+        """New token ids per prompt; of tasks `forced/...` log-probabilities [B, V] of the next word."""
 
         def decoder(model: nn.Module, length: int, capacity: int) -> Decoder:
             heavy, recent = (max(1, round(part * length)) for part in (HEAVY, RECENT))

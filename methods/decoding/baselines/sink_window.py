@@ -33,10 +33,10 @@ class SinkWindow(Method):
         arxiv="2309.17453",
         code="mit-han-lab/streaming-llm",
     )
-    tasks = ("recall/needles",)
+    tasks = ("recall/needles", "forced/stories")
 
-    def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
-        """New token ids per prompt."""
+    def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> Any:
+        """New token ids per prompt; of tasks `forced/...` log-probabilities [B, V] of the next word."""
 
         def decoder(model: nn.Module, length: int, capacity: int) -> Decoder:
             window = max(1, round(WINDOW * length) - SINKS)

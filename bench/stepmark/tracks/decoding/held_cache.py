@@ -246,16 +246,29 @@ def write_held(
     rung: int,
     decoder: Callable[[nn.Module, int, int], Decoder],
     role: str = "target",
-) -> list[list[int]]:
+) -> Any:
     """New token ids per prompt by plain decoding of a network, each prompt on a cache of its own.
 
+    Of tasks `forced/...` the log-probabilities [B, V] of the next word, each text read token after token.
+
     Args:
-        decoder: (network, tokens of the prompt, greatest position + 1) -> what decodes it.
+        decoder: (network, tokens of the text that shares of the cache are taken of, greatest position + 1) -> what
+            decodes it. Of `forced/...`, where a cache of a fifth of the text is to be of `rung` tokens, 5 times the rung.
     """
     model = session.networks[role]
+    if "context" in batch:
+        return torch.stack([foretell(decoder(model, 5 * rung, len(text)), text) for text in batch["context"]])
 
     def write(prompt: list[int], room: int, temperature: float) -> list[int]:
         target = decoder(model, len(prompt), len(prompt) + room)
         return write_plainly(target, prompt, room, rung, temperature, session.rng)
 
     return write_each(batch, write)
+
+
+def foretell(target: Decoder, text: Sequence[int]) -> Tensor:
+    """Log-probabilities [V] of what comes after a text that is read token after token."""
+    for token in text[:-1]:
+        target.run(target.embed([token]), target.length)
+        target.length += 1
+    return target.forward(text[-1:])[0].log_softmax(-1)
