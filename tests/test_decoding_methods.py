@@ -88,9 +88,13 @@ def truth_of(seed: int) -> tuple[Any, list[int], list[int]]:
 
 
 def load(name: str, **constants: Any) -> Any:
-    """A method with some of its module's constants replaced."""
+    """A method with some of its module's constants, or of its own, replaced."""
     method = plugins.load_class(plugins.methods()[name])()
-    method.run.__globals__.update(SMALL.get(name, {}) | constants)
+    for constant, value in (SMALL.get(name, {}) | constants).items():
+        if hasattr(method, constant):
+            setattr(method, constant, value)
+        else:
+            method.run.__globals__[constant] = value
     return method
 
 
