@@ -244,7 +244,7 @@ def session_of(method: str, model: Any, seed: int = 0) -> Any:
     networks = {"target": model}
     if method in {"less_kv", "dms_hyper_scaling", "dms_immediate"}:
         networks["kernels" if method == "less_kv" else "evictor"] = kernels(method, model, seed)
-    if method in {"longgen", "sink_window_trained"}:
+    if method in {"longgen", "sink_window_trained", "full_attention_trained"}:
         networks = {"student": model}
     for name, network in networks.items():
         for part in network.modules():
@@ -315,6 +315,20 @@ def test_one_banded_pass_is_token_by_token_streaming_with_positions_of_the_cache
         torch.testing.assert_close(found, truth[prompt - 1 : 20], rtol=1e-3, atol=1e-3)
     unmoved = steps(HeldDecoder(model, 99, BandCache(3, 4, 9)), ids, PROMPT)
     assert (unmoved - truth[PROMPT - 1 :]).abs().max() > 0.01  # the rotation is felt
+
+
+def test_longgen_with_all_layers_full_is_plain_decoding() -> None:
+    """The control that is trained on as it is differs from the target in nothing but its training."""
+    model, ids = tiny(layers=6, shared=2), text(length=120)
+    written = {}
+    for method in ("full_attention_trained", "sink_window_trained", "longgen"):
+        with torch.no_grad():
+            session = session_of(method, model)
+            written[method] = plugins.load_class(plugins.methods()[method])().run(session, batch_of([ids], ROOM), 9)[0]
+    with torch.no_grad():
+        plain = write_plainly(Decoder(model, 140), ids, ROOM, 9, 0.0)
+    assert written["full_attention_trained"] == plain
+    assert written["sink_window_trained"] != plain
 
 
 def test_a_band_without_rotation_is_full_attention_under_a_mask() -> None:

@@ -27,7 +27,14 @@ from stepmark.tracks.decoding.decoder import Decoder
 from stepmark.tracks.decoding.speculation import speculate
 
 TASKS = {task.id: task for task in decoding.TASKS}
-METHODS = ("jacobi", "lookahead_decoding", "self_speculative_decoding", "kangaroo", "early_exit_fixed")
+METHODS = (
+    "jacobi",
+    "lookahead_decoding",
+    "lookahead_small",
+    "self_speculative_decoding",
+    "kangaroo",
+    "early_exit_fixed",
+)
 SMALL = {"lookahead_decoding": {"W": 4, "N": 4, "G": 3}, "jacobi": {"WINDOW": 5}}
 
 
