@@ -138,16 +138,14 @@ def test_the_controls_of_relufication_take_as_many_steps(monkeypatch: pytest.Mon
     """Tuned controls are trained on for as long, and through the activations that they run with."""
     steps: dict[str, list[int]] = {}
     for name in ("silu_tuned", "topk_tuned", "topk_activations"):
-        own, taken = module_of(name), steps.setdefault(name, [])
-        monkeypatch.setitem(
-            own.SparseLinear.forward.__globals__, "fit", lambda *_, taken=taken, **k: taken.append(k["steps"])
-        )
+        method, taken = plugins.load_class(plugins.methods()[name])(), steps.setdefault(name, [])
+        used = type(method).prepare.__globals__
+        monkeypatch.setitem(used, "fit", lambda *_, taken=taken, **given: taken.append(given["steps"]))
         session: Any = SimpleNamespace(
             networks={"target": tiny()}, train={"prompt": ["1 <cot>"] * 9, "target": ["2"] * 9}, seed=0, progress=None
         )
         session.clone = lambda role, session=session: deepcopy(session.networks[role])
         session.scale = lambda embedded, smoke: embedded
-        method = plugins.load_class(plugins.methods()[name])()
         session.networks |= method.networks(session)
         method.prepare(session)
         kind = type(session.networks["student"].model.layers[0].mlp).__name__
