@@ -151,6 +151,26 @@ def test_hogwild_writes_what_two_readers_of_one_text_would() -> None:
     assert len(ended) > 1, "no worker ever stops before the other"
 
 
+def test_workers_without_a_shared_cache_write_as_if_each_were_alone() -> None:
+    """Two workers who see the prompt and themselves, against plain passes; the other's text changes nothing."""
+    differ = 0
+    for seed in range(4):
+        model, prompt = model_of(seed, 2, 0.5), words_of(seed, 8)
+        session = session_of(target=model)
+        texts: list[list[int]] = [[], []]
+        for _ in range(6):
+            for name, text in zip(("tom", "anna"), texts, strict=True):
+                if lm.EOS not in text:
+                    text.append(int(last_logits(model, [*prompt, *lm.encode(name), *text]).argmax()))
+        for method, same in (("hogwild_unshared", True), ("hogwild_inference", False)):
+            session.ledger.reset(limit=6)
+            with torch.no_grad():
+                (found,) = load(method).run(session, batch_of([prompt], 40), 6)
+            assert not same or found == [*texts[0], *texts[1]]
+            differ += found != [*texts[0], *texts[1]]
+    assert differ, "with a shared cache nobody ever minds the other"
+
+
 def test_a_single_worker_is_plain_decoding() -> None:
     model, prompt = model_of(3, 3), words_of(3, 9)
     with torch.no_grad():

@@ -221,6 +221,27 @@ def test_untrained_medusa_heads_repeat_the_target() -> None:
         torch.testing.assert_close(heads(hidden), model.lm_head(hidden)[:, None].expand(-1, 4, -1))
 
 
+def test_chain_and_tree_stand_on_the_same_heads() -> None:
+    """One training for both; the chain is the first guess of every head, the tree has it and more."""
+    weights = {"outputs.0.weight": torch.ones(2)}
+    falling = torch.tensor([0.6, 0.3, 0.05, 0.03, 0.01, 0.01]).expand(4, 6)
+    asked: list[str] = []
+
+    def once(function: Any) -> dict[str, Tensor]:
+        asked.append(function.__name__)
+        return weights | {"accuracy": falling}
+
+    trees = {}
+    for name in ("medusa", "medusa_chain"):
+        loaded: list[Any] = []
+        heads = SimpleNamespace(load_state_dict=loaded.append)
+        trees[name] = load(name).prepare(SimpleNamespace(networks={"heads": heads}, once=once))["tree"].tolist()
+        assert loaded == [weights]
+    assert asked == ["train_heads"] * 2
+    assert trees["medusa_chain"] == [[0, -1, -1, -1], [0, 0, -1, -1], [0, 0, 0, -1], [0, 0, 0, 0]]
+    assert len(trees["medusa"]) == 20 and [0, 0, 0, 0] in trees["medusa"] and [1, -1, -1, -1] in trees["medusa"]
+
+
 def test_medusa_tree_holds_the_likeliest_paths() -> None:
     build = load("medusa").run.__globals__["sparse_tree"]
     accuracy = torch.rand(3, 4, generator=torch.Generator().manual_seed(2)).sort(dim=1, descending=True).values

@@ -161,8 +161,55 @@ def test_h2o_drops_what_the_masking_form_masks_and_only_dropping_saves(shared: i
     assert 3 * 11 * shared * (2 * 16 * 4 + 8) <= small <= 3 * 12 * shared * (2 * 16 * 4 + 8)
 
 
+def test_tova_keeps_what_the_newest_token_looks_at_most() -> None:
+    """Step by step by definition: the weights of the last query, mean over all heads, rank a layer's tokens."""
+    cache = module_of("tova").TovaCache(1, 6)
+    generator = torch.Generator().manual_seed(0)
+    keys, values, queries = (torch.randn(heads, 12, 8, generator=generator) for heads in (2, 2, 4))
+    held: list[int] = []
+    for first, last in ((0, 9), (9, 10), (10, 11), (11, 12)):
+        cache.now = torch.arange(first, last)
+        cache.attend_from(0, queries[:, first:last], keys[:, first:last], values[:, first:last])
+        held += range(first, last)
+        logits = torch.stack([queries[h, last - 1] @ keys[h // 2, held].T * 8**-0.5 for h in range(4)])
+        looks = logits.softmax(-1).mean(0).tolist()
+        held = sorted(sorted(held, key=lambda t: -looks[held.index(t)])[:6])
+        assert cache.held(0)[2].tolist() == [held, held]
+
+
+def test_reads_are_what_every_layer_finds_in_its_cache() -> None:
+    """Plain decoding on a cache without gaps: keys, values and positions of all earlier tokens, once a layer and step."""
+    model, ids = tiny(), text()
+    ledger = Ledger(bounded=("target",))
+    watch(ledger, "target", model, decoding.layers(TASK, "target", model))
+    decoder = HeldDecoder(model, 99, HeldCache(3))
+    with torch.no_grad(), count_flops(ledger, [model]) as flops:
+        for token in ([*ids], [3], [4], [5]):
+            decoder.forward(token, last=1)
+    for part in model.modules():
+        part.__dict__.pop("forward", None)
+    entry = 2 * 16 * 4 + 4
+    # While a layer runs its newest token is not held yet, and those of the layers below are: half of them on average.
+    grown = sum(3 * before * entry + sum(below * new * entry for below in range(3)) / 3
+                for before, new in ((0, PROMPT), (PROMPT, 1), (PROMPT + 1, 1), (PROMPT + 2, 1)))  # fmt: skip
+    assert flops.read == pytest.approx(grown, rel=0.02)
+
+
+def test_tokens_dropped_at_random_are_as_many_and_others() -> None:
+    model, ids = tiny(5, layers=4), text(5, 40)
+    kept = []
+    for rng in (None, torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)):
+        decoder = PrunedDecoder(model, 99, [(0, 0.5), (2, 0.4)], False, rng)
+        with torch.no_grad():
+            decoder.forward(ids, last=1)
+        kept.append([decoder.pruned.held(i)[2][0].tolist() for i in range(4)])
+        assert [len(layer) for layer in kept[-1]] == [40, 20, 20, 8] and kept[-1][3][-1] == 39
+    assert kept[0] != kept[1] != kept[2]
+
+
 @pytest.mark.parametrize(
-    "method", ["h2o", "sink_window", "kv_int8", "less_kv", "lazyllm", "dms_hyper_scaling", "longgen"]
+    "method",
+    ["h2o", "sink_window", "kv_int8", "less_kv", "lazyllm", "dms_hyper_scaling", "dms_immediate", "tova", "longgen"],
 )
 def test_nothing_is_held_outside_the_cache_that_is_counted(method: str) -> None:
     """Storages alive between two forwards, followed by torch itself, are those the harness reads from the cache."""
@@ -195,15 +242,17 @@ def session_of(method: str, model: Any, seed: int = 0) -> Any:
     """What `run` sees: the target, and the method's own networks untrained, all counted."""
     ledger = Ledger(bounded=TASK.bounded)
     networks = {"target": model}
-    if method in {"less_kv", "dms_hyper_scaling"}:
+    if method in {"less_kv", "dms_hyper_scaling", "dms_immediate"}:
         networks["kernels" if method == "less_kv" else "evictor"] = kernels(method, model, seed)
-    if method in {"longgen", "sink_window_trained"}:
+    if method in {"longgen", "sink_window_trained", "full_attention_trained"}:
         networks = {"student": model}
     for name, network in networks.items():
         for part in network.modules():
             part.__dict__.pop("forward", None)
         watch(ledger, name, network, decoding.layers(TASK, name, network))
-    return SimpleNamespace(networks=networks, rng=torch.Generator().manual_seed(seed), ledger=ledger, state={})
+    return SimpleNamespace(
+        task=TASK, networks=networks, rng=torch.Generator().manual_seed(seed), ledger=ledger, state={}
+    )
 
 
 # -- positions ------------------------------------------------------------------------------------------------------
@@ -266,6 +315,20 @@ def test_one_banded_pass_is_token_by_token_streaming_with_positions_of_the_cache
         torch.testing.assert_close(found, truth[prompt - 1 : 20], rtol=1e-3, atol=1e-3)
     unmoved = steps(HeldDecoder(model, 99, BandCache(3, 4, 9)), ids, PROMPT)
     assert (unmoved - truth[PROMPT - 1 :]).abs().max() > 0.01  # the rotation is felt
+
+
+def test_longgen_with_all_layers_full_is_plain_decoding() -> None:
+    """The control that is trained on as it is differs from the target in nothing but its training."""
+    model, ids = tiny(layers=6, shared=2), text(length=120)
+    written = {}
+    for method in ("full_attention_trained", "sink_window_trained", "longgen"):
+        with torch.no_grad():
+            session = session_of(method, model)
+            written[method] = plugins.load_class(plugins.methods()[method])().run(session, batch_of([ids], ROOM), 9)[0]
+    with torch.no_grad():
+        plain = write_plainly(Decoder(model, 140), ids, ROOM, 9, 0.0)
+    assert written["full_attention_trained"] == plain
+    assert written["sink_window_trained"] != plain
 
 
 def test_a_band_without_rotation_is_full_attention_under_a_mask() -> None:
@@ -487,7 +550,8 @@ def test_the_lessons_of_less_are_what_the_cache_does_and_training_lowers_their_e
 # -- DMS ------------------------------------------------------------------------------------------------------------
 
 
-def test_eviction_is_delayed_and_real() -> None:
+@pytest.mark.parametrize("window", [5, 1])
+def test_eviction_is_delayed_and_real(window: int) -> None:
     """Token by token against full attention under the mask of the decisions; heads hold what their decisions leave."""
     names = module_of("dms_hyper_scaling")
     model, ids = tiny(8, shared=2), text(8, PROMPT + 8)
@@ -504,17 +568,17 @@ def test_eviction_is_delayed_and_real() -> None:
             self.append(layer, keys, values)
             k, v, at = self.held(layer)
             age = self.now[:, None] - at[0]
-            return attend(queries, k, v, (age >= 0) & ~((decided[layer] > 0)[:, None] & (age >= 5)))[0]
+            return attend(queries, k, v, (age >= 0) & ~((decided[layer] > 0)[:, None] & (age >= window)))[0]
 
-    cache = names.EvictingCache(3, evictor, 5)
+    cache = names.EvictingCache(3, evictor, window)
     found = steps(HeldDecoder(model, 99, cache), ids, PROMPT)
     torch.testing.assert_close(found, steps(HeldDecoder(model, 99, Hidden(3)), ids, PROMPT), rtol=1e-3, atol=1e-3)
     sizes = set()
     for layer in range(3):
         for head in range(2):
             at = cache.heads[layer][head][2].tolist()
-            # the next token is number 68: it sees 64 and later, and whoever was not doomed
-            assert at == [t for t in range(68) if t > 68 - 5 or not decided[layer][head, t] > 0]
+            # the next token is number 68: it sees the last of the window, and whoever was not doomed
+            assert at == [t for t in range(68) if t > 68 - window or not decided[layer][head, t] > 0]
             sizes.add(len(at))
     assert len(sizes) > 1
     entry = 2 * 16 * 4 + 4 + 1
@@ -530,14 +594,14 @@ def test_relaxed_decisions_become_the_cache_that_runs() -> None:
     evictor = kernels("dms_hyper_scaling", model)
     with torch.no_grad():
         evictor.weight.mul_(300)  # far from 0 on both sides: the noise decides nothing
-    soft = names.SoftCache(3, evictor, torch.Generator().manual_seed(0))
+    soft = names.SoftCache(3, evictor, torch.Generator().manual_seed(0), 32)
     with torch.no_grad():
         relaxed = HeldDecoder(model, 99, soft).forward(ids)
-        hard = HeldDecoder(model, 99, names.EvictingCache(3, evictor, names.WINDOW)).forward(ids)
+        hard = HeldDecoder(model, 99, names.EvictingCache(3, evictor, 32)).forward(ids)
     assert 0.05 < float(torch.cat(soft.decisions).round().mean()) < 0.95
     torch.testing.assert_close(relaxed, hard, rtol=1e-2, atol=1e-2)
     fresh = names.Evictor(3, 32, 2)
-    soft = names.SoftCache(3, fresh, torch.Generator().manual_seed(0))
+    soft = names.SoftCache(3, fresh, torch.Generator().manual_seed(0), 32)
     HeldDecoder(model, 99, soft).forward(ids)
     mean = torch.cat(soft.decisions).mean()
     assert float(mean.detach()) < 0.05  # evictions are rare at first
@@ -569,7 +633,19 @@ def test_prompts_hold_the_facts_they_ask_for() -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ["h2o", "sink_window", "kv_int8", "less_kv", "lazyllm", "static_prune", "dms_hyper_scaling", "longgen"]
+    "method",
+    [
+        "h2o",
+        "tova",
+        "sink_window",
+        "kv_int8",
+        "less_kv",
+        "lazyllm",
+        "static_prune",
+        "random_prune",
+        "dms_hyper_scaling",
+        "longgen",
+    ],
 )
 def test_a_run_keeps_to_its_budget_and_leaves_the_model_as_it_was(method: str) -> None:
     """One forward for each token, whatever the layers run over; the model attends by itself again afterwards."""

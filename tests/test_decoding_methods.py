@@ -27,7 +27,14 @@ from stepmark.tracks.decoding.decoder import Decoder
 from stepmark.tracks.decoding.speculation import speculate
 
 TASKS = {task.id: task for task in decoding.TASKS}
-METHODS = ("jacobi", "lookahead_decoding", "self_speculative_decoding", "kangaroo", "early_exit_fixed")
+METHODS = (
+    "jacobi",
+    "lookahead_decoding",
+    "lookahead_small",
+    "self_speculative_decoding",
+    "kangaroo",
+    "early_exit_fixed",
+)
 SMALL = {"lookahead_decoding": {"W": 4, "N": 4, "G": 3}, "jacobi": {"WINDOW": 5}}
 
 
@@ -88,9 +95,13 @@ def truth_of(seed: int) -> tuple[Any, list[int], list[int]]:
 
 
 def load(name: str, **constants: Any) -> Any:
-    """A method with some of its module's constants replaced."""
+    """A method with some of its module's constants, or of its own, replaced."""
     method = plugins.load_class(plugins.methods()[name])()
-    method.run.__globals__.update(SMALL.get(name, {}) | constants)
+    for constant, value in (SMALL.get(name, {}) | constants).items():
+        if hasattr(method, constant):
+            setattr(method, constant, value)
+        else:
+            method.run.__globals__[constant] = value
     return method
 
 

@@ -134,6 +134,25 @@ def test_the_stages_of_relufication_come_in_turn(monkeypatch: pytest.MonkeyPatch
     assert seen == [(True, 150), (False, 300)]
 
 
+def test_the_controls_of_relufication_take_as_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tuned controls are trained on for as long, and through the activations that they run with."""
+    steps: dict[str, list[int]] = {}
+    for name in ("silu_tuned", "topk_tuned", "topk_activations"):
+        method, taken = plugins.load_class(plugins.methods()[name])(), steps.setdefault(name, [])
+        used = type(method).prepare.__globals__
+        monkeypatch.setitem(used, "fit", lambda *_, taken=taken, **given: taken.append(given["steps"]))
+        session: Any = SimpleNamespace(
+            networks={"target": tiny()}, train={"prompt": ["1 <cot>"] * 9, "target": ["2"] * 9}, seed=0, progress=None
+        )
+        session.clone = lambda role, session=session: deepcopy(session.networks[role])
+        session.scale = lambda embedded, smoke: embedded
+        session.networks |= method.networks(session)
+        method.prepare(session)
+        kind = type(session.networks["student"].model.layers[0].mlp).__name__
+        assert (kind == "TopkMlp") == name.startswith("topk")
+    assert steps == {"silu_tuned": [150, 300], "topk_tuned": [150, 300], "topk_activations": []}
+
+
 def test_topk_keeps_the_greatest() -> None:
     """All neurons kept is the dense block; fewer are those of the greatest size."""
     own = module_of("topk_activations")

@@ -34,6 +34,7 @@ COUNTS = {
     "latency_ms",
     "memory_mib",
     "kv_bytes",
+    "kv_read_bytes",
     "ranks",
     "rank_flops",
     "rounds",

@@ -24,6 +24,7 @@ UNITS = {
     "flops": "FLOP per item",
     "flops_outside": "FLOP per item",
     "kv_bytes": "bytes",
+    "kv_read_bytes": "bytes per item",
     "latency_ms": "ms per item",
     "speedup": "times",
     "memory_mib": "MiB",

@@ -94,7 +94,7 @@ def counts(mine: Runner, judge: Judge, cell: Cell, answers: Answers) -> Part:
     if flops.ranks:
         figures |= {"ranks": float(mine.ranks), "rank_flops": max(flops.ranks) / items}
     if flops.held:
-        figures["kv_bytes"] = float(flops.held)
+        figures |= {"kv_bytes": float(flops.held), "kv_read_bytes": flops.read / items}
     return Part({}, figures, reasons, flags)
 
 

@@ -129,7 +129,8 @@ def of_outputs(inputs: Mapping[str, Any], outputs: Any) -> Shown | None:
     if prompts is not None and isinstance(outputs, list):
         from stepmark.backbones.lm import decode
 
-        pairs = [(decode(list(prompt)), decode(list(ids))) for prompt, ids in zip(prompts, outputs, strict=True)]
+        texts = [found[0] if isinstance(found[0], list) else found for found in outputs]  # of several, the first
+        pairs = [(decode(list(prompt)), decode(list(ids))) for prompt, ids in zip(prompts, texts, strict=True)]
         return Texts(pairs=[(prompt[:5000], text[:5000]) for prompt, text in pairs[:TEXTS]])
     if noise is None or getattr(outputs, "shape", None) != noise.shape:
         return None

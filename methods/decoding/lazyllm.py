@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from stepmark.method import Claim, Method, Paper, Variant
 from stepmark.session import Session
 from stepmark.tracks.decoding.decoder import Decoder
-from stepmark.tracks.decoding.held_cache import HeldCache, HeldDecoder, attend, write_held
+from stepmark.tracks.decoding.held_cache import HeldCache, HeldDecoder, attend, look, write_held
 
 # Share of the tokens of a layer that the layers after it run over, by depth (share of the layers).
-CUTS = ((1 / 2, 0.3), (2 / 3, 0.5), (5 / 6, 0.5))
+CUTS = ((1 / 2, 0.15), (2 / 3, 0.5), (5 / 6, 0.5))
 
 
 class LazyLLM(Method):
@@ -31,11 +31,16 @@ class LazyLLM(Method):
 
     Its control `static_prune` makes the choice once, before the first token is written, by the same shares: what the last
     token of the prompt does not look at is dropped, and the deeper layers never see it; tokens of the answer are all kept.
+    `random_prune` drops as many, whichever they are.
 
-    Differs from the paper: shares are fixed by depth, where the paper takes percentiles found by hand for each model.
+    Differs from the paper: shares are fixed by depth, where the paper takes percentiles found by hand for each model. They
+    were chosen on texts of the train split: pruning before the third layer loses every answer, after it a seventh of the
+    tokens is enough.
 
-    What limits the second claim here: all names that will be asked for stand in the prompt, so that what its end attends to is
-    what later tokens need as well, and a choice made once is good enough.
+    What limits it here: half of the layers run in full, so that the prefill cannot become twice as fast, and what is
+    caught up with afterwards costs passes over several tokens where plain decoding has one. All names that will be asked
+    for stand in the prompt, so that what its end attends to is what later tokens need as well, and a choice made once is
+    good enough.
     """
 
     paper = Paper(
@@ -46,30 +51,54 @@ class LazyLLM(Method):
         arxiv="2407.14057",
     )
     tasks = ("recall/needles",)
-    baselines = ("autoregressive", "static_prune")
+    baselines = ("autoregressive", "static_prune", "random_prune")
     claims = (
         Claim(
-            "target_positions[lazyllm,1] <= 0.65 * target_positions[autoregressive,1] "
+            "2.34 * latency_ms[lazyllm,1] <= latency_ms[autoregressive,1] "
             "and accuracy[lazyllm,16] >= accuracy[autoregressive,16] - 0.02",
-            says="the first token comes after at most 65 % of the token-layers, and no answers are lost",
+            says="the first token comes 2.34 times as soon (rung 1 is the prefill), and no answers are lost",
+            headline=True,
+            setting="this target needs three of its six layers in full, so that 1.8 is the most; the paper's has 32",
+        ),
+        Claim(
+            "1.5 * latency_ms[lazyllm,1] <= latency_ms[autoregressive,1] "
+            "and accuracy[lazyllm,16] >= accuracy[autoregressive,16] - 0.02",
+            says="the first token comes 1.5 times as soon, and no answers are lost",
+        ),
+        Claim(
+            "target_positions[lazyllm,*] <= 0.9 * target_positions[autoregressive,*] "
+            "and target_positions[lazyllm,1] <= 0.65 * target_positions[autoregressive,1]",
+            says="the prefill runs at most 65 % of the token-layers, and with all that is caught up with later 90 %",
+        ),
+        Claim(
+            "latency_ms[lazyllm,16] < latency_ms[autoregressive,16]",
+            says="time is left over once the whole answer is written",
         ),
         Claim(
             "accuracy[lazyllm,16] > accuracy[static_prune,16]",
             says="pruning anew for every token answers more than pruning once by the same shares",
         ),
         Claim(
-            "target_positions[lazyllm,16] < target_positions[autoregressive,16]",
-            says="tokens that are caught up with later leave a saving over the whole answer",
+            "accuracy[lazyllm,16] >= accuracy[random_prune,16] + 0.2",
+            says="and far more than leaving as many tokens of the prompt behind at random",
         ),
     )
 
     revive = True  # what was left behind may be chosen later
+    ranked = True  # by the attention of the newest token; otherwise drawn
     variants = (
         Variant(
             "static_prune",
             says="static token pruning: the prompt is pruned once, while it is read",
             revive=False,
-            baselines=(),
+            baselines=("autoregressive",),
+        ),
+        Variant(
+            "random_prune",
+            says="random token dropping: as many tokens of the prompt are left behind, whichever they are",
+            revive=False,
+            ranked=False,
+            baselines=("autoregressive",),
         ),
     )
 
@@ -77,7 +106,8 @@ class LazyLLM(Method):
         """New token ids per prompt."""
 
         def decoder(model: nn.Module, length: int, capacity: int) -> Decoder:
-            return PrunedDecoder(model, capacity, cuts_of(len(model.model.layers), CUTS), self.revive)
+            cuts = cuts_of(len(model.model.layers), CUTS)
+            return PrunedDecoder(model, capacity, cuts, self.revive, None if self.ranked else session.rng)
 
         return write_held(session, batch, rung, decoder)
 
@@ -102,9 +132,14 @@ class PrunedCache(HeldCache):
         held_keys, held_values, positions = self.held(layer)
         at = positions[0].long()
         looked_at = self.visible[at].nonzero()[:, 0]
-        at = at[looked_at]
-        outputs, weights = attend(queries, held_keys[:, looked_at], held_values[:, looked_at], at <= self.now[:, None])
-        self.importance, self.candidates = weights[:, -1].mean(0), at
+        if len(looked_at) < len(at):
+            at, held_keys, held_values = at[looked_at], held_keys[:, looked_at], held_values[:, looked_at]
+        # Only the newest token's weights are asked for: the others' outputs come from the fused kernel.
+        outputs, weights = attend(queries[:, -1:], held_keys, held_values)
+        self.importance, self.candidates = weights[:, 0].mean(0), at
+        if len(self.now) > 1:
+            seen = None if torch.equal(at, self.now) else at <= self.now[:, None]
+            outputs = look(queries, held_keys, held_values, seen)
         return outputs
 
 
@@ -117,12 +152,19 @@ class PrunedDecoder(HeldDecoder):
     `revive` it is gone for good: pruning once, in the prefill, and the choice of the prefill stays.
     """
 
-    def __init__(self, model: nn.Module, capacity: int, cuts: Sequence[tuple[int, float]], revive: bool = True) -> None:
-        """`cuts`: (layer, share kept after it), ascending."""
+    def __init__(
+        self,
+        model: nn.Module,
+        capacity: int,
+        cuts: Sequence[tuple[int, float]],
+        revive: bool = True,
+        rng: torch.Generator | None = None,
+    ) -> None:
+        """`cuts`: (layer, share kept after it), ascending. `rng`: where given, tokens are drawn and not ranked."""
         cache = PrunedCache(len(model.model.layers), capacity)
         super().__init__(model, capacity, cache)
         cache.visible = cache.visible.to(self.device)
-        self.pruned, self.revive, self.shares = cache, revive, [share for _, share in cuts]
+        self.pruned, self.revive, self.rng, self.shares = cache, revive, rng, [share for _, share in cuts]
         ends = [layer + 1 for layer, _ in cuts]
         self.stages = list(zip([0, *ends], [*ends, len(self.layers)], strict=True))
 
@@ -147,7 +189,10 @@ class PrunedDecoder(HeldDecoder):
         cache = self.pruned
         if self.revive or self.length == 0:
             most = max(1, round(self.shares[stage - 1] * len(cache.candidates)))
-            importance = cache.importance.masked_fill(cache.candidates == newest, float("inf"))
+            importance = cache.importance
+            if self.rng is not None:
+                importance = torch.rand(len(importance), generator=self.rng, device=importance.device)
+            importance = importance.masked_fill(cache.candidates == newest, float("inf"))
             chosen = cache.candidates[importance.topk(most).indices]
         else:
             # The choice of the prefill: whoever has gone on before, and what was written since.

@@ -28,7 +28,8 @@ class LongGen(Method):
 
     Its control `sink_window_trained` has no full layers: every layer sees the first 4 tokens and the last 64, and the model is
     trained on so for as many steps on the same texts. Information travels 64 tokens per layer at most, so that six layers
-    reach back 378 tokens: what stands further away is out of reach.
+    reach back 378 tokens: what stands further away is out of reach. `full_attention_trained` is trained on as it is: what
+    the same steps on the same texts do for full attention.
 
     Differs from the paper: the model already reads texts of this length, so that neither the context nor the base of the
     rotary embedding is extended here, only the architecture changes; the training is 150 steps on a few hundred texts
@@ -43,30 +44,47 @@ class LongGen(Method):
         arxiv="2410.01485",
     )
     tasks = ("recall/needles",)
-    baselines = ("autoregressive", "sink_window_trained", "sink_window")
+    baselines = ("full_attention_trained", "autoregressive", "sink_window_trained", "sink_window")
     claims = (
         Claim(
-            "kv_bytes[longgen,16] <= 0.45 * kv_bytes[autoregressive,16] "
-            "and accuracy[longgen,16] >= accuracy[autoregressive,16] - 0.05",
-            says="the cache shrinks by 55 % or more (the paper's 62 %), recall stays",
+            "kv_bytes[longgen,*] <= 0.45 * kv_bytes[full_attention_trained,*] "
+            "and 1.67 * latency_ms[longgen,1] <= latency_ms[full_attention_trained,1] "
+            "and accuracy[longgen,16] >= accuracy[full_attention_trained,16] - 0.05",
+            says="the cache shrinks by 55 % (the paper's 62 %), the prefill is 1.67 times as fast, recall stays that of "
+            "full attention after as much training",
+            headline=True,
+            setting="attention is two fifths of a prefill of 1000 words, and nearly all of one of the paper's 128 000",
         ),
         Claim(
-            "accuracy[longgen,16] > accuracy[sink_window_trained,16] and accuracy[longgen,16] > accuracy[sink_window,16]",
+            "kv_bytes[longgen,*] <= 0.45 * kv_bytes[full_attention_trained,*] "
+            "and accuracy[longgen,16] >= accuracy[full_attention_trained,16] - 0.05",
+            says="the cache shrinks by 55 % or more, recall stays that of full attention after as much training",
+        ),
+        Claim(
+            "accuracy[longgen,16] >= accuracy[sink_window_trained,16] + 0.2 "
+            "and accuracy[longgen,16] >= accuracy[sink_window,16] + 0.2",
             says="some layers must see everything: without them training does not bring recall",
         ),
         Claim(
-            "flops[longgen,1] <= 0.8 * flops[autoregressive,1] and latency_ms[longgen,1] < latency_ms[autoregressive,1]",
+            "flops[longgen,*] <= 0.8 * flops[full_attention_trained,*] "
+            "and latency_ms[longgen,1] < latency_ms[full_attention_trained,1]",
             says="the prefill takes less work and less time",
         ),
     )
 
-    full = True  # the middle third of the layers sees everything
+    full = "middle"  # the layers that see everything: the "middle" third, "all", or "none"
     variants = (
         Variant(
             "sink_window_trained",
             says="sinks and a window in all layers, trained so: what sparse attention alone can learn to recall",
-            full=False,
+            full="none",
             baselines=(),
+        ),
+        Variant(
+            "full_attention_trained",
+            says="full attention in all layers, trained on for as many steps on the same texts",
+            full="all",
+            baselines=("autoregressive",),
         ),
     )
 
@@ -92,9 +110,9 @@ class LongGen(Method):
         return write_held(session, batch, rung, decoder, "student")
 
     def full_layers(self, model: nn.Module) -> range:
-        """The middle third, or none."""
+        """The middle third, all or none."""
         depth = len(model.model.layers)
-        return range(depth // 3, depth - depth // 3) if self.full else range(0)
+        return {"middle": range(depth // 3, depth - depth // 3), "all": range(depth), "none": range(0)}[self.full]
 
 
 def train_band(

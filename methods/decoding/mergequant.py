@@ -44,6 +44,10 @@ class MergeQuant(Method):
     the paper trains one; parts are given to the greatest folded columns, 4 in all, as outlier channels have small weights
     here and 128 channels have little to prune; weights are rounded to nearest under a searched clip.
 
+    What limits it here: integers cost time on this processor, and at width 128 the low-rank branch costs more than the
+    steps of each token that are saved. Rounding to nearest writes nothing right on channels that stand out so far, so that
+    smoothing is the control that counts.
+
     Three controls have integer projections of the same kind and no branch. `w4a4_dynamic`: each token's inputs have a step
     of their own, s_t = max_j |X_tj| / 7, found anew for every token and projection; one channel that stands out takes all
     seven levels. `w4a4_static`: one step for all inputs of a projection, max |X| / 7 over the calibration texts; nothing is
@@ -64,28 +68,27 @@ class MergeQuant(Method):
     baselines = ("autoregressive", "w4a4_dynamic", "w4a4_static", "w4a4_smooth")
     claims = (
         Claim(
+            "accuracy[mergequant,40] >= accuracy[autoregressive,40] - 0.013 "
+            "and 1.77 * latency_ms[mergequant,*] <= latency_ms[autoregressive,*]",
+            says="at most 1.3 points below full precision, at 1.77 times its speed",
+            headline=True,
+            setting="a CPU has no products of 4-bit integers: they are unpacked for every one, at this width in vain",
+        ),
+        Claim(
             "accuracy[mergequant,40] >= accuracy[autoregressive,40] - 0.013",
             says="at most 1.3 points below full precision",
         ),
         Claim(
-            "accuracy[mergequant,40] > accuracy[w4a4_static,40]",
-            says="better than static steps for whole tensors",
+            "accuracy[mergequant,40] > accuracy[w4a4_static,40] and accuracy[mergequant,40] > accuracy[w4a4_dynamic,40]",
+            says="better than integers rounded to nearest, with a step for a whole tensor or for each token",
         ),
         Claim(
-            "accuracy[mergequant,40] >= accuracy[w4a4_dynamic,40] - 0.02",
-            says="as good as steps taken anew for every token",
+            "exact_match[mergequant,*] >= exact_match[w4a4_smooth,*] - 0.01",
+            says="texts agree with full precision as often as with smoothed channels and steps taken anew for every token",
         ),
         Claim(
-            "accuracy[mergequant,40] >= accuracy[w4a4_smooth,40] - 0.02",
-            says="as good as smoothed channels with steps taken anew for every token",
-        ),
-        Claim(
-            "latency_ms[mergequant,40] < latency_ms[w4a4_smooth,40]",
+            "latency_ms[mergequant,*] < latency_ms[w4a4_smooth,*]",
             says="faster than steps taken anew for every token",
-        ),
-        Claim(
-            "1.77 * latency_ms[mergequant,40] <= latency_ms[autoregressive,40]",
-            says="1.77 times as fast as full precision",
         ),
     )
 

@@ -50,7 +50,8 @@ class Mgpt(Method):
 
     Differs from the paper: four languages that are ciphers of one grammar for 61 natural ones; 1023 tokens for 100,000; a
     model of width 64 and 4 layers with dense attention and rotary positions; the scores of its cross-lingual tasks have
-    no counterpart here but the labels.
+    no counterpart here but the labels. Its abstract boasts of a model on a par with XGLM in more languages, which no table
+    of tiny models can show; the study of tokens is what can be repeated, and its result stands as the headline.
     """
 
     paper = Paper(
@@ -65,21 +66,22 @@ class Mgpt(Method):
     tasks = ("tokenisation/dialects",)
     baselines = ("char_tokens", "case_tokens", "arithmetic_tokens", "combined_tokens")
     claims = (
-        Claim("tokens[mgpt,320] < tokens[char_tokens,320]", says="a line takes fewer steps than characters"),
         Claim(
-            "nfe[mgpt,320] < nfe[char_tokens,320]",
-            says="the same demonstrations, texts and labels take fewer evaluations than in characters",
+            "bits_per_character[mgpt,*] < min(bits_per_character[case_tokens,*], "
+            "bits_per_character[arithmetic_tokens,*], bits_per_character[combined_tokens,*], "
+            "bits_per_character[char_tokens,*])",
+            says="the lowest perplexity of the five strategies, by which the paper chose its tokens",
+            headline=True,
         ),
         Claim(
-            "bits_per_character[mgpt,320] <= 1.02 * min(bits_per_character[case_tokens,320], "
-            "bits_per_character[arithmetic_tokens,320], bits_per_character[combined_tokens,320])",
+            "bits_per_character[mgpt,*] <= 1.02 * min(bits_per_character[case_tokens,*], "
+            "bits_per_character[arithmetic_tokens,*], bits_per_character[combined_tokens,*])",
             says="no strategy with markers or single digits has a perplexity lower by more than a fiftieth of its bits",
         ),
         Claim(
-            "bits_per_character[mgpt,320] < min(bits_per_character[case_tokens,320], "
-            "bits_per_character[arithmetic_tokens,320], bits_per_character[combined_tokens,320], "
-            "bits_per_character[char_tokens,320])",
-            says="the lowest perplexity of the five strategies",
+            "bits_per_character[mgpt,*] <= 0.9 * bits_per_character[char_tokens,*] "
+            "and nfe[mgpt,*] < nfe[char_tokens,*]",
+            says="characters as tokens take more bits and more steps, for all that they see a smaller part of the texts",
         ),
     )
 

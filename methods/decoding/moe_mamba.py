@@ -38,7 +38,9 @@ class MoeMamba(Method):
     cache of keys and values grows with the text.
 
     What limits it here: with 480 steps each of eight experts sees an eighth of the words, and the stories of one grammar
-    hold little that needs more parameters than a Mamba block has; what is learned by steps counts for more.
+    hold little that needs more parameters than a Mamba block has; what is learned by steps counts for more. Mamba ends
+    within hundredths of a nat of the grammar's entropy, so that its loss cannot be beaten by much, and was almost there
+    after half of the steps.
     """
 
     paper = Paper(
@@ -52,14 +54,24 @@ class MoeMamba(Method):
     tasks = ("learning/stories",)
     baselines = ("mamba_lm", "transformer_moe")
     claims = (
-        Claim("loss[moe_mamba,480] < loss[mamba_lm,480]", says="a lower loss than Mamba after as many steps"),
-        Claim("loss[moe_mamba,240] <= loss[mamba_lm,480]", says="Mamba's final loss in half the training steps"),
         Claim(
-            "loss[moe_mamba,480] < loss[transformer_moe,480]",
-            says="a lower loss than a Transformer with experts after as many steps",
+            "loss[moe_mamba,240] <= loss[mamba_lm,480]",
+            says="Mamba's final loss in half the training steps (the paper's 2.2 times fewer)",
+            headline=True,
+            setting="480 steps on one small grammar end at its entropy: what more parameters could learn is not there",
         ),
         Claim(
-            "2 * kv_bytes[moe_mamba,480] <= kv_bytes[transformer_moe,480]",
+            "loss[moe_mamba,*] < loss[mamba_lm,*]",
+            says="a lower loss than Mamba after as many steps",
+            setting="480 steps on one small grammar end at its entropy: what more parameters could learn is not there",
+        ),
+        Claim(
+            "loss[moe_mamba,*] < loss[transformer_moe,*]",
+            says="a lower loss than a Transformer with experts after as many steps",
+            setting="480 steps on one small grammar end at its entropy: what more parameters could learn is not there",
+        ),
+        Claim(
+            "2 * kv_bytes[moe_mamba,*] <= kv_bytes[transformer_moe,*]",
             says="half the memory of a Transformer's cache, on a text of at most 120 words",
         ),
     )

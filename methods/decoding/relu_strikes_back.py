@@ -31,10 +31,14 @@ class ReluStrikesBack(Method):
     with Muon; `silu_tuned` has the same steps without a change. Shifted ReLUs and the reuse of neurons over neighbouring
     tokens (sections 5.1 and 5.3) are left out.
 
-    Two controls: `silu_tuned` keeps its SiLU gates and skips nothing, so that a difference in quality is due to the
+    Three controls: `silu_tuned` keeps its SiLU gates and skips nothing, so that a difference in quality is due to the
     activations and not to the texts. `topk_activations` is pruning by magnitude without training: of h = silu(W_gate x) *
     (W_up x) the 40 % greatest |h| of a token are kept, as many as relufication leaves open, and W_down reads only their
-    columns; gate and up projection are needed in full to know which.
+    columns; gate and up projection are needed in full to know which. `topk_tuned` is trained on so for as many steps.
+
+    What limits it here: the prompt, read densely, is a fifth of the positions of a story and more than half of those of a
+    word problem, and attention, embedding and head are no smaller than before; a third of the computation is out of
+    reach. All of these models write right texts, pruned ones too, so that quality does not tell them apart.
     """
 
     paper = Paper(
@@ -46,29 +50,29 @@ class ReluStrikesBack(Method):
         arxiv="2310.04564",
     )
     tasks = ("converted/stories", "converted/words")
-    baselines = ("autoregressive", "silu_tuned", "topk_activations")
+    baselines = ("autoregressive", "silu_tuned", "topk_activations", "topk_tuned")
     claims = (
         Claim(
-            "3 * nfe_equivalent[relu_strikes_back,96] <= nfe_equivalent[autoregressive,96]",
-            says="a third of the computation per text",
+            "3 * nfe_equivalent[relu_strikes_back,*] <= nfe_equivalent[autoregressive,*] "
+            "and accuracy[relu_strikes_back,96] >= accuracy[silu_tuned,96] - 0.03",
+            says="a third of the computation per text, and stories are as often right as without ReLUs",
+            headline=True,
         ),
         Claim(
-            "1.5 * nfe_equivalent[relu_strikes_back,96] <= nfe_equivalent[autoregressive,96]",
-            says="at most two thirds of the computation per text",
-        ),
-        Claim(
-            "accuracy[relu_strikes_back,96] >= accuracy[silu_tuned,96] - 0.03",
-            says="stories are as often right as those of the model with SiLU, trained on for as long",
-        ),
-        Claim(
-            "accuracy[relu_strikes_back,40] >= accuracy[silu_tuned,40] - 0.03",
-            says="word problems are solved as often as by the model with SiLU, trained on for as long",
+            "3 * nfe_equivalent[relu_strikes_back,*] <= nfe_equivalent[autoregressive,*] "
+            "and accuracy[relu_strikes_back,40] >= accuracy[silu_tuned,40] - 0.03",
+            says="the same on word problems",
             task="converted/words",
         ),
         Claim(
-            "accuracy[relu_strikes_back,40] > accuracy[topk_activations,40]",
-            says="better than cutting the activations of the model with SiLU to their greatest",
-            task="converted/words",
+            "1.5 * nfe_equivalent[relu_strikes_back,*] <= nfe_equivalent[autoregressive,*] "
+            "and accuracy[relu_strikes_back,96] >= accuracy[silu_tuned,96] - 0.03",
+            says="two thirds of the computation per text, and stories are as often right as without ReLUs",
+        ),
+        Claim(
+            "nfe_equivalent[relu_strikes_back,*] <= 0.8 * nfe_equivalent[topk_tuned,*] "
+            "and accuracy[relu_strikes_back,96] >= accuracy[topk_tuned,96] - 0.03",
+            says="a fifth less than by keeping the greatest activations of the model with SiLU, trained on for as long",
         ),
     )
 
@@ -89,6 +93,12 @@ class ReluStrikesBack(Method):
             activation="topk",
             trained=False,
             baselines=("autoregressive",),
+        ),
+        Variant(
+            "topk_tuned",
+            says="top-k activations, trained on with them for as many steps",
+            activation="topk",
+            baselines=("autoregressive", "topk_activations"),
         ),
     )
 

@@ -57,20 +57,26 @@ class VocabExpansionLowres(Method):
     baselines = ("source_vocabulary", "random_expansion", "focus_expansion")
     claims = (
         Claim(
-            "nfe[vocab_expansion_lowres,72] <= 0.7 * nfe[source_vocabulary,72]",
-            says="at most 0.7 of the inference steps of the source tokenizer",
+            "nfe[vocab_expansion_lowres,72] <= 0.7 * nfe[source_vocabulary,72] "
+            "and right_letters[vocab_expansion_lowres,72] >= right_letters[source_vocabulary,72] - 0.05 "
+            "and right_letters[vocab_expansion_lowres,*] > right_letters[random_expansion,*]",
+            says="fewer steps than with the source tokenizer at its quality, and averaged embeddings start better than "
+            "random ones",
+            headline=True,
         ),
         Claim(
-            "accuracy[vocab_expansion_lowres,72] >= accuracy[source_vocabulary,72] - 0.05",
-            says="answers are as often right as with the source tokenizer, adapted on the same texts",
+            "nfe[vocab_expansion_lowres,72] <= 0.7 * nfe[source_vocabulary,72] "
+            "and latency_ms[vocab_expansion_lowres,72] <= 0.7 * latency_ms[source_vocabulary,72]",
+            says="at most 0.7 of the inference steps of the source tokenizer, and of their time",
         ),
         Claim(
-            "right_letters[vocab_expansion_lowres,72] >= right_letters[random_expansion,72]",
-            says="not worse than with random initial embeddings",
+            "right_letters[vocab_expansion_lowres,*] > right_letters[random_expansion,*]",
+            says="better than with random initial embeddings",
         ),
         Claim(
-            "right_letters[vocab_expansion_lowres,72] >= right_letters[focus_expansion,72]",
-            says="not worse than with initial embeddings from similarities of auxiliary ones",
+            "right_letters[vocab_expansion_lowres,*] > right_letters[focus_expansion,*]",
+            says="better than with initial embeddings from similarities of auxiliary ones",
+            setting="both vocabularies share single letters alone, of which FOCUS cannot make a hundred different rows",
         ),
     )
 

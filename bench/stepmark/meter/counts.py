@@ -93,6 +93,7 @@ class Ledger:
     flops_inside: int = 0
     entered: int = 0
     held: int = 0  # greatest bytes in the caches at the start of a layer, read while FLOPs are counted
+    read: float = 0.0  # bytes that layers found in the caches, summed over their calls
     caches: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
     whole: int = 0  # elements of a whole item, where ranks hold parts: an evaluation of a part costs its share
 
@@ -108,10 +109,11 @@ class Ledger:
         if self.active == 0 and self.flops_now is not None:
             self.flops_inside += self.flops_now() - self.entered
 
-    def hold(self, cache: Any) -> None:
-        """A layer begins with this key/value cache: weigh it and every other that still lives."""
+    def hold(self, cache: Any, depth: int) -> None:
+        """One of `depth` layers begins with this key/value cache: weigh it and every other that still lives."""
         self.caches.add(cache)
         self.held = max(self.held, held_bytes(list(self.caches)))
+        self.read += held_bytes(cache) / depth
 
     def reset(self, limit: float = float("inf")) -> None:
         """Start a stage: all counts to zero, a new limit in evaluations."""
@@ -248,7 +250,7 @@ def watch(ledger: Ledger, name: str, module: nn.Module, layers: Sequence[nn.Modu
         entry.layer_rows += rows * share
         entry.layer_positions += positions * share
         if ledger.flops_now is not None and kwargs.get("past_key_values") is not None:
-            ledger.hold(kwargs["past_key_values"])
+            ledger.hold(kwargs["past_key_values"], len(layers))
         ledger.check()
 
     _intercept(ledger, module, on_call)
@@ -297,13 +299,15 @@ def _dot_flops(vector: Sequence[int], *_: Any, **__: Any) -> int:
 class Flops:
     """FLOPs of one call: all of them, those outside any counted call, and uncounted modules that ran.
 
-    `held`: greatest bytes in key/value caches at the start of a layer, a layer's own pass left out. `ranks`: the share of
-    each process of a method that runs on several.
+    `held`: greatest bytes in key/value caches at the start of a layer, a layer's own pass left out. `read`: those bytes
+    summed over the calls of layers, each of which reads its share of its cache. `ranks`: the share of each process of a
+    method that runs on several.
     """
 
     total: int = 0
     outside: int = 0
     held: int = 0
+    read: float = 0.0
     ranks: list[int] = field(default_factory=list)
     strays: list[str] = field(default_factory=list)
     threads: list[str] = field(default_factory=list)
@@ -335,7 +339,7 @@ def count_flops(ledger: Ledger, watched: Sequence[nn.Module]) -> Iterator[Flops]
     recurrent = any(isinstance(part, nn.LSTM) for network in watched for part in network.modules())
     mkldnn = torch.backends.mkldnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
     ledger.flops_inside, ledger.flops_now = 0, counter.get_total_flops
-    ledger.held = 0
+    ledger.held, ledger.read = 0, 0.0
     ledger.caches.clear()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
@@ -347,7 +351,7 @@ def count_flops(ledger: Ledger, watched: Sequence[nn.Module]) -> Iterator[Flops]
         ledger.flops_now = None
         result.total = counter.get_total_flops()
         result.outside = result.total - ledger.flops_inside
-        result.held = ledger.held
+        result.held, result.read = ledger.held, ledger.read
 
 
 def _has_weights(module: nn.Module) -> bool:

@@ -35,6 +35,20 @@ def attend(
     return (weights @ values.unsqueeze(-3)).reshape(queries.shape), weights.flatten(-4, -3)
 
 
+def look(queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None = None) -> Tensor:
+    """Outputs [H, T, d] as `attend` gives them, by the fused kernel that decoder layers use: no weights, and quick.
+
+    Args:
+        queries: [H, T, d]. keys, values: [H / g, S, d]. seen: bool [T, S]; None: causal, for T = S.
+    """
+    if len(queries) > len(keys):
+        keys, values = (part.repeat_interleave(len(queries) // len(part), 0) for part in (keys, values))
+    found = nn.functional.scaled_dot_product_attention(
+        queries[None], keys[None], values[None], attn_mask=seen, is_causal=seen is None
+    )
+    return found[0]
+
+
 class HeldCache:
     """Keys and values of one sequence, as many as are kept: what is evicted is gone, and what is held is counted.
 
@@ -131,7 +145,7 @@ def attend_band(
 ) -> Tensor:
     """Outputs [H, T, d] where each token sees the first `sinks` tokens and the last `window`, its own among them.
 
-    In blocks of `window` queries, so that the work is linear in the length of the text.
+    In blocks of twice `window` queries, so that the work is linear in the length of the text.
 
     Args:
         queries: [H, T, d] of the tokens at `now` [T], ascending. states: keys and values [H, n, d], positions [n].
@@ -141,16 +155,18 @@ def attend_band(
     keys, values, at = states
     early = at < sinks
     outputs = []
-    for first in range(0, len(now), window):
-        q, t = queries[:, first : first + window], now[first : first + window, None]
+    for first in range(0, len(now), 2 * window):
+        q, t = queries[:, first : first + 2 * window], now[first : first + 2 * window, None]
         near = ~early & (at > t[0] - window) & (at <= t[-1])
-        moved = q
-        if rotary is not None:
-            moved = rotate_by(q, (t[:, 0].clamp(max=sinks + window - 1) - t[:, 0])[None].expand(len(q), -1), rotary)
+        seen = torch.cat((at[early] <= t, (at[near] > t - window) & (at[near] <= t)), 1)
+        if rotary is None:
+            k, v = (torch.cat((part[:, early], part[:, near]), 1) for part in (keys, values))
+            outputs.append(look(q, k, v, seen))
+            continue
+        moved = rotate_by(q, (t[:, 0].clamp(max=sinks + window - 1) - t[:, 0])[None].expand(len(q), -1), rotary)
         group = len(q) // len(keys)
         k, v, far = (part.repeat_interleave(group, 0) for part in (keys[:, near], values, keys[:, early]))
         logits = torch.cat((moved @ far.transpose(1, 2), q @ k.transpose(1, 2)), 2) * q.shape[2] ** -0.5
-        seen = torch.cat((at[early] <= t, (at[near] > t - window) & (at[near] <= t)), 1)
         weights = logits.masked_fill(~seen, float("-inf")).softmax(-1)
         outputs.append(weights @ torch.cat((v[:, early], v[:, near]), 1))
     return torch.cat(outputs, 1)
@@ -170,10 +186,11 @@ class BandCache(HeldCache):
 
     def attend_from(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Outputs [H, T, d] of the tokens at `now`."""
-        if layer in self.full:
-            return super().attend_from(layer, queries, keys, values)
         self.append(layer, keys, values)
         held_keys, held_values, positions = self.held(layer)
+        if layer in self.full:  # the tokens that run are the last ones held: causal where they are all there are
+            alone = positions.shape[1] == len(self.now)
+            return look(queries, held_keys, held_values, None if alone else positions[0] <= self.now[:, None])
         states = held_keys, held_values, positions[0]
         outputs = attend_band(queries, states, self.now, self.sinks, self.window, self.rotary)
         stays = (positions[0] < self.sinks) | (positions[0] > self.now[-1] + 1 - self.window)

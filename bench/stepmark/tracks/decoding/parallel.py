@@ -8,6 +8,9 @@ and time.
 `run` receives {"prompt": lists of token ids, "max_new_tokens": ints, "temperature": floats (0: greedy)} and returns one
 list of token ids per prompt: the texts of the workers, one after the other, at most `max_new_tokens` in all. A worker's
 text begins with its name in the cache, which is given and not returned, and may end with the end-of-sequence token.
+
+The target has been trained on texts of one worker and of two. `source` is what it was before: it looks names up in a text
+but has seen no list. A `student` made from it by texts of single workers shows what sharing is without training for it.
 """
 
 from __future__ import annotations
@@ -29,12 +32,12 @@ from stepmark.tracks.decoding import reference_call as reference_call
 TASKS = (
     Task(
         id="parallel/friend_lists",
-        version=1,
+        version=2,
         summary="Eight questions in one prompt, 6-layer target that can share them out among two workers",
         dataset="friend_lists",
-        backbones={"target": "lm_workers"},
+        backbones={"target": "lm_workers", "source": "lm_recall"},
         reference="target",
-        bounded=("target",),
+        bounded=("target", "student"),
         unit="target forwards",
         rungs=(8, 16, 24, 32, 64),
         metrics={"accuracy": "higher", "complete": "higher", "repeated": "lower"},
