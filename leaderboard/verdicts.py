@@ -40,10 +40,10 @@ def judge(claim: Claim, info: MethodInfo, place: Place, found: Found) -> claims.
     task = claim_task(claim, info)
     try:
         check = claims.parse(claim.check)
-        rungs = _rungs(check, task, place, found)
+        rungs = {span: _rungs(check, span, task, place, found) for span in check.spans}
     except (claims.ClaimError, ValueError) as error:
         return claims.Verdict("not run", None, None, {}, 0, f"not run: {error}")
-    check = check.at(rungs) if check.span is not None else check
+    check = check.at(rungs) if rungs else check
     references = check.references()
     rows = {r: found.get((place, task, r.method, r.rung)) for r in references if not isinstance(r.rung, Span)}
     seeds = sorted(set.intersection(*(set(row.measured) if row else set() for row in rows.values())))
@@ -73,8 +73,8 @@ def judge(claim: Claim, info: MethodInfo, place: Place, found: Found) -> claims.
     if verdict.state == "not run":
         return verdict
     notes = []
-    if rungs:
-        notes.append(f"at each of the rungs {', '.join(map(str, rungs))}")
+    for span, each in rungs.items():
+        notes.append(f"{span}: at each of the rungs {', '.join(map(str, each))}")
     arms = [arm(row, method, seeds) for (method, row) in {r.method: row for r, row in rows.items() if row}.items()]
     notes += unequal(arms)
     alone = [each.method for each in arms if each.trainings == 1]
@@ -93,22 +93,20 @@ def judge(claim: Claim, info: MethodInfo, place: Place, found: Found) -> claims.
     return replace(verdict, notes=tuple(notes))
 
 
-def _rungs(check: claims.Check, task: str, place: Place, found: Found) -> list[int]:
-    """The rungs that a claim with a span speaks of.
+def _rungs(check: claims.Check, span: Span, task: str, place: Place, found: Found) -> list[int]:
+    """The rungs that a span of a claim speaks of.
 
     Raises:
         ValueError: there is none.
     """
-    if check.span is None:
-        return []
     ladder = plugins.tasks()[task][1].rungs if task in plugins.tasks() else ()
-    rungs = check.span.rungs(ladder)
-    if check.span.first is None:  # all that the methods have in common
-        methods = {r.method for r in check.references() if isinstance(r.rung, Span)}
+    rungs = span.rungs(ladder)
+    if span.first is None:  # all that the methods have in common
+        methods = {r.method for r in check.references() if r.rung == span}
         have = [[found.get((place, task, method, rung)) for method in methods] for rung in rungs]
         rungs = [rung for rung, rows in zip(rungs, have, strict=True) if all(row and row.measured for row in rows)]
     if not rungs:
-        raise ValueError(f"no rung of {task} in {check.span} that all of its methods have records of")
+        raise ValueError(f"no rung of {task} in {span} that all of its methods have records of")
     return rungs
 
 

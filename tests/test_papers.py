@@ -19,7 +19,7 @@ from stepmark.leaderboard.pages import Board
 from stepmark.leaderboard.rows import record_id
 from stepmark.leaderboard.trust import Dispute
 
-from stepmark import plugins
+from stepmark import check, plugins
 from stepmark.record import Quality, Record
 
 HOSTILE = "<script>alert(1)</script> **[x](javascript:alert(2))** `a` {: onclick=x } _y_ </h1>"
@@ -279,3 +279,8 @@ def test_one_glance_at_a_track_shows_its_papers() -> None:
     assert not set(papers) - rows, "a file that is nobody's row belongs in baselines/"
     assert all(info.paper is not None and info.paper.id == name for name, (info,) in papers.items())
     assert not [info.id for info in reference if info.id in rows], "a paper of the catalogue is no mere reference point"
+
+
+def test_every_paper_states_its_headline() -> None:
+    """What the abstract boasts of, even where it fails; or why there is none."""
+    assert not [text for info in plugins.methods().values() for text in check.headline(info)]

@@ -62,7 +62,7 @@ def test_a_span_holds_where_it_holds_at_each_rung() -> None:
     records = [*ladder("fast", better), *ladder("base", worse)]
     found = verdict(records, "sliced_w2[fast,*] < sliced_w2[base,*]")
     assert found.state == "reproduced"
-    assert found.notes[0] == f"at each of the rungs {', '.join(map(str, RUNGS[:4]))}"
+    assert found.notes[0] == f"*: at each of the rungs {', '.join(map(str, RUNGS[:4]))}"
     records = [*ladder("fast", [*better[:3], 9.0]), *ladder("base", worse)]
     assert verdict(records, "sliced_w2[fast,*] < sliced_w2[base,*]").state == "not reproduced", "one rung is enough"
     claim = f"sliced_w2[fast,{RUNGS[0]}..{RUNGS[2]}] < sliced_w2[base,{RUNGS[0]}..{RUNGS[2]}]"
@@ -75,9 +75,12 @@ def test_a_span_holds_where_it_holds_at_each_rung() -> None:
 
 def test_the_language_of_spans() -> None:
     check_ = claims.parse("fd[a, *] <= 1.1 * fd[b,*] and flops[a,16] < 3")
-    assert check_.span == Span() and str(check_.references()[0]) == "fd[a,*]"
-    assert claims.parse("fd[a,4 .. 16] < 1").span == Span(4, 16) and str(Span(4, 16)) == "4..16"
-    assert [str(r) for r in check_.at([4, 8]).references()] == [
+    assert check_.spans == (Span(),) and str(check_.references()[0]) == "fd[a,*]"
+    assert claims.parse("fd[a,4 .. 16] < 1").spans == (Span(4, 16),) and str(Span(4, 16)) == "4..16"
+    two = claims.parse("fd[a,*] < 1 and fd[b,4..8] < fd[a,2]")
+    at = two.at({Span(): [2, 4], Span(4, 8): [8]})
+    assert [str(r) for r in at.references()] == ["fd[a,2]", "fd[a,4]", "fd[b,8]"], "each comparison has its own span"
+    assert [str(r) for r in check_.at({Span(): [4, 8]}).references()] == [
         "fd[a,4]",
         "fd[a,8]",
         "fd[b,4]",

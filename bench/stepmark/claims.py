@@ -90,21 +90,26 @@ class Check:
         return tuple(dict.fromkeys(_reference(node) for node in nodes))
 
     @property
-    def span(self) -> Span | None:
-        """The span in the place of rungs, if there is one; a claim has one at most."""
-        return next((r.rung for r in self.references() if isinstance(r.rung, Span)), None)
+    def spans(self) -> tuple[Span, ...]:
+        """The spans in the place of rungs, each once; a comparison has one at most."""
+        return tuple(dict.fromkeys(r.rung for r in self.references() if isinstance(r.rung, Span)))
 
-    def at(self, rungs: Sequence[int]) -> Check:
-        """The claim at each of these rungs, joined by `and`: without a span.
+    def at(self, rungs: Mapping[Span, Sequence[int]]) -> Check:
+        """Every comparison at each of the rungs of its span, joined by `and`: without spans.
 
         Raises:
-            ValueError: no rung is given.
+            ValueError: a span has no rung.
         """
-        if not rungs:
-            raise ValueError("a claim over no rung at all says nothing")
-        return Check(
-            self.text, ast.BoolOp(ast.And(), [_Placed(rung).visit(copy.deepcopy(self.tree)) for rung in rungs])
-        )
+        parts: list[ast.expr] = []
+        for part in _conjuncts(self.tree):
+            span = next(iter(Check(self.text, part).spans), None)
+            if span is None:
+                parts.append(part)
+            elif not rungs[span]:
+                raise ValueError(f"a claim over no rung at all ({span}) says nothing")
+            else:
+                parts += [_Placed(rung).visit(copy.deepcopy(part)) for rung in rungs[span]]
+        return Check(self.text, ast.BoolOp(ast.And(), parts))
 
     def evaluate(
         self, values: Mapping[Reference, NDArray[np.float64] | float]
@@ -170,6 +175,13 @@ def _reference(node: ast.Subscript) -> Reference:
     return Reference(node.value.id, method.id, rung.value)
 
 
+def _conjuncts(tree: ast.expr) -> list[ast.expr]:
+    """The comparisons that `and` joins."""
+    if isinstance(tree, ast.BoolOp):
+        return [each for value in tree.values for each in _conjuncts(value)]
+    return [tree]
+
+
 class _Placed(ast.NodeTransformer):
     """Puts a rung where a span stands."""
 
@@ -225,11 +237,10 @@ def parse(check: str) -> Check:
     _vet_truth(tree, _as_python(text))
     if not found.references():
         raise ClaimError("the claim names no measured figure; write one as metric[method,rung]")
-    spans = {reference.rung for reference in found.references() if isinstance(reference.rung, Span)}
-    if len(spans) > 1:
-        raise ClaimError(
-            f"the claim has the spans {' and '.join(sorted(map(str, spans)))}; make them one, or two claims"
-        )
+    for part in _conjuncts(tree):
+        spans = sorted(map(str, Check(text, part).spans))
+        if len(spans) > 1:
+            raise ClaimError(f"one comparison has the spans {' and '.join(spans)}; make them one")
     return found
 
 
@@ -376,8 +387,8 @@ def verdict(
     inconclusive. A draw without a finite value (a division by zero) counts as one in which it does not hold.
     """
     check = parse(check) if isinstance(check, str) else check
-    if check.span is not None:
-        raise ValueError(f"{check.text!r} speaks of the rungs {check.span}; say which they are with `Check.at`")
+    if check.spans:
+        raise ValueError(f"{check.text!r} speaks of the rungs {check.spans[0]}; say which they are with `Check.at`")
     tables: dict[Reference, list[NDArray[np.float64]]] = {}
     reasons: list[str] = []
     for reference in check.references():

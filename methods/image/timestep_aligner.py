@@ -13,7 +13,6 @@ from stepmark.session import Session
 from stepmark.tracks.image.schedules import add_noise, leading_times, schedule_of, to_x0_eps, uniform_times
 from stepmark.tracks.image.solvers import ddim_step
 
-
 LONGEST = 0.1  # step of a search away from ratio 1
 
 

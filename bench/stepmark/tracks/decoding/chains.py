@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -125,4 +125,4 @@ def write_chains(
             for _ in range(chains_of(rung))
         ]
 
-    return write_each(batch, write)
+    return cast("list[list[list[int]]]", write_each(batch, write))
