@@ -483,7 +483,8 @@ def test_reflow_learns_the_coupling_of_a_curved_flow():
     session.begin("prepare", 1)
     session.networks |= plugin.networks(session)
     plugin.prepare(session)
-    end = (1 - 0.15 + 0.15**2 / 2) ** 10  # ten steps of Heun's method: x0 = end * eps, so v = (1 - end) eps along x_t = (end + t (1 - end)) eps
+    end = (1 - 0.15 + 0.15**2 / 2) ** 10  # of ten steps of Heun's method
+    # x0 = end * eps, so v = (1 - end) eps along x_t = (end + t (1 - end)) eps
     t = np.linspace(0, 1, 10001)
     path = end + t * (1 - end)
     expected = (1 - end) * path.mean() / (path**2).mean()

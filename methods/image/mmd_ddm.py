@@ -46,7 +46,8 @@ class MMDFinetuning(Method):
     times more than a hundred, and the smallest of updates upsets it. `mmd_ddm_untuned` is the same sampler before
     fine-tuning.
 
-    Differs from the paper: features of a perceptron instead of Inception or CLIP; the network is conditional, and a batch of images has the labels of the batch of samples.
+    Differs from the paper: features of a perceptron instead of Inception or CLIP; the network is conditional, and a batch of
+    images has the labels of the batch of samples.
 
     What limits it here: a few features of a small classifier leave much of an image undetermined, and what they do not see
     may move freely while their moments are matched.

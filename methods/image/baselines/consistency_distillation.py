@@ -55,7 +55,9 @@ class ConsistencyDistillation(Method):
     baselines = ("euler", "one_step_regression")
     claims = (
         Claim(
-            "fd[consistency_distillation,1] < fd[euler,9]", says="one step is better than nine of the teacher", headline=True
+            "fd[consistency_distillation,1] < fd[euler,9]",
+            says="one step is better than nine of the teacher",
+            headline=True,
         ),
         Claim(
             "fd[consistency_distillation,2] < fd[consistency_distillation,1]",

@@ -36,7 +36,9 @@ class OneStepRegression(Method):
     tasks = ("class_to_image/digits_flow", "class_to_image/digits_flow_b")
     baselines = ("euler",)
     claims = (
-        Claim("fd[one_step_regression,1] < fd[euler,9]", says="one step is better than nine of the teacher", headline=True),
+        Claim(
+            "fd[one_step_regression,1] < fd[euler,9]", says="one step is better than nine of the teacher", headline=True
+        ),
     )
 
     pairs, solver_steps, batch, steps, rate = 6000, 10, 64, 1000, 1e-3
