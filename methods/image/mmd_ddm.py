@@ -69,12 +69,12 @@ class MMDFinetuning(Method):
             "fd[mmd_ddm,4] <= 0.7 * fd[mmd_ddm_untuned,4]",
             says="at four steps fine-tuning takes 30 % or more off the distance",
             headline=True,
-            setting="features of a small perceptron, not of Inception or CLIP: their discrepancy falls, what they miss gets worse",
+            setting="features of a small perceptron, not of Inception or CLIP: their discrepancy falls, the rest gets worse",
         ),
         Claim(
             "fd[mmd_ddm,4] < fd[ddim,4] and fd[mmd_ddm,4] <= fd[mmd_ddm_untuned,10]",
             says="four fine-tuned steps are better than four on the better timesteps, and no worse than ten before",
-            setting="features of a small perceptron, not of Inception or CLIP: their discrepancy falls, what they miss gets worse",
+            setting="features of a small perceptron, not of Inception or CLIP: their discrepancy falls, the rest gets worse",
         ),
     )
 
