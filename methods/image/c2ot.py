@@ -31,9 +31,9 @@ class C2OT(Method):
     continuous conditions, so that w needs no search; Euler with many steps stands for the adaptive solver; 4000 updates and
     pools of 512, for all three pairings, where the authors' runs on points take 20 000 and pools of 1024.
 
-    What limits it here: with many steps all that is left is the error of the learnt field, and random pairs, whose
-    targets are those of the exact field, are as good. The distance of 2000 exact samples from 2000 others is most of
-    what is measured there, so that a tenth between the two is no difference.
+    What limits it here: with many steps all that is left is the error of the learnt field, and there random pairs are as
+    good or a little better. The distance of 2000 exact samples from others is most of what is measured then, so that a
+    tenth between the two is hardly a difference.
     """
 
     paper = Paper(
