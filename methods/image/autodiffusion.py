@@ -108,8 +108,9 @@ def evolve(
                 child = cross(a, b, rng, steps)
             else:
                 child = mutate(a, rng, steps, 1.0, layers, cut)
-            if child not in known:
-                known[child] = fitness(child)
+            while child in known:  # the place of what was seen before is taken by something new
+                child = mutate(a, rng, steps, 1.0, layers, cut)
+            known[child] = fitness(child)
         history.append(min(known.values()))
     return known, history
 
