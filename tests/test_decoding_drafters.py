@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from types import SimpleNamespace
 from typing import Any
@@ -234,6 +235,7 @@ def test_diffusion_drafts_leave_greedy_decoding_as_it_is() -> None:
 
         for drafter, most in ((load("specdiff").run.__globals__["Drafter"](), 30), (Oracle(), 3)):
             session = session_of(target=model, draft_diffusion=drafter.eval().requires_grad_(False))
+            session.state = {"block": torch.tensor(20), "steps": torch.tensor(3)}
             for budget in (2, 60):
                 session.ledger.reset(limit=budget)
                 with torch.no_grad():
@@ -248,7 +250,7 @@ def test_diffusion_drafts_leave_greedy_decoding_as_it_is() -> None:
 
 def test_diffusion_drafts_leave_the_distribution_as_it_is() -> None:
     """Two words from a drafter whose second hangs on the first: what is kept follows the target's own table."""
-    method = load("specdiff", BLOCK=2, STEPS=2, CONTEXT=3)
+    method = load("specdiff", BLOCK=2, CONTEXT=3)
     denoise = method.run.__globals__["denoise"]
     mask = method.run.__globals__["mdlm"].MASK
     first, second = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([[0.1, 0.1, 0.8], [0.6, 0.3, 0.1], [0.2, 0.7, 0.1]])
@@ -268,7 +270,7 @@ def test_diffusion_drafts_leave_the_distribution_as_it_is() -> None:
     rng, counts = torch.Generator().manual_seed(0), np.zeros((3, 3))
     uniforms = torch.rand(3000, 4, generator=rng)
     for row in uniforms.tolist():
-        draft, q = denoise(drafter, [4, 4, 4], 1.0, rng, torch.device("cpu"))
+        draft, q = denoise(drafter, [4, 4, 4], 2, 2, 1.0, rng, torch.device("cpu"))
         p = torch.stack([first, second[draft[0]], torch.ones(3) / 3]).double()
         new = verify_sampling(draft, p, q, row[:3])
         if len(new) == 1:  # rejected at once: the second word is the target's
@@ -279,7 +281,7 @@ def test_diffusion_drafts_leave_the_distribution_as_it_is() -> None:
 
 
 def test_the_drafter_reads_the_end_of_the_text_and_looks_both_ways() -> None:
-    own = load("specdiff", BLOCK=20, STEPS=3, CONTEXT=44).run.__globals__
+    own = load("specdiff", BLOCK=20, CONTEXT=44).run.__globals__
     assert own["window"](list(range(10, 70)), [3] * 20) == [*range(26, 70), *[3] * 20]
     assert own["window"]([7, 8], [3]) == [lm.PAD] * 42 + [7, 8, 3]
     drafter = own["Drafter"]().eval()
@@ -291,16 +293,31 @@ def test_the_drafter_reads_the_end_of_the_text_and_looks_both_ways() -> None:
         assert drafter(ids).shape == (1, 20, len(lm.VOCABULARY))
 
 
+def test_the_classic_drafter_of_equal_training_leaves_greedy_decoding_as_it_is() -> None:
+    """Its drafts cost a call a word; a draft of the target itself is kept whole, and the tuning finds the longest best."""
+    model, prompt = model_of(3, 2, 0.5), words_of(3, 7)
+    truth = speculate(Decoder(model, 60), prompt, 30, 99, 0.0, lambda tokens, most: ([], None))
+    for drafter in (model_of(9, 2, 0.5), copy.deepcopy(model)):
+        session = session_of(target=model, draft_chain=drafter)
+        session.state = {"block": torch.tensor(4), "steps": torch.tensor(4)}
+        with torch.no_grad():
+            (found,) = load("specdiff_chain").run(session, batch_of([prompt], 30), 60)
+        assert found == truth
+    spent = session.ledger.evaluations()
+    assert spent["target"] <= 1 + -(-(len(truth) - 1) // 5)
+    assert spent["draft_chain"] <= 4 * (spent["target"] - 1)
+
+
 # -- Diver ------------------------------------------------------------------------------------------------------------
 
 
 def diver_without_caches(
-    own: Any, model: Any, backward: Any, prompt: list[int], room: int, temperature: float, rng: torch.Generator
+    own: Any, model: Any, prompt: list[int], room: int, temperature: float, rng: torch.Generator
 ) -> tuple[list[int], int]:
     """The method by its definition: each span and each text that is asked about in a pass of its own."""
     written: list[int] = []
     divergences = 0
-    wish = prompt[prompt.index(lm.encode("let")[0]) + 1]
+    x = prompt[:-1]  # the input: all of the prompt before the sign that the story begins
 
     def near(p: Tensor) -> list[int]:
         order = p.argsort(descending=True).tolist()[: own["CANDIDATES"]]
@@ -318,12 +335,15 @@ def diver_without_caches(
             span, likely = [token], float(p[token].log())
             while span[-1] != lm.EOS and len(span) < own["SPAN"]:
                 after = last_logits(model, prompt + written + span).softmax(-1)
-                if len(near(after)) == 1:
+                if len(near(after)) > 1:  # the candidates of the span diverge again
                     break
                 span.append(int(after.argmax()))
                 likely += float(after.max().log())
-            asked = [*written, *(i for i in span if i != lm.EOS), *lm.encode(own["ASK"])]
-            scores.append(likely + float(last_logits(backward, asked).log_softmax(-1)[wish]))
+            told = 0.0
+            for number, word in enumerate(x):
+                asked = [*written, *(i for i in span if i != lm.EOS), *own["ASK"], *x[:number]]
+                told += float(last_logits(model, asked).log_softmax(-1)[word])
+            scores.append(likely + told)
             spans.append(span)
         u = float(torch.rand((), generator=rng))
         weights = torch.tensor(scores)
@@ -333,17 +353,15 @@ def diver_without_caches(
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_diver_is_its_definition(temperature: float) -> None:
-    """Trees, kept branches and the backward model's running cache change nothing; the budget holds for both models."""
+    """Trees, kept branches and the running cache of the backward passes change nothing; the budget holds for both directions."""
     method = load("diver")
     own, divergences, sure = method.run.__globals__, 0, 0
     for seed in range(3):
-        model, backward = model_of(seed, 2, 0.25), model_of(90 + seed, 2, 0.4)
+        model = model_of(seed, 2, 0.5)
         prompt = [*words_of(seed, 4), *lm.encode("let golden <story>")]
-        truth, found = diver_without_caches(
-            own, model, backward, prompt, 14, temperature, torch.Generator().manual_seed(seed)
-        )
+        truth, found = diver_without_caches(own, model, prompt, 14, temperature, torch.Generator().manual_seed(seed))
         divergences, sure = divergences + found, sure + len(truth)
-        session = session_of(seed, target=model, backward=backward)
+        session = session_of(seed, target=model)
         with torch.no_grad():
             (text,) = method.run(session, batch_of([prompt], 14, temperature), 500)
             assert text == truth

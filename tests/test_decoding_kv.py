@@ -509,32 +509,35 @@ def test_the_state_of_less_is_attention_with_the_kernel_in_place_of_the_exponent
 
 
 def test_the_lessons_of_less_are_what_the_cache_does_and_training_lowers_their_error() -> None:
-    """The loss at a cut is the cache's own error at the first token after it; Adam brings it down."""
+    """Token after token, what a query of a lesson sees and hears of the evicted is what the cache gives it."""
     names = module_of("less_kv")
-    model, ids = tiny(7, shared=2), text(7, 120)
-    maps = kernels("less_kv", model)
-    seen = names.Recorder(3)
-    with torch.no_grad():
-        HeldDecoder(model, 130, seen).forward(ids, last=1)
-    rng = torch.Generator().manual_seed(1)
-    lesson = names.lesson(seen, 120, rng)
-    queries, _, _, visible, gone, truth = lesson
-    cut = int(visible[0, 0, 0].nonzero()[-1])
-    heavy, recent = round(names.HEAVY * cut) - names.INSTEAD, round(names.RECENT * cut)
-    for layer in range(3):
-        q, k, v = seen.seen[layer]
-        cache = names.RecurrentCache(3, heavy, recent, maps)
-        cache.now = torch.arange(cut)
-        cache.attend_from(layer, q[:, :cut], k[:, :cut], v[:, :cut])
-        cache.now = torch.tensor([cut])
-        step = cache.attend_from(layer, q[:, cut : cut + 1], k[:, cut : cut + 1], v[:, cut : cut + 1])
-        features = maps(layer, k, "psi") * gone[layer, ..., None]
-        states = features.transpose(1, 2) @ v, features.sum(1)[..., None]
-        asked = maps(layer, queries[layer], "phi")
-        said, _ = names.combine(queries[layer], k, v, visible[layer], asked, *states)
-        torch.testing.assert_close(said[:, :1], step, rtol=1e-3, atol=1e-3)
-        full, _ = attend(q, k, v, torch.arange(120) <= torch.arange(120)[:, None])
-        torch.testing.assert_close(truth[layer], full[:, cut : cut + 24], rtol=1e-3, atol=1e-3)
+    for first, heavy, recent in ((1, 4, 6), (40, 6, 5)):
+        model, ids = tiny(7, shared=2), text(7, 70)
+        maps = kernels("less_kv", model)
+        seen = names.Recorder(3)
+        with torch.no_grad():
+            HeldDecoder(model, 80, seen).forward(ids, last=1)
+        lesson = names.lesson(seen, first, 70 - first, heavy, recent)
+        _, _, _, visible, gone, truth = lesson
+        said = torch.zeros_like(truth)
+        for layer in range(3):
+            q, k, v = seen.seen[layer]
+            cache = names.RecurrentCache(3, heavy, recent, maps)
+            for start, stop in ((0, first), *((t, t + 1) for t in range(first, 70))):
+                cache.now = torch.arange(start, stop)
+                if start == 0:
+                    cache.attend_from(layer, q[:, :stop], k[:, :stop], v[:, :stop])
+                    continue
+                held = cache.held(layer)[2]
+                for head in range(len(k)):
+                    assert visible[layer, head, start - first].nonzero()[:, 0].tolist() == [*held[head].tolist(), start]
+                    assert int(gone[layer, head, start - first].sum()) == start - held.shape[1]
+                step = cache.attend_from(layer, q[:, start:stop], k[:, start:stop], v[:, start:stop])
+                said[layer][:, start - first : stop - first] = step
+            full, _ = attend(q, k, v, torch.arange(70) <= torch.arange(70)[:, None])
+            torch.testing.assert_close(truth[layer], full[:, first:], rtol=1e-3, atol=1e-3)
+        error, size = ((part**2).sum((1, 2, 3)) for part in (said - truth, truth))
+        torch.testing.assert_close(maps.error(*lesson), (error / size).mean(), rtol=1e-2, atol=1e-3)
     maps.requires_grad_(True)
     optimiser = torch.optim.Adam(maps.parameters(), lr=3e-3)
     errors = []
@@ -545,6 +548,24 @@ def test_the_lessons_of_less_are_what_the_cache_does_and_training_lowers_their_e
         optimiser.step()
         errors.append(float(error.detach()))
     assert errors[-1] < 0.7 * errors[0]
+
+
+@pytest.mark.parametrize("name", ["h2o", "sink_window", "less_kv", "autoregressive"])
+def test_forced_texts_are_read_token_after_token(name: str) -> None:
+    """The next word as plain passes give it where the cache holds the whole text; at most as many tokens held as the rung."""
+    model, texts = tiny(3), [text(1, 9), text(2, 14)]
+    session: Any = SimpleNamespace(networks={"target": model}, rng=torch.Generator())
+    if name == "less_kv":
+        session.networks["kernels"] = kernels("less_kv", model)
+    method = plugins.load_class(plugins.methods()[name])()
+    with torch.no_grad():
+        found = method.run(session, {"context": texts}, 40)
+        for row, ids in zip(found, texts, strict=True):
+            plain = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+            torch.testing.assert_close(row, plain, rtol=1e-3, atol=1e-3)
+        few = method.run(session, {"context": [text(1, 40)]}, 12)
+    plain = model(torch.tensor([text(1, 40)])).logits[0, -1].log_softmax(-1)
+    assert (float((few[0] - plain).abs().max()) > 0.01) == (name != "autoregressive")
 
 
 # -- DMS ------------------------------------------------------------------------------------------------------------

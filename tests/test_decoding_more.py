@@ -245,13 +245,14 @@ def test_alignment_at_ratio_nought_is_prompting() -> None:
             "temperature": [1.0, 1.0],
         }
         found = []
-        for name, constants, budget in (("wish_prompting", {}, 10), ("linear_alignment", {"RATIO": 0.0}, 20)):
-            session = session_of(model, seed)
-            found.append(run(load(name, **constants), session, batch, budget))
+        for name, constants, budget in (("wish_prompting", {}, 10), ("linear_alignment", {"ratio": 0.0}, 20)):
+            session, method = session_of(model, seed), load(name)
+            method.__dict__.update(constants)
+            found.append(run(method, session, batch, budget))
             assert session.ledger.spent == sum(map(len, found[-1])) * budget / 10
             assert all(len(text) == 10 or text[-1] == 1 for text in found[-1])
         assert found[0] == found[1]
-        other = run(load("linear_alignment", RATIO=3.0), session_of(model, seed), batch, 20)
+        other = run(load("linear_alignment"), session_of(model, seed), batch, 20)
         assert other != found[0], "the other prompt makes no difference"
 
 
@@ -261,7 +262,7 @@ def test_alignment_reads_the_text_after_each_prompt() -> None:
     for seed in range(3):
         model, prompt, plain = tiny(seed, spread=0.2), words_of(seed, 7), words_of(seed + 50, 5)
         batch = {"prompt": [prompt], "plain": [plain], "max_new_tokens": [10], "temperature": [0.7]}
-        found = run(load("linear_alignment", RATIO=2.0), session_of(model, seed), batch, 1000)[0]
+        found = run(load("linear_alignment"), session_of(model, seed), batch, 1000)[0]
         rng, expected = torch.Generator().manual_seed(seed), []
         while len(expected) < 10 and 1 not in expected:
             pair = [plain_logits(model, [*start, *expected]) / 0.7 for start in (prompt, plain)]
@@ -321,7 +322,7 @@ def test_confidences_of_a_tree_are_the_small_models_own(monkeypatch: pytest.Monk
     kind, names = type(method), method.run.__globals__
     grow, trees = kind.grow, []
     monkeypatch.setitem(names, "BRANCH", 0.1)  # of thirteen words hardly ever one has 0.3 ...
-    monkeypatch.setitem(names, "ALPHA", 0.2)  # ... and a tree is full before its best branch falls to 0.01
+    monkeypatch.setattr(kind, "first", 0.2)  # ... and a tree is full before its best branch falls to 0.01
     alphas: list[float] = []
 
     def spy(small: Any, tokens: list[int], most: int, alpha: float) -> Any:
@@ -340,7 +341,7 @@ def test_confidences_of_a_tree_are_the_small_models_own(monkeypatch: pytest.Monk
     with torch.no_grad():
         pair = names["Decoder"](tiny(2, spread=0.31, ends=False), 80), names["Decoder"](small, 80)
         method.decode(*pair, words_of(2, 5), 40, 1000)
-    assert [alpha for _, _, alpha, _ in trees] == [names["ALPHA"], *alphas[:-1]]
+    assert [alpha for _, _, alpha, _ in trees] == [kind.first, *alphas[:-1]]
     branched = full = unsure = paced = 0
     for text, most, alpha, tree in trees:
         for node in range(len(tree.tokens)):

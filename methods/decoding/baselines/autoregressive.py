@@ -10,7 +10,6 @@ import torch
 from stepmark.method import Method
 from stepmark.session import Session
 from stepmark.tracks.decoding.decoder import Decoder, write_each
-from stepmark.tracks.decoding.held_cache import HeldCache, HeldDecoder, foretell
 from stepmark.tracks.decoding.speculation import write_plainly
 
 
@@ -43,9 +42,8 @@ class Autoregressive(Method):
         """New token ids per prompt; of tasks `forced/...` log-probabilities [B, V] of the next word, with a full cache."""
         if "context" in batch:
             model = session.networks["target"]
-            return torch.stack(
-                [foretell(HeldDecoder(model, len(t), HeldCache(len(model.model.layers))), t) for t in batch["context"]]
-            )
+            last = [Decoder(model, len(text)).forward(text, last=1)[0].log_softmax(-1) for text in batch["context"]]
+            return torch.stack(last)
 
         def write(prompt: list[int], room: int, temperature: float) -> list[int]:
             target = Decoder(session.networks["target"], len(prompt) + room)
