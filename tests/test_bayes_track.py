@@ -61,7 +61,7 @@ def test_datasets_match_their_digests(name: str) -> None:
         assert all(bool(torch.isfinite(v).all()) for v in load_split(name, split).values())
 
 
-@pytest.mark.parametrize("name", ["gaussian_mean", "gaussian10_mean", "mixture_mean"])
+@pytest.mark.parametrize("name", ["gaussian_mean", "gaussian10_mean", "mixture_mean", "two_clusters"])
 def test_every_training_layout_spends_the_same_simulations(name: str) -> None:
     data = load_split(name, "train")
     for m in (1, 5, 10, 30):
@@ -84,7 +84,7 @@ def test_data_follow_the_declared_model(name: str) -> None:
     assert torch.allclose(theta.mT.cov(), covariance, atol=0.1)
 
 
-@pytest.mark.parametrize("name", ["posterior/gaussian_n10", "posterior/mixture_n10"])
+@pytest.mark.parametrize("name", ["posterior/gaussian_n10", "posterior/mixture_n10", "posterior/two_clusters_n10"])
 def test_exact_posterior_is_prior_times_likelihood(name: str) -> None:
     """Against brute force: the normalised product on a grid, for density, mean and the score's finite differences."""
     task = TASKS[name]
@@ -107,6 +107,37 @@ def test_exact_posterior_is_prior_times_likelihood(name: str) -> None:
     theta.requires_grad_(True)
     gradient = torch.autograd.grad(posterior.log_prob(theta).sum(), theta)[0]
     assert torch.allclose(posterior.score(theta), gradient, atol=1e-8)
+
+
+def test_two_clusters_are_simulated_weighted_and_set_as_declared() -> None:
+    """Data, simulator and likelihood agree: moments about theta, and the mean of p(x | theta') / p(x | theta) is 1."""
+    model = problems.problem(TASKS["posterior/two_clusters_n30"])
+    data = load_split("two_clusters", "test")
+    weights = model.log_weights.exp()
+    centre = weights @ model.offsets
+    spread = model.noise + (model.offsets - centre).mT @ ((model.offsets - centre) * weights[:, None])
+    theta = torch.tensor([[0.4, -0.2]]).expand(40_000, 2)
+    simulated_x = model.simulate(theta, generator())
+    for residual in ((data["x"] - data["theta"][:, None]).flatten(0, 1), simulated_x - theta):
+        assert torch.allclose(residual.mean(0), centre, atol=0.04)
+        assert torch.allclose(residual.mT.cov(), spread, atol=0.06)
+    other = theta + torch.tensor([0.3, 0.2])
+    ratio = (model.log_likelihood(other, simulated_x) - model.log_likelihood(theta, simulated_x)).exp()
+    assert abs(float(ratio.mean()) - 1) < 4 * float(ratio.std()) / 200
+
+
+def test_a_regression_is_exact_on_gaussians_and_far_off_on_two_clusters() -> None:
+    """What a network has to learn: nothing there, a good deal here."""
+    found = {}
+    method = plugins.load_class(plugins.methods()["linear_posterior"])()
+    for name in ("posterior/gaussian_n30", "posterior/two_clusters_n30", "posterior/two_clusters_n10"):
+        task = TASKS[name]
+        session = SimpleNamespace(task=task, rng=generator(), train=load_split(task.dataset, "train"))
+        session.state = method.prepare(session)
+        batch = bayes.inputs(task, 64, generator(1), CPU)
+        found[name] = bayes.score(task, batch, method.run(session, batch, 1), {}, np.arange(64)[None])["mmd"].value
+    assert found["posterior/gaussian_n30"] < 0.1, found
+    assert min(found["posterior/two_clusters_n30"], found["posterior/two_clusters_n10"]) > 0.18, found
 
 
 def test_mixture_draws_have_the_moments_and_the_diffused_law() -> None:
@@ -303,16 +334,37 @@ def test_uniformity_is_the_exact_kolmogorov_smirnov_test() -> None:
 # Effects ----------------------------------------------------------------------------------------------------------------
 
 
-def test_exact_effect_is_what_a_long_coin_toss_trial_measures() -> None:
+def test_effect_is_what_a_long_coin_toss_trial_measures() -> None:
     rng = np.random.default_rng(0)
     people = wearable.parameters(40, rng)
     x, y = wearable.series(people, 6_000, rng, coin=True)
     trial = np.array([y[i, x[i] == 1].mean() - y[i, x[i] == 0].mean() for i in range(40)])
-    error = trial - wearable.exact_effect(people)
+    error = trial - wearable.recurring_effect(people)
     assert abs(error.mean()) < 0.01 and error.std() < 0.04
     x, y = wearable.series(people, 6_000, rng, coin=False)
     observed = np.array([y[i, x[i] == 1].mean() - y[i, x[i] == 0].mean() for i in range(40)])
-    assert (observed - wearable.exact_effect(people)).mean() > 0.2  # confounded
+    assert (observed - wearable.recurring_effect(people)).mean() > 0.2  # confounded
+
+
+def test_a_person_bends_as_no_regression_on_the_four_does() -> None:
+    """Least squares on 1, X, X_lag, Y_lag, X Y_lag leaves structure behind in the mean, and none once `bend` is 0."""
+    rng = np.random.default_rng(7)
+    x, x_lag, y_lag = (rng.integers(2, size=4_000), rng.integers(2, size=4_000), rng.normal(size=4_000))
+    design = np.stack([np.ones(4_000), x, x_lag, y_lag, x * y_lag], axis=-1)
+    for bend, low, high in ((0.0, 0.0, 1e-12), (1.0, 0.1, 1.0)):
+        people = wearable.parameters(5, np.random.default_rng(8), bend)
+        for i in range(5):
+            mean = wearable.outcome_mean({k: v[i] for k, v in people.items()}, x, x_lag, y_lag)
+            left = mean - design @ np.linalg.lstsq(design, mean, rcond=None)[0]
+            assert low <= left.std() <= high, (bend, i)
+
+
+def test_tasks_show_their_days() -> None:
+    short, long = (
+        bayes.inputs(TASKS[f"effect/{name}"], 3, generator(), CPU) for name in ("wearable", "wearable_years")
+    )
+    assert short["outcome"].shape == (3, 222) and long["outcome"].shape == (3, 2190)
+    assert torch.equal(long["treatment"][:, :222], short["treatment"])
 
 
 def test_structural_noise_is_standardised_and_skewed() -> None:

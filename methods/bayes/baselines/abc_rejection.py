@@ -16,8 +16,8 @@ class ABCRejection(Method):
 
     K = rung / n prior draws, n simulations each; the distance is that of the sample means, standardised by their spread
     over the simulations. Needs no likelihood, only the simulator. The tolerance is whatever keeps DRAWS of K, so the
-    posterior it samples is as wide as the budget is small; with K below DRAWS the nearest are repeated. On
-    `two_clusters` the mean is not sufficient, and the posterior given it is wider than the one given the set.
+    posterior it samples is as wide as the budget is small; with K below DRAWS the nearest are repeated. On `two_clusters`
+    the mean is not sufficient, and the posterior given it is wider than the one given the set.
 
     Source: Pritchard et al. 1999; Beaumont, Zhang and Balding 2002 (tolerance as a quantile, without regression).
     """
