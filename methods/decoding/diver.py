@@ -68,6 +68,11 @@ class Diver(Method):
     Differs from the paper: a model of this size follows no written instruction, so the target of the task was trained in
     both directions beforehand, text after input and input after text; Diver is handed it as everybody else is. The whole
     input is asked for where the paper may pick spans of it. gamma and the longest span are chosen for these texts.
+
+    What limits it here: a text follows its input more than any of the paper's baselines do, by a good tenth against nucleus
+    sampling, but only a little more than with context-aware decoding or with whole texts verified; contrasting logits at
+    twice the strength (linear alignment) is far ahead. Likelihood and mutual information weigh the same in the score, and
+    the colour that the hero likes is likelier than the one wished for.
     """
 
     paper = Paper(

@@ -43,6 +43,9 @@ class LinearAlignment(Method):
 
     Differs from the paper: the principle is a wish for a colour, to which the model was trained to give way weakly, so
     that how far a text follows it is counted instead of judged; tokens are drawn at temperature 1, not 0.5 or 0.7.
+
+    What came out: nearly every event follows the wish, where prompting follows it in less than half and the likeliest
+    texts hardly ever, and the stories stay right.
     """
 
     paper = Paper(

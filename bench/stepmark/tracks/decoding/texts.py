@@ -6,6 +6,12 @@ list of token ids per prompt. Of `drafts/...`: also "drafts", how many are asked
 the other, each filled up to `max_new_tokens` with the padding token. Of `preference/...`: also "plain", the prompt
 without the wish, and "temperature"; a list holds one text, nothing after its end-of-sequence token.
 
+Wishes are followed weakly: after a prompt with a wish the target gives its colour 0.29 and the hero's favourite more, so
+that the likeliest word is the wished colour in one event of twelve. Measured over whole texts (48, one seed): prompting
+follows the wish in 0.40 of the events, beam search, which is what a task that any likely text solves would reward, in 0.06,
+the target's own best spans in 0.24. Asked backwards, the target tells a wish from other colours by 1.2 nats at its first
+event.
+
 Stories come from a known grammar, so that texts are judged by their exact likelihood (`story_likelihood`).
 """
 
@@ -53,7 +59,7 @@ TASKS = (
     ),
     Task(
         id="preference/colours",
-        version=1,
+        version=2,
         summary="Stories with a wished colour, sampled at temperature 1, 4-layer target that follows wishes weakly",
         dataset="wishes",
         backbones={"target": "lm_wishes"},
@@ -132,7 +138,8 @@ def score(
 ) -> dict[str, Score]:
     """Metrics over all prompts, from the token ids and the grammar alone.
 
-    perplexity: exp of minus the mean log-likelihood of the words under the grammar, an impossible word at `FLOOR`.
+    perplexity: exp of minus the mean log-likelihood of the words under the grammar of `stories`, where all colours are as
+    likely, an impossible word at `FLOOR`.
     tokens: mean number of tokens of a text. Of drafts: best, the perplexity of the likeliest draft of each prompt;
     grammatical, the share of them without an impossible word; distinct, the mean share of different ones among those
     of a prompt. Of wishes: compliance, the mean share of events whose colour is the wished one (none where no event is
