@@ -153,7 +153,7 @@ class SelfCascadeDiffusion(Method):
     thousands, for both trainings.
 
     What limits it here: an image of one shape has hardly any detail that an upsampled one lacks, and its composition is
-    that of the small sample; the control that only enlarges has the best composition and the softest shapes.
+    that of the small sample.
     """
 
     paper = Paper(
