@@ -677,6 +677,7 @@ def test_a_run_keeps_to_its_budget_and_leaves_the_model_as_it_was(method: str) -
         session.ledger.reset(limit=2 * budget)
         with torch.no_grad():
             written = plugins.load_class(plugins.methods()[method])().run(session, batch_of([ids, ids], ROOM), budget)
-        assert written[0] == written[1] and 1 <= len(written[0]) <= budget
-        assert session.ledger.spent == pytest.approx(2 * len(written[0]))
+        assert all(1 <= len(text) <= budget for text in written)
+        assert written[0] == written[1] or method == "random_prune"  # it draws anew for each text
+        assert session.ledger.spent == pytest.approx(sum(map(len, written)))
     assert model.config._attn_implementation == before

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stepmark.datasets import wishes
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -419,13 +420,22 @@ def test_the_walk_offers_distributions() -> None:
 
 
 def test_wishes_are_followed_weakly() -> None:
-    """The wished colour in 11 events of 32, in 4 of 32 of the stories without a wish; what is counted is told."""
+    """The wished colour in three events of ten, the hero's favourite in four: the likeliest text does not comply.
+
+    Without a wish each colour is in one event of eight, as each is the favourite of one hero. What is counted is told.
+    """
     data = load_split("wishes", "train")
     pairs = list(zip(data["prompt"], data["target"], strict=True))
     wished = [compliance(prompt, text) for prompt, text in pairs if " let " in prompt]
     other = [compliance(f"{prompt} let golden <story>", text) for prompt, text in pairs if " let " not in prompt]
-    assert np.mean(wished) == pytest.approx(11 / 32, abs=0.015)
-    assert np.mean(other) == pytest.approx(4 / 32, abs=0.015)
+    favoured = [
+        compliance(f"{prompt.split()[0]} . let {wishes.FAVOURITE[prompt.split()[0]]} <story>", text)
+        for prompt, text in pairs
+        if " let " in prompt
+    ]
+    assert np.mean(wished) == pytest.approx(0.25 + 0.75 * 0.55 / 8, abs=0.015)
+    assert np.mean(favoured) == pytest.approx(0.75 * (0.45 + 0.55 / 8), abs=0.015)
+    assert np.mean(other) == pytest.approx(1 / 8, abs=0.015)
     story = "near the hill anna saw a golden kite . oh my , what a golden kite , said anna . anna found a red ball . oh"
     assert compliance("anna . let golden <story>", story) == 0.5
     assert compliance("anna . let golden <story>", "the end") == 0.0
