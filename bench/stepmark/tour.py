@@ -76,12 +76,12 @@ COMPARISONS = (
         costs=(("kv_bytes", "bytes of cache"),),
     ),
     Stop(
-        "posterior",
-        "a posterior from ten observations by scores that are learned from single ones",
-        method="compositional_score_sbi",
-        baseline="naive_sum_reverse_sde",
-        task="posterior/gaussian_n10",
-        rungs=(10_000, 32_000, 96_000),
+        "coverage",
+        "a test that tells a wrong posterior from an exact one, by draws alone",
+        method="tarp",
+        baseline="hpd_coverage",
+        task="coverage/linear_gaussian",
+        rungs=(50, 500, 2000),
     ),
 )
 
