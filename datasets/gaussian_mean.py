@@ -11,6 +11,8 @@ first n.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -51,14 +53,24 @@ def simulate_pairs(count: int, observations: int, seed: int) -> tuple[Tensor, Te
     return torch.from_numpy(theta.astype(np.float32)), torch.from_numpy(x.astype(np.float32))
 
 
-def split(name: str) -> dict[str, Tensor]:
-    """``train`` or ``test``. Raises KeyError for another name."""
+def layouts(
+    name: str, pairs: Callable[[int, int, int], tuple[Tensor, Tensor]], test: int, train: int
+) -> dict[str, Tensor]:
+    """The split ``train`` or ``test`` of a problem, as told above; its seeds are `test`, and `train` + m of layout m.
+
+    ``pairs``: as `simulate_pairs`. Raises KeyError for any other name.
+    """
     if name == "test":
-        theta, x = simulate_pairs(TEST_SETS, TEST_OBSERVATIONS, seed=1_000)
+        theta, x = pairs(TEST_SETS, TEST_OBSERVATIONS, test)
         return {"theta": theta, "x": x}
     if name != "train":
         raise KeyError(name)
     data: dict[str, Tensor] = {}
     for m in LAYOUTS:
-        data[f"theta_{m}"], data[f"x_{m}"] = simulate_pairs(BUDGET // m, m, seed=m)
+        data[f"theta_{m}"], data[f"x_{m}"] = pairs(BUDGET // m, m, train + m)
     return data
+
+
+def split(name: str) -> dict[str, Tensor]:
+    """``train`` or ``test``. Raises KeyError for another name."""
+    return layouts(name, simulate_pairs, test=1_000, train=0)

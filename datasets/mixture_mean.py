@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from stepmark.datasets.gaussian_mean import layouts
 from torch import Tensor
 
 from stepmark.task import Dataset
@@ -28,9 +29,6 @@ DATASET = Dataset(
         "test": "0ff7f2f105508ced60fd6dd5e5a8e7f6b9e3e4ea4eff222da9321ebddccaa1e4",
     },
 )
-BUDGET = 10_000  # simulator calls in each training layout
-LAYOUTS = (1, 5, 10, 30)
-TEST_SETS, TEST_OBSERVATIONS = 256, 100
 # The prior as a mixture of spherical normals, and the equicorrelated noise of one observation.
 PRIOR_WEIGHTS = (0.25, 0.25, 0.25, 0.25)
 PRIOR_MEANS = ((-1.8, -1.8), (-1.8, 1.8), (1.8, -1.8), (1.8, 1.8))
@@ -54,12 +52,4 @@ def simulate_pairs(count: int, observations: int, seed: int) -> tuple[Tensor, Te
 
 def split(name: str) -> dict[str, Tensor]:
     """``train`` or ``test``. Raises KeyError for another name."""
-    if name == "test":
-        theta, x = simulate_pairs(TEST_SETS, TEST_OBSERVATIONS, seed=2_000)
-        return {"theta": theta, "x": x}
-    if name != "train":
-        raise KeyError(name)
-    data: dict[str, Tensor] = {}
-    for m in LAYOUTS:
-        data[f"theta_{m}"], data[f"x_{m}"] = simulate_pairs(BUDGET // m, m, seed=1_000 + m)
-    return data
+    return layouts(name, simulate_pairs, test=2_000, train=1_000)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from stepmark.datasets.gaussian_mean import layouts
 from torch import Tensor
 
 from stepmark.task import Dataset
@@ -30,9 +31,6 @@ DATASET = Dataset(
         "test": "aba4413ced17846647365a1afd4fbe7cabd0168a4de354843aaf98ab1e511926",
     },
 )
-BUDGET = 10_000  # simulator calls in each training layout
-LAYOUTS = (1, 5, 10, 30)
-TEST_SETS, TEST_OBSERVATIONS = 256, 100
 # The prior as a mixture of spherical normals, the equicorrelated noise of one observation, and where its clusters lie.
 PRIOR_WEIGHTS = (1.0,)
 PRIOR_MEANS = ((0.0, 0.0),)
@@ -54,12 +52,4 @@ def simulate_pairs(count: int, observations: int, seed: int) -> tuple[Tensor, Te
 
 def split(name: str) -> dict[str, Tensor]:
     """``train`` or ``test``. Raises KeyError for another name."""
-    if name == "test":
-        theta, x = simulate_pairs(TEST_SETS, TEST_OBSERVATIONS, seed=5_000)
-        return {"theta": theta, "x": x}
-    if name != "train":
-        raise KeyError(name)
-    data: dict[str, Tensor] = {}
-    for m in LAYOUTS:
-        data[f"theta_{m}"], data[f"x_{m}"] = simulate_pairs(BUDGET // m, m, seed=4_000 + m)
-    return data
+    return layouts(name, simulate_pairs, test=5_000, train=4_000)

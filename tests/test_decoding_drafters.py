@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rigs.decoding import load
 from scipy import stats
 from stepmark.datasets import friend_lists
 from stepmark.methods.decoding.hogwild_inference import BlockDecoder, write_together
 from torch import Tensor
 
-from stepmark import plugins
 from stepmark.backbones import lm
 from stepmark.meter.counts import Ledger, watch
 from stepmark.task import load_split
@@ -49,13 +49,6 @@ def last_logits(model: Any, ids: list[int]) -> Tensor:
     """Logits after a text, read whole and without a cache."""
     with torch.no_grad():
         return model(torch.tensor([ids]), use_cache=False).logits[0, -1]
-
-
-def load(name: str, **constants: Any) -> Any:
-    """A method with some of its module's constants replaced."""
-    method = plugins.load_class(plugins.methods()[name])()
-    method.run.__globals__.update(constants)
-    return method
 
 
 def session_of(seed: int = 0, **networks: Any) -> Any:

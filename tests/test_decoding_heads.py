@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rigs.decoding import load, run, tiny, truth_of
 from scipy import stats
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import Tensor
 
-from stepmark import plugins
 from stepmark.meter.counts import Ledger, watch
 from stepmark.tracks.decoding.decoder import Decoder
 
@@ -23,79 +21,6 @@ from stepmark.tracks.decoding.decoder import Decoder
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
-
-
-def tiny(seed: int, layers: int = 3, vocabulary: int = 13, eos: int = 1) -> Any:
-    """A random Llama with 2 query heads on 1 key/value head; weights large enough for texts that wander."""
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        bos_token_id=None,
-        eos_token_id=eos,
-        pad_token_id=0,
-    )
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0.0, 0.4, generator=generator)
-    return model.eval().requires_grad_(False)
-
-
-def greedy_without_cache(model: nn.Module, prompt: list[int], room: int, eos: int = 1) -> list[int]:
-    tokens = list(prompt)
-    with torch.no_grad():
-        while len(tokens) < len(prompt) + room and (len(tokens) == len(prompt) or tokens[-1] != eos):
-            tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
-    return tokens[len(prompt) :]
-
-
-@lru_cache
-def truth_of(seed: int) -> tuple[Any, list[int], list[int]]:
-    """A random model of 3 or 4 layers, a prompt, and the first 30 greedy tokens."""
-    model, prompt = tiny(seed, layers=3 + seed % 2), prompt_of(seed)
-    return model, prompt, greedy_without_cache(model, prompt, 30)
-
-
-def load(name: str, **constants: Any) -> Any:
-    """A method with some of its module's constants replaced."""
-    method = plugins.load_class(plugins.methods()[name])()
-    method.run.__globals__.update(constants)
-    return method
-
-
-def run(method: Any, session: Any, prompts: list[list[int]], room: int, budget: int, temperature: float = 0.0) -> Any:
-    n = len(prompts)
-    session.ledger.reset(limit=budget * n)
-    with torch.no_grad():
-        batch = {"prompt": prompts, "max_new_tokens": [room] * n, "temperature": [temperature] * n}
-        return method.run(session, batch, budget)
-
-
-def prompt_of(seed: int, vocabulary: int = 13) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, vocabulary, (3 + seed % 5,), generator=generator).tolist()
-
-
-@pytest.fixture
-def decoders(monkeypatch: pytest.MonkeyPatch) -> list[Decoder]:
-    """Every decoder built while the test runs."""
-    built: list[Decoder] = []
-    original = Decoder.__init__
-
-    def init(self: Decoder, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        built.append(self)
-
-    monkeypatch.setattr(Decoder, "__init__", init)
-    return built
 
 
 def session_of(model: Any, seed: int = 0) -> Any:

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rigs.decoding import load
 from stepmark.datasets import wishes
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stepmark import plugins
 from stepmark.backbones import lm
 from stepmark.meter.counts import Ledger, watch
 from stepmark.task import BadOutput, load_split
@@ -60,13 +60,6 @@ def tiny(seed: int, spread: float = 0.4, ends: bool = True) -> Any:
 
 def words_of(seed: int, length: int) -> list[int]:
     return torch.randint(2, 13, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def load(name: str, **constants: Any) -> Any:
-    """A method with some of its module's constants replaced."""
-    method = plugins.load_class(plugins.methods()[name])()
-    method.run.__globals__.update(constants)
-    return method
 
 
 def session_of(model: Any, seed: int = 0) -> Any:

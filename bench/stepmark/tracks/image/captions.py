@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -23,8 +22,9 @@ from stepmark.tracks.image import check as check
 from stepmark.tracks.image import handles as handles
 from stepmark.tracks.image import layers as layers
 from stepmark.tracks.image import reference_call as reference_call
+from stepmark.tracks.image.metrics import ends
 from stepmark.tracks.image.schedules import uniform_times
-from stepmark.tracks.image.solvers import Denoiser, ddim_step, heun_step
+from stepmark.tracks.image.solvers import Denoiser
 
 TASKS = (
     Task(
@@ -74,16 +74,6 @@ def inputs(task: Task, n: int, generator: torch.Generator, device: torch.device)
     }
 
 
-@torch.no_grad()
-def exact_ends(network: nn.Module, noise: Tensor, condition: Tensor, steps: int = STEPS) -> Tensor:
-    """Where the flow leads from the noise [B, ...]: Heun's method in equal steps, the last one Euler's."""
-    denoise, x = Denoiser(network, condition), noise
-    times = uniform_times(steps)
-    for t, s in pairwise(times[:-1]):
-        x = heun_step(denoise, x, t, s)
-    return ddim_step(denoise.schedule, *denoise(x, times[-2]), 0.0)
-
-
 def _ends(task: Task, batch: Mapping[str, Tensor]) -> Tensor:
     """The ends of a batch, kept for the few seeds of a task."""
     from stepmark.backbones import load
@@ -91,7 +81,7 @@ def _ends(task: Task, batch: Mapping[str, Tensor]) -> Tensor:
     noise, condition = batch["noise"].detach().cpu(), batch["condition"].cpu()
     key = f"{task.id} {hashlib.sha256(condition.contiguous().numpy().tobytes()).hexdigest()}"
     if key not in _ENDS:
-        _ENDS[key] = exact_ends(load(task.backbones["teacher"]), noise, condition)
+        _ENDS[key] = ends(Denoiser(load(task.backbones["teacher"]), condition), noise, uniform_times(STEPS))
     return _ENDS[key]
 
 

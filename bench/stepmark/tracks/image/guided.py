@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -24,8 +23,9 @@ from stepmark.tracks.image import inputs as noises
 from stepmark.tracks.image import layers as layers
 from stepmark.tracks.image import reference_call as reference_call
 from stepmark.tracks.image import score as distances
+from stepmark.tracks.image.metrics import ends
 from stepmark.tracks.image.schedules import uniform_times
-from stepmark.tracks.image.solvers import Denoiser, ddim_step, heun_step
+from stepmark.tracks.image.solvers import Denoiser
 
 TASKS = (
     Task(
@@ -59,11 +59,7 @@ def inputs(task: Task, n: int, generator: torch.Generator, device: torch.device)
 @torch.no_grad()
 def guided_endpoints(network: nn.Module, noise: Tensor, condition: Tensor, scale: float, steps: int = STEPS) -> Tensor:
     """Where guidance of one scale leads from the noise [B, ...]: Heun's method in equal steps, the last one Euler's."""
-    denoise, x = Denoiser(network, condition, scale), noise
-    times = uniform_times(steps)
-    for t, s in pairwise(times[:-1]):
-        x = heun_step(denoise, x, t, s)
-    return ddim_step(denoise.schedule, *denoise(x, times[-2]), 0.0)
+    return ends(Denoiser(network, condition, scale), noise, uniform_times(steps))
 
 
 def _ends(task: Task, batch: Mapping[str, Tensor]) -> Tensor:

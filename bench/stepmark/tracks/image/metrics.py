@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -94,9 +94,12 @@ def sliced_w2(
 
 def exact_endpoints(network: nn.Module, noise: Tensor, condition: Tensor, steps: int = 256) -> Tensor:
     """Where the probability-flow ODE of an exact network takes the noise: Heun in float64 on a dense grid, [B, 2]."""
-    denoise = Denoiser(network, condition)
-    x = noise.double()
-    times = quadratic_times(steps)
+    return ends(Denoiser(network, condition), noise.double(), quadratic_times(steps))
+
+
+@torch.no_grad()
+def ends(denoise: Denoiser, x: Tensor, times: Sequence[float]) -> Tensor:
+    """Where a network leads x [B, ...] on a dense grid of times, the last one 0: Heun's method, the last step Euler's."""
     for t, s in pairwise(times[:-1]):
         x = heun_step(denoise, x, t, s)
     return ddim_step(denoise.schedule, *denoise(x, times[-2]), 0.0)

@@ -1,0 +1,23 @@
+"""Fixtures that several test modules use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from stepmark.tracks.decoding.decoder import Decoder
+
+
+@pytest.fixture
+def decoders(monkeypatch: pytest.MonkeyPatch) -> list[Decoder]:
+    """Every decoder built while the test runs."""
+    built: list[Decoder] = []
+    original = Decoder.__init__
+
+    def init(self: Decoder, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        built.append(self)
+
+    monkeypatch.setattr(Decoder, "__init__", init)
+    return built
