@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import nn
 
-from stepmark import plugins, runner
+from stepmark import plugins, remote
 from stepmark.cell import Cell
 from stepmark.judge import Judge
 from stepmark.meter import latency
-from stepmark.meter.counts import BudgetExceeded, Ledger, count_flops, watch, watch_function
+from stepmark.meter.counts import BudgetExceeded, Ledger, watch, watch_function
+from stepmark.meter.flops import count_flops
 from stepmark.record import Record
 from stepmark.run import measure
 from stepmark.runner import Runner
@@ -58,10 +59,10 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
     def make(body: str, task: str = TASK) -> None:
         text = HEAD.format(task=task) + textwrap.indent(textwrap.dedent(body), "    ")
         (tmp_path / "image" / "cheat.py").write_text(text)
-        runner.forget()
+        remote.forget()
 
     yield make
-    runner.forget()
+    remote.forget()
 
 
 def record_of(rung: int = 4, seed: int = 0, task: str = TASK, timing: bool = False) -> Record:

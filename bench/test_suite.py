@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from stepmark import plugins, runner, suite
+from stepmark import plugins, remote, suite
 from stepmark.judge import Judge
 from stepmark.meter import latency
-from stepmark.task import sealed
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -39,12 +37,9 @@ def test_cells(
     if made and all(record.status == "skipped" for record in made):
         pytest.skip(str(made[0].message))
 
-    mine, judge = runner.ready(plugins.methods()[method], task, tier, device), Judge(task, device)
+    worker, judge = remote.ready(plugins.methods()[method], task, tier, device).worker(), Judge(task, device)
     rung = next(r.rung for r in reversed(made) if r.status == "ok") if made else judge.task.ladder(tier)[-1]
     batch = judge.inputs(min(judge.task.batch, judge.task.items(tier)), 0)
-    call = partial(mine.call, batch, rung)
-    mine.begin(batch, rung, 0)
-    mine.ledger.limit = float("inf")  # the fixture repeats the call without a fresh budget
-    with sealed(), torch.no_grad():
-        latency.with_pytest_benchmark(benchmark, call, rounds=2, device=mine.device, warmup=1)
+    latency.with_pytest_benchmark(benchmark, partial(worker.run, batch, rung, 0), rounds=2, device=device, warmup=1)
+    worker.close()
     benchmark.extra_info.update(method=method, task=task, rung=rung)

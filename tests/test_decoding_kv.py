@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from stepmark import plugins
 from stepmark.backbones import lm
 from stepmark.backbones.lm import rotate_by
-from stepmark.meter.counts import Ledger, count_flops, held_bytes, watch
+from stepmark.meter.counts import Ledger, held_bytes, watch
+from stepmark.meter.flops import count_flops
 from stepmark.meter.memory import StorageTracker
 from stepmark.task import load_split
 from stepmark.tracks import decoding

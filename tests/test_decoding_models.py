@@ -15,7 +15,8 @@ from torch import nn
 
 from stepmark import plugins
 from stepmark.backbones import lm
-from stepmark.meter.counts import Ledger, count_flops, watch
+from stepmark.meter.counts import Ledger, watch
+from stepmark.meter.flops import count_flops
 from stepmark.tracks.decoding import models as decoding_models
 from stepmark.tracks.decoding.decoder import Decoder
 from stepmark.tracks.decoding.models import write_greedily

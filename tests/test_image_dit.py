@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from stepmark import backbones, plugins
 from stepmark.backbones.dit import ConditionalDiT
 from stepmark.cell import track_of
-from stepmark.meter.counts import Ledger, count_flops, watch
+from stepmark.meter.counts import Ledger, watch
+from stepmark.meter.flops import count_flops
 from stepmark.session import Session
 from stepmark.tracks.image import solvers
 from stepmark.tracks.image.schedules import uniform_times

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepmark import plugins, prepared, runner
+from stepmark import plugins, prepared, remote, runner
 from stepmark.cell import Cell
 from stepmark.method import Skip
 from stepmark.run import measure
@@ -86,7 +86,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plugin:
     monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
     (tmp_path / "m" / "image").mkdir(parents=True)
     (tmp_path / "notes").touch()
-    runner.forget()
+    remote.forget()
 
     def write(body: str, name: str = "toy", old: str = "", new: str = "") -> plugins.MethodInfo:
         (tmp_path / "m" / "image" / "toy.py").write_text((HEAD + body).replace(old, new) if old else HEAD + body)
@@ -185,8 +185,8 @@ def test_a_preparation_that_draws_nothing_is_shared_by_the_seeds(plugin: Plugin,
     assert notes(tmp_path) == ["prepare"]
     assert torch.equal(first["x"], later["x"])
     assert made.offline.seed is None
-    kept = runner.ready(plugin(COUNTS), TASK, "smoke", "cpu", 1)
-    assert runner.ready(plugin(COUNTS), TASK, "smoke", "cpu", 2) is kept
+    kept = remote.ready(plugin(COUNTS), TASK, "smoke", "cpu", 1)
+    assert remote.ready(plugin(COUNTS), TASK, "smoke", "cpu", 2) is kept
 
 
 @pytest.mark.parametrize("what", DRAWS)
@@ -194,8 +194,8 @@ def test_a_preparation_that_draws_is_done_for_every_seed(what: str, plugin: Plug
     info = plugin(COUNTS.replace('session.train["x0"].mean(0)', DRAWS[what]))
     assert [state_of(info, seed)[1].offline.seed for seed in (0, 1, 0, 1)] == [0, 1, 0, 1]
     assert notes(tmp_path) == ["prepare", "prepare"]
-    kept = runner.ready(info, TASK, "smoke", "cpu", 0)
-    assert runner.ready(info, TASK, "smoke", "cpu", 1) is not kept
+    kept = remote.ready(info, TASK, "smoke", "cpu", 0)
+    assert remote.ready(info, TASK, "smoke", "cpu", 1) is not kept
 
 
 def test_first_weights_of_new_networks_count_as_drawn_and_records_name_the_seed(plugin: Plugin) -> None:

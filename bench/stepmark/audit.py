@@ -1,20 +1,22 @@
 """Catching plugins that look better than they are, on purpose or by accident.
 
-`Guard` watches one `run` call from outside the plugin: threads, processes, files, sockets and random numbers. The
-other audits compare calls with each other (`stepmark.judge`): same seed same bits, nothing carried over between
-calls or rungs, the same work on inputs that nobody has seen. `static_findings` reads the source.
-
-This finds honest mistakes and the known cheats, not arbitrary native code: pull requests are read by people too.
+`listening` hears of threads, processes, files and sockets in every call, `Guard` of random numbers in counted ones. Both
+live in the plugin's own process, where a plugin can silence them; what it cannot silence is compared outside
+(`stepmark.judge`): same seed same bits in another process, the same work on inputs that nobody has seen, seconds of the
+processor that the counts explain. `static_findings` reads the source.
 """
 
 from __future__ import annotations
 
+import _thread
 import ast
+import contextlib
 import os
 import random
 import sys
 import sysconfig
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,21 +30,70 @@ THREAD_EVENTS = {"_thread.start_new_thread", "_thread.start_joinable_thread"}
 NETWORK_EVENTS = {"socket.connect", "socket.bind", "socket.getaddrinfo"}
 LIBRARIES = tuple({sysconfig.get_paths()[k] for k in ("stdlib", "platstdlib", "purelib", "platlib")} | {sys.prefix})
 
-_active: Guard | None = None
+_heard: list[str] | None = None  # the flags of the call that is running
 _installed = False
 
 
 def _hook(event: str, arguments: tuple[Any, ...]) -> None:
-    if _active is not None:
-        _active.on_event(event, arguments)
+    if _heard is None:
+        return
+    if event in PROCESS_EVENTS:
+        _flag(f"starts a process in run ({event}); the harness cannot count there")
+    elif event in THREAD_EVENTS:
+        _flag("starts a thread in run; the harness cannot count there")
+    elif event in NETWORK_EVENTS:
+        _flag(f"uses the network in run ({event})")
+    elif event == "open" and arguments and isinstance(arguments[0], (str, bytes)):
+        path = os.fsdecode(arguments[0])
+        mode = arguments[1] if len(arguments) > 1 else "r"
+        writes = isinstance(mode, str) and any(c in mode for c in "wax+")
+        code = path.endswith((".py", ".pyc", ".so")) or path.startswith((*LIBRARIES, "/proc/", "/sys/", "/dev/"))
+        if writes or not code:
+            _flag(f"opens a file in run ({Path(path).name}); run is a pure function of its arguments")
+
+
+def _flag(text: str) -> None:
+    if _heard is not None and text not in _heard:
+        _heard.append(text)
+
+
+def _install() -> None:
+    global _installed
+    _installed = True
+    sys.addaudithook(_hook)
+    started, low = threading.Thread.start, _thread.start_new_thread
+
+    def start(thread: threading.Thread) -> None:  # Python 3.11 raises no audit event for a thread
+        _hook("_thread.start_new_thread", ())
+        started(thread)
+
+    def start_new_thread(*arguments: Any, **named: Any) -> int:
+        _hook("_thread.start_new_thread", ())
+        return low(*arguments, **named)
+
+    threading.Thread.start = start  # type: ignore[method-assign, assignment]
+    _thread.start_new_thread = start_new_thread
+
+
+@contextlib.contextmanager
+def listening(flags: list[str]) -> Iterator[None]:
+    """While inside, processes, threads, files and sockets of the calling code leave a flag: in every call, timed or not."""
+    global _heard
+    if not _installed:
+        _install()
+    _heard = flags
+    try:
+        yield
+    finally:
+        _heard = None
 
 
 class Guard(TorchDispatchMode):
-    """While inside, notes in `flags` what a pure `run` does not do. `rng`/`seed` are the session's."""
+    """While inside, notes in `flags` random numbers that are not the session's. `rng`/`seed` are the session's."""
 
-    def __init__(self, rng: torch.Generator, seed: int) -> None:
+    def __init__(self, rng: torch.Generator, seed: int, flags: list[str]) -> None:
         super().__init__()
-        self.flags: list[str] = []
+        self.flags = flags
         self._allowed = {rng.initial_seed(), seed}
         self._seed = seed
         self._draws: dict[Any, bool] = {}  # operator -> whether it takes a generator
@@ -50,21 +101,6 @@ class Guard(TorchDispatchMode):
     def _flag(self, text: str) -> None:
         if text not in self.flags:
             self.flags.append(text)
-
-    def on_event(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event in PROCESS_EVENTS:
-            self._flag(f"starts a process in run ({event}); the harness cannot count there")
-        elif event in THREAD_EVENTS:
-            self._flag("starts a thread in run; the harness cannot count there")
-        elif event in NETWORK_EVENTS:
-            self._flag(f"uses the network in run ({event})")
-        elif event == "open" and arguments and isinstance(arguments[0], (str, bytes)):
-            path = os.fsdecode(arguments[0])
-            mode = arguments[1] if len(arguments) > 1 else "r"
-            writes = isinstance(mode, str) and any(c in mode for c in "wax+")
-            code = path.endswith((".py", ".pyc", ".so")) or path.startswith((*LIBRARIES, "/proc/", "/sys/", "/dev/"))
-            if writes or not code:
-                self._flag(f"opens a file in run ({Path(path).name}); run is a pure function of its arguments")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -79,33 +115,17 @@ class Guard(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def __enter__(self) -> Guard:
-        global _active, _installed
-        if not _installed:
-            sys.addaudithook(_hook)
-            _installed = True
         self._global_state = _global_random_state()
-        self._start = threading.Thread.start
-        guard = self
-
-        def start(thread: threading.Thread) -> None:  # Python 3.11 raises no audit event for a thread
-            guard.on_event("_thread.start_new_thread", ())
-            guard._start(thread)
-
-        threading.Thread.start = start  # type: ignore[method-assign, assignment]
         self._default_rng = np.random.default_rng
         np.random.default_rng = self._checked_default_rng
-        _active = self
         super().__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        global _active
         super().__exit__(kind, error, trace)
-        _active = None
         np.random.default_rng = self._default_rng
-        threading.Thread.start = self._start  # type: ignore[method-assign]
         if _global_random_state() != self._global_state:
             self._flag("draws from a global random state in run; use session.rng or session.seed")
 

@@ -34,7 +34,7 @@ from stepmark.task import skip
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
-    from stepmark.meter.counts import Flops
+    from stepmark.meter.flops import Flops
 
 START_SECONDS, EXCHANGE_SECONDS, END_SECONDS, GRACE_SECONDS = 300.0, 60.0, 5.0, 1.0
 SENT = "sent"  # handle of the traffic: its figures stand in a record as sent_bytes and sent_messages per item

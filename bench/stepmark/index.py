@@ -42,7 +42,7 @@ def load() -> dict[Path, tuple[State, tuple[MethodInfo, ...]]]:
         kept = json.loads(_place().read_bytes())
         if kept["readers"] != _readers():
             return {}
-        return {Path(path): (tuple(state), tuple(map(_info, infos))) for path, state, infos in kept["files"]}
+        return {Path(path): (tuple(state), tuple(map(info_of, infos))) for path, state, infos in kept["files"]}
     except (OSError, ValueError, KeyError, TypeError, SyntaxError):
         return {}
 
@@ -50,7 +50,9 @@ def load() -> dict[Path, tuple[State, tuple[MethodInfo, ...]]]:
 def save(known: Mapping[Path, tuple[State, tuple[MethodInfo, ...]]]) -> None:
     """Write the index whole or not at all. Where the cache cannot be written, listing is slower, and that is all."""
     files = [
-        (str(path), state, [_plain(info) for info in infos]) for path, (state, infos) in known.items() if path.exists()
+        (str(path), state, [plain_of(info) for info in infos])
+        for path, (state, infos) in known.items()
+        if path.exists()
     ]
     with contextlib.suppress(OSError):
         _place().parent.mkdir(parents=True, exist_ok=True)
@@ -59,11 +61,13 @@ def save(known: Mapping[Path, tuple[State, tuple[MethodInfo, ...]]]) -> None:
         temporary.replace(_place())
 
 
-def _plain(info: MethodInfo) -> dict[str, Any]:
+def plain_of(info: MethodInfo) -> dict[str, Any]:
+    """What a file says of a method, as JSON can carry it."""
     return {**asdict(info), "path": str(info.path), "overrides": repr(info.overrides)}
 
 
-def _info(plain: dict[str, Any]) -> MethodInfo:
+def info_of(plain: Mapping[str, Any]) -> MethodInfo:
+    """And back."""
     paper = plain["paper"]
     return MethodInfo(
         **{

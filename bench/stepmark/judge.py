@@ -1,29 +1,41 @@
 """The harness's side of a measurement: what is asked of a method, what its answers are worth, and whether to believe them.
 
-Inputs and metrics are sealed while a plugin's code runs; the networks of the metrics are copies that no method sees. The
-comparisons hold calls against each other: same seed same bits, nothing carried over between calls or rungs, the same
-work on inputs that nobody has seen, and counts that agree with what the method reports.
+Inputs and metrics are out of a plugin's reach; the networks of the metrics are copies that no method sees. What a plugin
+says of itself is held against what can be seen from outside: bits of another process that ran the same call, work and
+quality on inputs that nobody has seen, seconds of the processor that the counts explain.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
+import secrets
+import time
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from stepmark import backbones
-from stepmark.cell import cut, fingerprint, size_of, source_digest, track_of
-from stepmark.runner import Call, Runner
+from stepmark.cell import cut, fingerprint, size_of, track_of
+from stepmark.meter.flops import FORMULAS
+from stepmark.remote import Worker
+from stepmark.runner import Call
 from stepmark.session import derive_seed
 from stepmark.stats import bootstrap_indices
 from stepmark.task import Score
 
 RESAMPLES = 100
 LITTLE = 0.4  # of the work on unseen inputs: who does less than this on the known ones has kept answers
+FEW = 8  # items of a batch below which one batch says little of what the next will take
+OTHER_BATCHES = 4  # so many are looked at then
+SPREAD = 10.0  # standard deviations between the quality of known and unseen inputs that no luck explains
+EXPLAINED = 3.0  # how often the seconds that the counts explain may be needed
+SLACK_NS = 20_000_000  # of the processor, beyond that
 
 
 class Judge:
@@ -37,6 +49,10 @@ class Judge:
         """n test inputs of a noise seed: the same for every method, on every machine."""
         generator = torch.Generator().manual_seed(derive_seed(purpose, self.task.id, self.task.version, seed))
         return self.track.inputs(self.task, n, generator, self.device)
+
+    def unseen(self, n: int) -> dict[str, Any]:
+        """n inputs that nobody can know: their seed is drawn when they are needed."""
+        return self.inputs(n, secrets.randbits(60), "audit")
 
     def check(self, batch: Mapping[str, Any], outputs: Any) -> None:
         """Raise `BadOutput` if these are no outputs for this batch."""
@@ -52,6 +68,24 @@ class Judge:
         roles = self.task.backbones | self.task.judges
         return {role: _network(name, backbones.digest(name), str(self.device)) for role, name in roles.items()}
 
+    def reference_flops(self, probe: Mapping[str, Any]) -> float | None:
+        """FLOPs per item of one reference evaluation; None where the task has no network or nothing is countable."""
+        return self._reference(probe)[0] if self.task.reference else None
+
+    def _reference(self, probe: Mapping[str, Any]) -> tuple[float | None, int]:
+        """FLOPs per item of a reference evaluation, and its nanoseconds of this process."""
+        networks = self.networks()
+        counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+        with torch.no_grad(), counter:
+            items = self.track.reference_call(self.task, networks, probe)
+        taken = []
+        with torch.no_grad():
+            for _ in range(3):
+                start = time.process_time_ns()
+                self.track.reference_call(self.task, networks, probe)
+                taken.append(time.process_time_ns() - start)
+        return counter.get_total_flops() / items or None, min(taken)
+
     # comparisons of calls --------------------------------------------------------------------------------------
 
     def reports(self, first: Call) -> list[str]:
@@ -65,54 +99,148 @@ class Judge:
                 flags.append(f"reports {value:g} {name} for the batch, the harness counted {own:g}")
         return flags
 
-    def work(self, runner: Runner, batch: dict[str, Any], rung: int, seed: int) -> tuple[Call, float | None, list[str]]:
-        """A counted call on the first items of a batch, the FLOPs of a reference evaluation, and flags: work that no
-        handle counts, and less of it than on inputs that nobody has seen."""
-        probe = cut(batch, 0, min(self.task.probe, size_of(batch)))
-        items = size_of(probe)
-        call = runner.counted(probe, rung, seed)
-        reference = runner.reference_flops(probe)
-        assert call.flops is not None
+    def work(self, call: Call, reference: float | None, items: int) -> list[str]:
+        """Flags of a counted call: work that no handle counts."""
+        flops = call.flops
+        assert flops is not None
         flags = list(call.flags)
-        if call.flops.strays:
-            flags.append(f"calls modules that no handle counts: {', '.join(sorted(set(call.flops.strays))[:3])}")
-        if call.flops.threads:
-            flags.append(f"calls modules in another thread: {', '.join(sorted(set(call.flops.threads))[:3])}")
-        if reference and call.flops.outside >= 0.5 * reference * items:
-            outside = call.flops.outside / reference / items
-            flags.append(f"spends {outside:.1f} reference evaluations per item outside any handle")
+        if flops.strays:
+            flags.append(f"calls modules that no handle counts: {', '.join(sorted(set(flops.strays))[:3])}")
+        if flops.threads:
+            flags.append(f"calls modules in another thread: {', '.join(sorted(set(flops.threads))[:3])}")
+        if flops.unpriced:
+            flags.append(f"uses operators whose FLOPs nobody knows: {', '.join(sorted(flops.unpriced)[:3])}")
+        outside = flops.outside + flops.arithmetic
+        if reference and outside >= 0.5 * reference * items:
+            flags.append(f"spends {outside / reference / items:.1f} reference evaluations per item outside any handle")
+        return flags
 
-        # Inputs that nobody has seen: their seed hangs on the method's own source, so no source can contain it.
-        number = int(source_digest(runner.info.path)[:12], 16)
-        hidden = runner.counted(self.inputs(items, number, "audit"), rung, seed)
-        flags += [flag for flag in hidden.flags if flag not in flags]
-        seen, unseen = _spent(call), _spent(hidden)
-        if any(a < LITTLE * b for a, b in zip(seen, unseen, strict=True)) and size_of(batch) > items:
-            # One short text beside a long one is no sign of anything: a whole batch is.
-            seen = _spent(runner.counted(batch, rung, seed))
-            unseen = _spent(runner.counted(self.inputs(size_of(batch), number, "audit"), rung, seed))
-        for name, known, new in zip(("FLOPs", "evaluations"), seen, unseen, strict=True):
-            if known < LITTLE * new:
-                flags.append(f"spends {known:g} {name} on the test inputs but {new:g} on unseen ones: answers kept?")
-        return call, reference, flags
+    def unseen_work(
+        self, mine: Worker, other: Worker, batch: dict[str, Any], first: Call, counted: Call, rung: int
+    ) -> list[str]:
+        """Flags: on inputs that nobody has seen, the same method in the same process does other work or worse, in another
+        process gives other bits, and under watch counts differently. `counted`: a counted call on the first items of
+        `batch`, `first` the scored one on all of them."""
+        size, seed = size_of(batch), secrets.randbits(60)
+        hidden = self.unseen(size)
+        there = mine.run(hidden, rung, seed)
+        self.check(hidden, there.outputs)
+        flags = [flag for flag in there.flags if flag not in counted.flags]
 
-    def again(self, runner: Runner, batch: dict[str, Any], first: Call, rung: int, seed: int) -> list[str]:
-        """Flags: the same call gives something else after another rung has run in between."""
-        other = next((r for r in self.task.rungs if r != rung), rung)
+        lesser = next((r for r in self.task.rungs if r != rung), rung)
         with contextlib.suppress(Exception):  # that rung's own cell reports its faults
-            runner.run(cut(batch, 0, min(self.task.probe, size_of(batch))), other, seed + 1)
-        again = runner.run(batch, rung, seed)
-        if fingerprint(again.outputs) != fingerprint(first.outputs):
-            return ["the same call with the same seed gave other bits after another rung had run: hidden state"]
-        if again.evaluations != first.evaluations:
-            return ["the same call counted differently the second time: answers kept between calls?"]
+            other.run(cut(hidden, 0, min(self.task.probe, size)), lesser, seed + 1)
+        again = other.run(hidden, rung, seed)
+        if fingerprint(again.outputs) != fingerprint(there.outputs):
+            flags.append("the same call with the same seed gave other bits in another process: hidden state")
+        elif again.evaluations != there.evaluations:
+            flags.append("the same call counted differently the second time: answers kept between calls?")
+        watched = other.counted(hidden, rung, seed)
+        if watched.evaluations != there.evaluations:
+            flags.append("counts differently while its FLOPs are counted")
+        flags += [flag for flag in watched.flags if flag not in [*flags, *counted.flags]]
+
+        flags += self._less(mine, batch, first, counted, there, watched, rung, seed)
+        flags += self._better(batch, first, hidden, there)
+        for call, which in ((there, "unseen"), (first, "scored")):
+            flags += self._unexplained(call, watched, hidden, f"on {which} inputs")
+        return flags
+
+    def _less(
+        self,
+        mine: Worker,
+        batch: dict[str, Any],
+        first: Call,
+        counted: Call,
+        there: Call,
+        watched: Call,
+        rung: int,
+        seed: int,
+    ) -> list[str]:
+        """Flags: less work on the known inputs than on any unseen ones. An adaptive method does less on some, by luck, the
+        more so the fewer they are; who keeps answers does less than on all."""
+        size = size_of(batch)
+        assert counted.flops is not None
+        assert watched.flops is not None
+        known = {"evaluations": first.spent, "FLOPs": counted.flops.total / min(self.task.probe, size) * size}
+        unseen = {"evaluations": [there.spent], "FLOPs": [float(watched.flops.total)]}
+        if all(known[name] >= LITTLE * unseen[name][0] for name in known):
+            return []
+        whole = mine.counted(batch, rung, seed)  # the first items alone may be the short ones
+        assert whole.flops is not None
+        known["FLOPs"] = float(whole.flops.total)
+        for _ in range(OTHER_BATCHES if size < FEW else 0):
+            more = mine.counted(self.unseen(size), rung, seed)
+            assert more.flops is not None
+            unseen["evaluations"].append(more.spent)
+            unseen["FLOPs"].append(float(more.flops.total))
+        return [
+            f"spends {known[name]:g} {name} on the test inputs but {min(unseen[name]):g} on unseen ones: answers kept?"
+            for name in known
+            if known[name] < LITTLE * min(unseen[name])
+        ]
+
+    def _better(self, batch: dict[str, Any], first: Call, hidden: dict[str, Any], there: Call) -> list[str]:
+        """Flags: answers to the known inputs that are better than luck allows."""
+        if size_of(batch) < FEW:
+            return []
+        name, better = next(iter(self.task.metrics.items()))
+        known, unseen = self.score(batch, first.outputs, 0)[name], self.score(hidden, there.outputs, 0)[name]
+        worse = unseen.value - known.value if better == "lower" else known.value - unseen.value
+        spread = math.hypot(float(np.std(known.resamples)), float(np.std(unseen.resamples)))
+        least = 0.5 * max(abs(known.value), abs(unseen.value))
+        if not worse > max(SPREAD * spread, least):
+            return []
+        return [f"{name} is {known.value:.4g} on the test inputs but {unseen.value:.4g} on unseen ones: answers kept?"]
+
+    def explained_ns(self, call: Call, flops: float, batch: Mapping[str, Any]) -> float | None:
+        """Nanoseconds of the processor that the counts of a call explain, at the prices of the reference network on this
+        machine: one for a call, one for a FLOP. None where there is no such network, or on another device."""
+        if self.task.reference is None or self.device.type != "cpu":
+            return None
+        price = _prices(self, min(size_of(batch), self.task.batch))
+        if price is None:
+            return None
+        calls = sum(each.get("calls") or each.get("evaluations", 0.0) for each in call.handles.values())
+        return price[0] * calls + price[1] * flops
+
+    def _unexplained(self, call: Call, watched: Call, batch: Mapping[str, Any], which: str) -> list[str]:
+        assert watched.flops is not None
+        explained = self.explained_ns(call, watched.flops.total, batch)
+        if explained is None or call.processor_ns is None or watched.flops.ranks:
+            return []
+        if call.processor_ns <= EXPLAINED * explained + SLACK_NS:
+            return []
+        used, known = call.processor_ns / 1e6, explained / 1e6
+        return [f"uses {used:.0f} ms of the processor {which}, of which its counts explain {known:.0f}: hidden work?"]
+
+    def clocks(self, calls: list[Call]) -> list[str]:
+        """Flags of timed calls: this side's clock, or the processor's, reads more than the process says."""
+        hidden = min(call.outside_ns - call.ns for call in calls if call.outside_ns is not None)
+        least = min(call.ns for call in calls)
+        if hidden > max(500_000, 0.25 * least):
+            return [f"takes {(least + hidden) / 1e6:.2f} ms by the harness's clock, {least / 1e6:.2f} by its process's"]
+        beyond = [call.processor_ns - call.ns for call in calls if call.processor_ns is not None]
+        if self.device.type == "cpu" and beyond and min(beyond) > max(10_000_000, least):
+            return [f"works {min(beyond) / 1e6:.0f} ms before or after the clock, or in other threads"]
         return []
 
 
-def _spent(call: Call) -> tuple[float, float]:
-    """FLOPs and evaluations."""
-    assert call.flops is not None
-    return call.flops.total, call.spent
+_priced: dict[tuple[str, int], tuple[float, float] | None] = {}
+
+
+def _prices(judge: Judge, size: int) -> tuple[float, float] | None:
+    """Nanoseconds of a call and of a FLOP, from the reference network on one item and on `size`."""
+    key = (judge.task.id, size)
+    if key not in _priced:
+        probe = judge.inputs(max(size, 2), 0, "audit")
+        (few, short), (many, long) = judge._reference(cut(probe, 0, 1)), judge._reference(probe)
+        if few is None or many is None:
+            _priced[key] = None
+        else:
+            more = many * size_of(probe) - few
+            _priced[key] = (float(short), max(0.0, (long - short) / more) if more > 0 else 0.0)
+    return _priced[key]
 
 
 @lru_cache(maxsize=16)

@@ -1,27 +1,29 @@
-"""The passes over a cell, each a function from a runner, its judge and the cell to a part of the record.
+"""The passes over a cell, each a function from a worker, its judge and the cell to a part of the record.
 
-They are separate so that none disturbs another: quality and counts come from plain calls, FLOPs and the audit from calls
-under watch, times from calls that nothing watches, memory and energy from calls of their own.
+They are separate so that none disturbs another: quality and counts come from plain calls, FLOPs from calls under watch,
+times from calls that nothing watches, memory and energy from calls of their own. A plain call is the same thing in every
+pass: a method cannot tell the scored ones from the timed and the audited ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import secrets
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
-
-from stepmark import plugins, record, runner
+from stepmark import plugins, record, remote
 from stepmark.cell import Cell, cut, fingerprint, join, size_of
 from stepmark.claims import TIMES, parse
 from stepmark.judge import Judge
+from stepmark.meter import energy as joules
 from stepmark.meter import latency as clock
 from stepmark.meter import machine
 from stepmark.method import Skip
-from stepmark.runner import Call, Runner
-from stepmark.task import sealed
+from stepmark.remote import Template, Worker
+from stepmark.runner import Call
 
 
 @dataclass
@@ -42,9 +44,10 @@ class Answers:
     outputs: Any
     batch: dict[str, Any]
     first: Call
+    last: Call
 
 
-def quality(mine: Runner, judge: Judge, cell: Cell) -> tuple[Part, Answers]:
+def quality(mine: Worker, judge: Judge, cell: Cell) -> tuple[Part, Answers]:
     """All items in batches, each counted and checked; then the metrics."""
     task = judge.task
     n = task.items(cell.tier)
@@ -74,16 +77,20 @@ def quality(mine: Runner, judge: Judge, cell: Cell) -> tuple[Part, Answers]:
     counts = {"nfe": sum(handles.get(name, {}).get("evaluations", 0.0) for name in mine.bounded) / n}
     for name, figures in handles.items():
         counts |= {f"{name}_{key}": value / n for key, value in figures.items() if key != "calls"}
-    return Part(fields, counts), Answers(inputs, outputs, cut(inputs, 0, task.batch), calls[0])
+    flags = list(dict.fromkeys(flag for call in calls for flag in call.flags))
+    return Part(fields, counts, flags=flags), Answers(inputs, outputs, cut(inputs, 0, task.batch), calls[0], calls[-1])
 
 
-def counts(mine: Runner, judge: Judge, cell: Cell, answers: Answers) -> Part:
-    """FLOPs and key/value bytes of a watched call, and what the comparisons of calls flag."""
+def counts(mine: Worker, judge: Judge, cell: Cell, answers: Answers) -> Part:
+    """FLOPs and key/value bytes of a watched call, and what comparisons of calls flag."""
     batch, first = answers.batch, answers.first
-    flags = judge.reports(first)
-    call, reference, more = judge.work(mine, batch, cell.rung, cell.seed)
-    flags += more + judge.again(mine, batch, first, cell.rung, cell.seed)
-    flops, items = call.flops, min(judge.task.probe, size_of(batch))
+    probe = cut(batch, 0, min(judge.task.probe, size_of(batch)))
+    items = size_of(probe)
+    call, reference = mine.counted(probe, cell.rung, cell.seed), judge.reference_flops(probe)
+    flags = judge.reports(first) + judge.work(call, reference, items)
+    with somebody_else(mine) as other:
+        flags += judge.unseen_work(mine, other, batch, first, call, cell.rung)
+    flops = call.flops
     assert flops is not None
     figures = {"flops": flops.total / items, "flops_outside": flops.outside / items}
     reasons = {}
@@ -98,42 +105,73 @@ def counts(mine: Runner, judge: Judge, cell: Cell, answers: Answers) -> Part:
     return Part({}, figures, reasons, flags)
 
 
-def latency(mine: Runner, judge: Judge, cell: Cell, answers: Answers) -> Part:
-    """Wall time of calls on the first batch, in rounds with those of the first baseline that runs on the task and of the
-    methods that a claim of time names beside it."""
-    batch, task = answers.batch, judge.task
-    runners = {"method": mine}
-    baseline = _baseline(mine, judge, cell, batch)
-    if baseline is not None:
-        runners["baseline"] = baseline
-    runners |= _beside(mine, cell, {each.info.id for each in runners.values()})
-    smoke = cell.tier == "smoke"
-    with sealed(), torch.no_grad():
-        read = clock.measure(
-            {name: partial(each.call, batch, cell.rung) for name, each in runners.items()},
-            mine.device,
+@contextlib.contextmanager
+def somebody_else(mine: Worker) -> Iterator[Worker]:
+    """Another worker of the same method, which has answered nothing yet; where processes do not fork, the same one."""
+    other = mine.template.worker()
+    try:
+        yield other
+    finally:
+        other.close()
+
+
+def latency(mine: Worker, judge: Judge, cell: Cell, answers: Answers) -> Part:
+    """Wall time of calls on batches of the size of the first, in rounds with those of the first baseline that runs on the
+    task and of the methods that a claim of time names beside it. Every round has inputs that nobody has seen; all subjects
+    of a round have the same."""
+    task, size = judge.task, size_of(answers.batch)
+    smoke, secret = cell.tier == "smoke", secrets.randbits(60)
+    batches: dict[int, dict[str, Any]] = {}  # of the round that is running
+    calls: list[Call] = []
+
+    def turn(worker: Worker, number: int) -> tuple[int, int | None, Any]:
+        if number not in batches:
+            batches.clear()
+            batches[number] = judge.inputs(size, secret + number, "timed")
+        call = worker.run(batches[number], cell.rung, secret + number)
+        if worker is mine and number >= 0:
+            calls.append(call)
+        return call.ns, call.device_ns, call.outputs
+
+    with contextlib.ExitStack() as opened:
+        workers = {"method": mine}
+        baseline = _baseline(mine, judge, cell, answers.batch)
+        if baseline is not None:
+            workers["baseline"] = _opened(opened, baseline)
+        for name, template in _beside(mine, cell, {each.info.id for each in workers.values()}).items():
+            workers[name] = _opened(opened, template)
+        read = clock.take_turns(
+            {name: partial(turn, worker) for name, worker in workers.items()},
             warmup=1,
             min_rounds=2 if smoke else task.rounds,
             min_seconds=0.02 if smoke else task.seconds,
             max_seconds=1.0 if smoke else 8.0,
-            setups={name: partial(each.begin, batch, cell.rung, cell.seed) for name, each in runners.items()},
+            events=judge.device.type == "cuda",
         )
     own = read["method"]
+    flags = judge.clocks(calls)
+    if any(call.flags for call in calls):
+        flags += list(dict.fromkeys(flag for call in calls for flag in call.flags))
+    last = len(own.samples_ns) - 1
+    with somebody_else(mine) as other:  # the last round again, by somebody who has not seen the others
+        again = other.run(judge.inputs(size, secret + last, "timed"), cell.rung, secret + last)
+    if fingerprint(again.outputs) != fingerprint(own.output):
+        flags.append("a timed call gave other outputs than the same call in another process: hidden state")
     others = {name: _milliseconds(each) for name, each in read.items() if name not in ("method", "baseline")}
     figures: dict[str, Any] = {"beside": others} if others else {}
     if baseline is not None:
-        other = read["baseline"]
-        ratio = clock.ratio(other, own)
+        other_read = read["baseline"]
+        ratio = clock.ratio(other_read, own)
         figures |= {
             "baseline": baseline.info.id,
-            "baseline_median_ms": other.median_ns / 1e6,
-            "baseline_samples_ms": _milliseconds(other),
+            "baseline_median_ms": other_read.median_ns / 1e6,
+            "baseline_samples_ms": _milliseconds(other_read),
             "speedup": ratio.value,
             "speedup_low": ratio.low,
             "speedup_high": ratio.high,
         }
     found = record.Latency(
-        items=size_of(batch),
+        items=size,
         median_ms=own.median_ns / 1e6,
         iqr_ms=own.iqr_ns / 1e6,
         p95_ms=own.p95_ns / 1e6,
@@ -141,12 +179,16 @@ def latency(mine: Runner, judge: Judge, cell: Cell, answers: Answers) -> Part:
         cuda_ms=own.cuda_median_ms,
         **figures,
     )
-    same = fingerprint(own.output) == fingerprint(answers.first.outputs)
-    flags = [] if same else ["the timed call gave other outputs than the scored one"]
     return Part({"latency": found}, reasons={"latency": own.note} if own.note else {}, flags=flags)
 
 
-def _baseline(mine: Runner, judge: Judge, cell: Cell, batch: Mapping[str, Any]) -> Runner | None:
+def _opened(stack: contextlib.ExitStack, template: Template) -> Worker:
+    worker = template.worker()
+    stack.callback(worker.close)
+    return worker
+
+
+def _baseline(mine: Worker, judge: Judge, cell: Cell, batch: Mapping[str, Any]) -> Template | None:
     """The first baseline that names the task, trained with seed 0. Where a task does not bring all that methods may
     ask for, one that lacks something is passed over."""
     partly = bool(judge.task.absent or judge.task.untrained)
@@ -155,9 +197,13 @@ def _baseline(mine: Runner, judge: Judge, cell: Cell, batch: Mapping[str, Any]) 
         if cell.task not in known[name].tasks:
             continue
         try:
-            found = runner.ready(known[name], cell.task, cell.tier, str(mine.device))
+            found = remote.ready(known[name], cell.task, cell.tier, str(mine.device))
             if partly:
-                found.run(batch, cell.rung, cell.seed)
+                worker = found.worker()
+                try:
+                    worker.run(batch, cell.rung, cell.seed)
+                finally:
+                    worker.close()
             return found
         except Skip:
             if not partly:
@@ -165,21 +211,21 @@ def _baseline(mine: Runner, judge: Judge, cell: Cell, batch: Mapping[str, Any]) 
     return None
 
 
-def _beside(mine: Runner, cell: Cell, have: set[str]) -> dict[str, Runner]:
-    """Runners of further methods whose times at this cell's rung a claim of the method compares with its own."""
+def _beside(mine: Worker, cell: Cell, have: set[str]) -> dict[str, Template]:
+    """Templates of further methods whose times at this cell's rung a claim of the method compares with its own."""
     known, named = plugins.methods(), []
     for claim in mine.info.claims:
         if (claim.task or mine.info.tasks[0]) == cell.task:
             named += [r.method for r in parse(claim.check).references() if r.metric in TIMES]
     ids = [name for name in dict.fromkeys(named) if name not in have and cell.task in known[name].tasks]
-    return {name: runner.ready(known[name], cell.task, cell.tier, str(mine.device)) for name in ids}
+    return {name: remote.ready(known[name], cell.task, cell.tier, str(mine.device)) for name in ids}
 
 
 def _milliseconds(read: clock.Latency) -> list[float]:
     return [round(ns / 1e6, 6) for ns in read.samples_ns]
 
 
-def memory(mine: Runner, judge: Judge, cell: Cell, answers: Answers) -> Part:
+def memory(mine: Worker, judge: Judge, cell: Cell, answers: Answers) -> Part:
     """The peak of one call. Where items run one after the other it is that of a few, and the tracker is slow."""
     batch = answers.batch
     few = cell.tier == "smoke" or isinstance(next(iter(batch.values())), list)
@@ -191,11 +237,11 @@ def memory(mine: Runner, judge: Judge, cell: Cell, answers: Answers) -> Part:
     return Part({"memory": found})
 
 
-def energy(mine: Runner, judge: Judge, cell: Cell, answers: Answers) -> Part:
+def energy(mine: Worker, judge: Judge, cell: Cell, answers: Answers) -> Part:
     """Joules of one call."""
     if cell.tier == "smoke":
         return Part(reasons={"energy": "not read at tier smoke"})
-    read = mine.fed(answers.batch, cell.rung, cell.seed)
+    read = joules.measure(partial(mine.run, answers.batch, cell.rung, cell.seed), mine.device)
     if read.joules is None or read.window_s is None:
         return Part(reasons={"energy": read.reason or "not read"})
     found = record.Energy(
@@ -204,7 +250,7 @@ def energy(mine: Runner, judge: Judge, cell: Cell, answers: Answers) -> Part:
     return Part({"energy": found})
 
 
-def timeless(mine: Runner, cell: Cell, timing: bool) -> str:
+def timeless(mine: Worker, cell: Cell, timing: bool) -> str:
     """Why neither time nor memory nor energy is read of a cell; "": they are."""
     if cell.seed:
         return "read at seed 0; other seeds repeat the quality"

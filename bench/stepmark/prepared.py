@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -26,6 +26,7 @@ from stepmark.meter import machine
 from stepmark.places import cache_folder
 
 CONTRACT = "3"  # raised when the meaning of a cached state changes
+NO_FUNCTION = "session.once takes a function that stands at the top level of a method's file or of a track"
 EMPTY, NAME = "empty", "="  # stands for no tensors at all, of which safetensors makes no file; begins every other name
 
 
@@ -67,6 +68,11 @@ def find(path: Path, seed: int) -> Path | None:
 
 def kept(path: Path, seed: int, make: Callable[[], State]) -> State:
     """The state at `path` for a training seed: loaded, or made and stored by one process while others wait."""
+    return read(place(path, seed, make))
+
+
+def place(path: Path, seed: int, make: Callable[[], State]) -> Path:
+    """The file of that state, which is made where it is not there or is damaged."""
     with contextlib.ExitStack() as held:
         if not any(path.parent.glob(f"{path.stem}-*.safetensors")):  # else it is known that every seed has its own
             held.enter_context(_locked(path.with_suffix(".lock")))
@@ -75,13 +81,14 @@ def kept(path: Path, seed: int, make: Callable[[], State]) -> State:
         found = find(path, seed)
         if found is not None:
             try:
-                return _read(found)
+                read(found)
+                return found
             except (OSError, ValueError, KeyError, TypeError, SafetensorError):
                 found.unlink(missing_ok=True)  # a damaged file is none
         state = make()
         found = own if state.drew else path
         _write(found, state)
-        return _read(found)
+        return found
 
 
 def _of_seed(path: Path, seed: int) -> Path:
@@ -109,7 +116,8 @@ def _write(path: Path, state: State) -> None:
     temporary.replace(path)
 
 
-def _read(path: Path) -> State:
+def read(path: Path) -> State:
+    """What `kept` has written."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as handle:
@@ -118,6 +126,58 @@ def _read(path: Path) -> State:
         tensors = {name.removeprefix(NAME): handle.get_tensor(name) for name in names}
     own = Cost(**said["own"])
     return State(tensors, said["drew"], own, {path.stem: own} | {k: Cost(**v) for k, v in said["costs"].items()})
+
+
+class Store(Protocol):
+    """Who keeps what is prepared. `make` makes it, where nobody has."""
+
+    def prepared(self, path: Path, seed: int, make: Callable[[], State]) -> State:
+        """The state of a method for a training seed."""
+
+    def once(self, training: Training, seed: int, make: Callable[[], State]) -> State:
+        """The result of a shared training for a training seed."""
+
+    def for_ranks(self) -> Store:
+        """The same in the processes that this one starts."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a shared training is: a function at the top level of a file, its literals as text, and what it hangs on.
+
+    `networks`: digest of the weights of all networks as they stand; `given`: of those of the task alone. `sources`: of
+    everything else.
+    """
+
+    name: str
+    file: Path
+    source: str
+    literals: str
+    networks: str
+    given: str
+    sources: Mapping[str, str]
+
+    @property
+    def path(self) -> Path:
+        """Where its result lies."""
+        parts = {"source": self.source, "literals": self.literals, "networks": self.networks}
+        return path_of("once", self.name, parts | dict(self.sources))
+
+
+class Cache:
+    """The cache folder of this machine, in this process."""
+
+    def prepared(self, path: Path, seed: int, make: Callable[[], State]) -> State:
+        """As the protocol says."""
+        return kept(path, seed, make)
+
+    def once(self, training: Training, seed: int, make: Callable[[], State]) -> State:
+        """As the protocol says."""
+        return kept(training.path, seed, make)
+
+    def for_ranks(self) -> Store:
+        """Itself."""
+        return self
 
 
 # what a shared training hangs on ----------------------------------------------------------------
@@ -156,6 +216,13 @@ def code_of(function: Callable[..., Any]) -> str:
     function = inspect.unwrap(function)  # a decorator's own file says nothing of what it holds
     name, code = getattr(function, "__name__", ""), getattr(function, "__code__", None)
     path = Path(code.co_filename) if code is not None else Path()
-    if code is None or not path.is_file() or not any(name in each.defined for each in definitions(path)):
-        raise TypeError("session.once takes a function that stands at the top level of a method's file or of a track")
+    if code is None:
+        raise TypeError(NO_FUNCTION)
+    return code_in(path, name)
+
+
+def code_in(path: Path, name: str) -> str:
+    """The same, by the function's file and name."""
+    if not path.is_file() or not any(name in each.defined for each in definitions(path)):
+        raise TypeError(NO_FUNCTION)
     return f"{name} {reach_digest([(path, [name])])}"

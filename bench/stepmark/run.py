@@ -1,22 +1,21 @@
-"""One cell -> one record. Read it downwards: the runner prepares, the passes measure, their parts become the record."""
+"""One cell -> one record. Read it downwards: a process prepares, the passes measure, their parts become the record."""
 
 from __future__ import annotations
 
 import datetime as dt
 import subprocess
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from stepmark import __version__, passes, plugins, record, runner, samples
+from stepmark import __version__, passes, plugins, record, remote, samples
 from stepmark.cell import Cell, digests, track_of
 from stepmark.judge import Judge
 from stepmark.meter import machine
 from stepmark.meter.counts import BudgetExceeded
 from stepmark.method import Skip
-from stepmark.runner import Runner
+from stepmark.remote import MethodFailed, Worker
 from stepmark.syntax import PluginError
 from stepmark.task import BadOutput, Sealed, Task
 
@@ -37,6 +36,7 @@ def measured(
     if info is None:
         raise KeyError(f"no method {cell.method!r}; see: stepmark list methods")
     torch.set_num_threads(1)
+    remote.nursery()  # which imports for some seconds, while this process does
     task = track_of(cell.task)[1]
     shown: samples.Shown | None = None
     try:
@@ -45,22 +45,25 @@ def measured(
         return record.Record(**_heading(cell, task, {}, device), status="failed", message=_one_line(str(error))), None
     fields = _heading(cell, task, sources, device)
     try:
-        mine = runner.ready(info, cell.task, cell.tier, device, cell.seed, show_progress, sources)
-        found, shown, beside = _walk(cell, mine, timing)
+        mine = remote.ready(info, cell.task, cell.tier, device, cell.seed, show_progress, sources).worker()
+        try:
+            found, shown, beside = _walk(cell, mine, timing)
+        finally:
+            mine.close()
         fields["environment"] |= beside
     except Skip as reason:
         found = {"status": "skipped", "message": _one_line(str(reason))}
+    except MethodFailed as error:
+        found = {"status": "failed", "message": _one_line(str(error))}
     except (BudgetExceeded, BadOutput, Sealed) as error:
         found = {"status": "failed", "message": _one_line(f"{type(error).__name__}: {error}")}
     except Exception as error:
-        place = _place(error, info.path)
-        found = {"status": "failed", "message": _one_line(f"{type(error).__name__}: {error} {place}")}
+        found = {"status": "failed", "message": _one_line(f"{type(error).__name__}: {error}")}
     return record.Record(**fields, **found), shown
 
 
-def _walk(cell: Cell, mine: Runner, timing: bool) -> tuple[dict[str, Any], samples.Shown | None, dict[str, str]]:
+def _walk(cell: Cell, mine: Worker, timing: bool) -> tuple[dict[str, Any], samples.Shown | None, dict[str, str]]:
     """Pass by pass; the record's fields, what there is to look at, what its times have to be read beside."""
-    mine.renew()
     judge = Judge(cell.task, mine.device)
 
     part, answers = passes.quality(mine, judge, cell)
@@ -77,10 +80,10 @@ def _walk(cell: Cell, mine: Runner, timing: bool) -> tuple[dict[str, Any], sampl
         found |= part.fields
         found["counts"] |= part.counts
         found["reasons"] |= part.reasons
-        found["flags"] += part.flags
+        found["flags"] += [flag for flag in part.flags if flag not in found["flags"]]
     found["status"] = "flagged" if found["flags"] else "ok"
     if found["flags"]:
-        runner.forget()  # whatever the plugin left behind must not reach the next cell
+        remote.forget()  # whatever the plugin left behind must not reach the next cell
     beside = {"processes": str(mine.ranks), "cores": str(machine.usable_cores())} if mine.ranks > 1 else {}
     if cell.seed or not judge.task.shown:
         return found, None, beside
@@ -112,17 +115,6 @@ def _heading(cell: Cell, task: Task, sources: dict[str, str], device: str) -> di
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())[:1900]
-
-
-def _place(error: BaseException, path: Path) -> str:
-    """(file:line) of the innermost frame inside the plugin."""
-    place = ""
-    trace = error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(path):
-            place = f"({path.name}:{trace.tb_lineno})"
-        trace = trace.tb_next
-    return place
 
 
 @lru_cache(maxsize=1)

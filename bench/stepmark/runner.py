@@ -1,18 +1,14 @@
 """The plugin's side of a measurement: a method on a task, prepared, and the calls into it.
 
 Batches, rungs and seeds go in; outputs, counts, FLOPs and flags come out. What is asked and what answers are worth is the
-other side's business (`stepmark.judge`): no test split, no metric and no record is in reach from here, so that all of it
-can live in a process of its own.
+other side's business (`stepmark.judge`). A measurement has it in a process of its own (`stepmark.child`), out of whose
+reach are the test split, the metrics, the records and the cache.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import gc
-import sys
 import time
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,17 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from stepmark import backbones, distributed, plugins, prepared
-from stepmark.audit import Guard
-from stepmark.cell import digests, size_of, source_digest, track_of
-from stepmark.meter import energy, memory
-from stepmark.meter.counts import Flops, Ledger, Traffic, Updates, count_flops, watch, watch_function
+from stepmark.audit import Guard, listening
+from stepmark.cell import digests, size_of, track_of
+from stepmark.meter import latency, memory
+from stepmark.meter.counts import Ledger, Traffic, Updates, watch, watch_function
+from stepmark.meter.flops import Flops, count_flops
 from stepmark.method import Method, skip
 from stepmark.plugins import MethodInfo
 from stepmark.record import Offline
 from stepmark.session import Session, derive_seed
-from stepmark.task import Task, sealed
-
-READY = 4  # runners kept for the next cell: a method and its baseline, and what one looks at beside them
+from stepmark.task import BadOutput, Task, sealed
+from stepmark.wire import WireError, settled
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,10 @@ class Call:
         handles: figures by handle; of handles never called none.
         evaluations: by handle, of all of them.
         reported: what the method says it asked.
-        flops: where they were counted. flags: what the guard saw, where it watched.
+        ns, device_ns: wall time of the call by the clock of its process, and by the device's own.
+        flops: where they were counted. flags: what was seen during the call.
+        outside_ns, processor_ns: of a call in a process of its own, what the other side's clock read, and seconds of the
+            processor that the process used from the batch to the outputs.
     """
 
     outputs: Any
@@ -53,8 +52,12 @@ class Call:
     handles: dict[str, dict[str, float]]
     evaluations: dict[str, float]
     reported: dict[str, float]
+    ns: int = 0
+    device_ns: int | None = None
     flops: Flops | None = None
     flags: list[str] = field(default_factory=list)
+    outside_ns: int | None = None
+    processor_ns: int | None = None
 
 
 class Networks(dict[str, nn.Module]):
@@ -77,9 +80,20 @@ def prepared_path(method: str, task: Task, sources: Mapping[str, str], tier: str
     return prepared.path_of("prepared", method, {**sources, **_preparing(task, tier, device)})
 
 
+def shared_sources(task: Task, sources: Mapping[str, str], tier: str, device: torch.device) -> dict[str, str]:
+    """What a training on a task hangs on, whoever asks for it. `sources`: the digests of a method's figures."""
+    theirs = {name: digest for name, digest in sources.items() if name not in _OF_METHODS}
+    return theirs | _preparing(task, tier, device)
+
+
 def _preparing(task: Task, tier: str, device: torch.device) -> dict[str, str]:
     """What a state hangs on besides the sources of a record: a method may prepare for each rung of the ladder."""
     return {"tier": tier, "device": device.type, "ladder": f"{task.rungs} {task.smoke_rungs}"}
+
+
+def prepare_seed(task: Task, training: int) -> int:
+    """The seed of the random streams of a preparation."""
+    return derive_seed("prepare", task.id, task.version) + training
 
 
 class Runner:
@@ -95,14 +109,18 @@ class Runner:
         show_progress: bool = True,
         rank: int = 0,
         sources: Mapping[str, str] | None = None,
+        store: prepared.Store | None = None,
     ) -> None:
-        """`sources`: the digests of all that the figures hang on, where somebody has taken them already."""
+        """`sources`: the digests of all that the figures hang on, where somebody has taken them already. `store`: who keeps
+        what is prepared; by default the cache of this machine."""
         self.info, self.seed = info, seed
         self.track, self.task = track_of(task_id)
         self.sources = sources or digests(info, self.task)
         if task_id not in info.tasks:
             raise KeyError(f"{info.id} does not name task {task_id!r}; it names {', '.join(info.tasks)}")
         self.tier, self.device = tier, torch.device(device)
+        self.store = store or prepared.Cache()
+        self._clock = latency.Sampler(self.device)
         self.method = self._load()
         self.ledger = Ledger(bounded=self.task.bounded)
         loaded = {role: backbones.load(name, self.device) for role, name in self.task.backbones.items()}
@@ -115,7 +133,7 @@ class Runner:
             self.ledger.entries[distributed.SENT] = Traffic()
             if rank == 0:  # the others are in processes of the pool, with a runner each
                 self.device = distributed.device_of(self.device, 0)
-                make = partial(Runner, info, task_id, tier, seed=seed)
+                make = partial(Runner, info, task_id, tier, seed=seed, store=self.store.for_ranks())
                 self.pool = distributed.Pool(make, self.device, self.ranks, plugins.restorers())
 
     def _load(self) -> Method:
@@ -131,11 +149,10 @@ class Runner:
             name: watch_function(self.ledger, name, function)
             for name, function in self.track.handles(self.task, self.device).items()
         }
-        theirs = {name: digest for name, digest in self.sources.items() if name not in _OF_METHODS}
-        sources = theirs | _preparing(self.task, self.tier, self.device)
+        sources = shared_sources(self.task, self.sources, self.tier, self.device)
         return Session(
             task, self.tier, self.device, torch.float32, self.networks, simulators, self.ledger, show_progress,
-            self.seed, sources,
+            self.seed, sources, self.store,
         )  # fmt: skip
 
     # -- prepare ------------------------------------------------------------------------------------------------
@@ -144,7 +161,7 @@ class Runner:
         """Train or load, so that what follows finds the same in either case."""
         if type(self.method).networks is Method.networks and type(self.method).prepare is Method.prepare:
             return Offline(seconds=0.0, evaluations={}, state_mib=0.0, updates=0.0)
-        seed = derive_seed("prepare", self.task.id, self.task.version) + self.seed
+        seed = prepare_seed(self.task, self.seed)
         self.session.begin("networks", seed)
         with sealed(), self.session.drawing(seed):  # initial weights of new networks
             own = self.method.networks(self.session)
@@ -157,7 +174,7 @@ class Runner:
             self.networks[name] = self._watched(name, network)
         self.session.advance("prepare")
         path = prepared_path(self.info.id, self.task, self.sources, self.tier, self.device)
-        state = prepared.kept(path, self.seed, partial(self._train, own, seed))
+        state = self.store.prepared(path, self.seed, partial(self._train, own, seed))
         self._restore(own, state.tensors)
         self.method = self._load()
         size = sum(value.numel() * value.element_size() for value in state.tensors.values())
@@ -227,30 +244,48 @@ class Runner:
         return self.method.run(self.session, batch, rung // self.task.price)
 
     def run(self, batch: Mapping[str, Any], rung: int, seed: int, index: int = 0) -> Call:
-        """One call within its budget.
+        """One call within its budget, by the clock.
 
         Raises:
-            BudgetExceeded: it asked for more.
+            BudgetExceeded: it asked for more. BadOutput: outputs that are more than plain data.
         """
-        outputs = self._again(batch, rung, seed, index)
-        self.ledger.check()
-        return self._called(outputs)
+        self.begin(batch, rung, seed, index)
+        return self.go(batch, rung)
 
-    def counted(self, batch: Mapping[str, Any], rung: int, seed: int) -> Call:
+    def go(self, batch: Mapping[str, Any], rung: int) -> Call:
+        """The call that has begun. What it returns is copied out inside the clock: nothing is left to be worked out."""
+        flags: list[str] = []
+        with sealed(), torch.no_grad(), listening(flags):
+            ns, device_ns, outputs = self._clock.sample(partial(self._settled, batch, rung))
+        self.ledger.check()
+        return self._called(outputs, flags, ns=ns, device_ns=device_ns)
+
+    def _settled(self, batch: Mapping[str, Any], rung: int) -> Any:
+        outputs = self.call(batch, rung)
+        try:
+            return settled(outputs)
+        except WireError as error:
+            raise BadOutput(str(error)) from None
+
+    def counted(self, batch: Mapping[str, Any], rung: int, seed: int, index: int = 0) -> Call:
         """One call under the FLOP counter and the guard."""
-        self.begin(batch, rung, seed)
-        guard = Guard(self.session.rng, self.session.seed)
-        with sealed(), torch.no_grad(), count_flops(self.ledger, list(self.networks.values())) as flops, guard:
-            outputs = self.call(batch, rung)
+        self.begin(batch, rung, seed, index)
+        flags: list[str] = []
+        guard = Guard(self.session.rng, self.session.seed, flags)
+        watching = count_flops(self.ledger, list(self.networks.values()))
+        with sealed(), torch.no_grad(), watching as flops, listening(flags), guard:
+            outputs = self._settled(batch, rung)
         for report in self.pool.reports if self.pool is not None else []:
             if report.flops is not None:
                 flops.ranks = [*(flops.ranks or [flops.total]), report.flops.total]
                 flops.strays += report.flops.strays
                 flops.threads += report.flops.threads
                 flops.outside += report.flops.outside
-            guard.flags += [flag for flag in report.flags if flag not in guard.flags]
+                flops.arithmetic += report.flops.arithmetic
+                flops.unpriced += [name for name in report.flops.unpriced if name not in flops.unpriced]
+            flags += [flag for flag in report.flags if flag not in flags]
         flops.total = sum(flops.ranks) or flops.total
-        return self._called(outputs, flops, guard.flags)
+        return self._called(outputs, flags, flops=flops)
 
     def reference_flops(self, probe: Mapping[str, Any]) -> float | None:
         """FLOPs per item of one reference evaluation; None where the task has no network or nothing is countable."""
@@ -266,10 +301,6 @@ class Runner:
         self.begin(batch, rung, seed)
         with sealed(), torch.no_grad():
             return memory.measure(partial(self.call, batch, rung), self.device)
-
-    def fed(self, batch: Mapping[str, Any], rung: int, seed: int) -> energy.Energy:
-        """The energy of one call, from a window of many."""
-        return energy.measure(partial(self._again, batch, rung, seed), self.device)
 
     @property
     def bounded(self) -> list[str]:
@@ -291,81 +322,27 @@ class Runner:
 
     def take_part(self, batch: Mapping[str, Any], rung: int, counting: bool) -> distributed.Report:
         """A worker's part of a call that has begun: what it counted, with FLOPs and flags where those are asked for."""
-        guard = Guard(self.session.rng, self.session.seed)
+        flags: list[str] = []
         with contextlib.ExitStack() as watching:
             watching.enter_context(sealed())
             watching.enter_context(torch.no_grad())
+            watching.enter_context(listening(flags))
             flops = None
             if counting:
                 flops = watching.enter_context(count_flops(self.ledger, list(self.networks.values())))
-                watching.enter_context(guard)
+                watching.enter_context(Guard(self.session.rng, self.session.seed, flags))
             self.call(batch, rung)
             self.session.group.finish()
-        return distributed.Report(dict(self.ledger.entries), flops, guard.flags)
+        return distributed.Report(dict(self.ledger.entries), flops, flags)
 
-    def _again(self, batch: Mapping[str, Any], rung: int, seed: int, index: int = 0) -> Any:
-        self.begin(batch, rung, seed, index)
-        with sealed(), torch.no_grad():
-            return self.call(batch, rung)
-
-    def _called(self, outputs: Any, flops: Flops | None = None, flags: list[str] | None = None) -> Call:
+    def _called(self, outputs: Any, flags: list[str], **figures: Any) -> Call:
         ledger = self.ledger
         reported = dict(self.session.reported)
-        return Call(outputs, ledger.spent, ledger.snapshot(), ledger.evaluations(), reported, flops, flags or [])
+        return Call(outputs, ledger.spent, ledger.snapshot(), ledger.evaluations(), reported, flags=flags, **figures)
 
     def _synchronise(self) -> None:
         if self.device.type != "cpu":
-            torch.accelerator.synchronize()
+            torch.accelerator.synchronize(self.device)
 
 
 _OF_METHODS = ("method", "track")  # digests that differ between methods of one task
-
-# runners that are kept --------------------------------------------------------------------------
-
-_ready: OrderedDict[tuple[Any, ...], Runner] = OrderedDict()
-
-
-def ready(
-    info: MethodInfo,
-    task_id: str,
-    tier: str,
-    device: str,
-    seed: int = 0,
-    show_progress: bool = True,
-    sources: Mapping[str, str] | None = None,
-) -> Runner:
-    """A runner that is kept for the next cell, as long as neither the method's file nor anything else has changed that
-    its state hangs on. One whose preparation draws no random numbers serves every seed."""
-    sources = sources or digests(info, track_of(task_id)[1])
-    same = (info.id, task_id, tier, device, source_digest(info.path), *sorted(sources.items()))
-    for key in ((*same, None), (*same, seed)):
-        if key in _ready:
-            _ready.move_to_end(key)
-            return _ready[key]
-    while len(_ready) >= READY:
-        _ready.popitem(last=False)
-    made = Runner(info, task_id, tier, device, seed, show_progress, sources=sources)
-    _ready[(*same, made.offline.seed)] = made
-    _settle()
-    return made
-
-
-def forget() -> None:
-    """Keep no runner: what a plugin left behind must not reach the next cell."""
-    _ready.clear()
-
-
-_settled = 0  # modules there were
-
-
-def _settle() -> None:
-    """Spare the garbage collector what the libraries hold for good, again whenever more of them have been loaded: it runs
-    before every measurement, tenths of a second each."""
-    global _settled
-    if len(sys.modules) < _settled + 50:
-        return
-    if not _settled:
-        atexit.register(gc.unfreeze)  # the libraries' own clean-up expects to be collected
-    gc.collect()
-    gc.freeze()
-    _settled = len(sys.modules)

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapte
 from stepmark.record import Device, Digest, Figure, MachineId, Name, Record, RecordError, TaskId
 
 if TYPE_CHECKING:
-    from stepmark.runner import Runner
+    from stepmark.remote import Worker
 
 IMAGES, TEXTS, POINTS = 10, 2, 100  # how many items of a cell are kept
 LONGEST_FILE = 5_000_000
@@ -146,7 +146,7 @@ def of_outputs(inputs: Mapping[str, Any], outputs: Any) -> Shown | None:
     return None
 
 
-def marked(shown: Shown | None, runner: Runner, inputs: Mapping[str, Any], rung: int, seed: int) -> Shown | None:
+def marked(shown: Shown | None, worker: Worker, inputs: Mapping[str, Any], rung: int, seed: int) -> Shown | None:
     """Texts with their drafts marked, where the method drafts: its first items are decoded once more and listened to."""
     from stepmark.backbones.lm import decode
     from stepmark.cell import cut
@@ -155,7 +155,7 @@ def marked(shown: Shown | None, runner: Runner, inputs: Mapping[str, Any], rung:
         return shown
     marks: list[list[tuple[str, Mark]]] = []
     for i, (_, text) in enumerate(shown.pairs):
-        heard = runner.drafts(cut(inputs, i, i + 1), rung, seed)
+        heard = worker.drafts(cut(inputs, i, i + 1), rung, seed)
         if heard is None:
             return shown
         written, steps = heard
@@ -294,7 +294,8 @@ def remake(record: Record, device: str = "cpu", prepare: bool = False) -> Shown 
 
     from stepmark import cell, plugins, prepared
     from stepmark.judge import Judge
-    from stepmark.runner import prepared_path, ready
+    from stepmark.remote import ready
+    from stepmark.runner import prepared_path
 
     info = plugins.methods().get(record.method)
     if info is None or record.task not in plugins.tasks():
@@ -307,12 +308,16 @@ def remake(record: Record, device: str = "cpu", prepare: bool = False) -> Shown 
     if long and not prepare and prepared.find(path, record.seed) is None:
         return "its prepared state is not in the cache (give --prepare to make it)"
     torch.set_num_threads(1)
-    runner, judge = ready(info, record.task, record.tier, device, record.seed), Judge(record.task, device)
-    inputs = cell.cut(judge.inputs(task.items(record.tier), record.seed), 0, task.batch)
-    outputs = runner.run(inputs, record.rung, record.seed).outputs
-    judge.check(inputs, outputs)
-    shown = of_outputs(inputs, outputs)
-    return marked(shown, runner, inputs, record.rung, record.seed) or "there is nothing to look at"
+    judge = Judge(record.task, device)
+    worker = ready(info, record.task, record.tier, device, record.seed).worker()
+    try:
+        inputs = cell.cut(judge.inputs(task.items(record.tier), record.seed), 0, task.batch)
+        outputs = worker.run(inputs, record.rung, record.seed).outputs
+        judge.check(inputs, outputs)
+        shown = of_outputs(inputs, outputs)
+        return marked(shown, worker, inputs, record.rung, record.seed) or "there is nothing to look at"
+    finally:
+        worker.close()
 
 
 def refresh(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -64,9 +66,10 @@ class Session:
         show_progress: bool = True,
         training: int = 0,
         sources: Mapping[str, str] | None = None,
+        store: prepared.Store | None = None,
     ) -> None:
         """Harness only. `training`: the seed of this training. `sources`: digests of what every training on the task
-        hangs on; without them `once` keeps nothing."""
+        hangs on; without them `once` keeps nothing. `store`: who keeps it."""
         self.task, self.tier, self.device, self.dtype = task, tier, device, dtype
         self.networks, self.simulators = networks, simulators
         self.state: dict[str, Tensor] = {}
@@ -74,7 +77,7 @@ class Session:
         self.rng = torch.Generator(device=device)
         self._seed = 0
         self._seed_read = False
-        self._training, self._sources = training, sources
+        self._training, self._sources, self._store = training, sources, store or prepared.Cache()
         self._running: list[str] = []  # what `once` runs, the innermost last
         self._ledger = ledger
         self._show_progress = show_progress
@@ -160,19 +163,28 @@ class Session:
         name = f"{source}{said}"
         if name in self._running:
             raise TypeError(f"session.once: {function.__name__}{said} asks for itself")
-        weights = {role: net.state_dict() for role, net in self.networks.items()}
-        parts = {"source": source, "literals": said, "networks": digest_of(weights)}
         start = time.perf_counter()
 
         def make() -> prepared.State:
-            return self._made(name, lambda: function(self, *literals))
+            return self.made(name, lambda: function(self, *literals))
 
         with Updates() as made:
             if self._sources is None:
                 state = make()
             else:
-                path = prepared.path_of("once", function.__name__, parts | dict(self._sources))
-                state = prepared.kept(path, self._training, make)
+                state = self._store.once(
+                    prepared.Training(
+                        function.__name__,
+                        Path(inspect.unwrap(function).__code__.co_filename),
+                        source,
+                        said,
+                        self._weights(self.networks),
+                        self._weights(self.task.backbones),
+                        self._sources,
+                    ),
+                    self._training,
+                    make,
+                )
         for network in self.networks.values():  # as after a training, also where it was found
             network.zero_grad(set_to_none=True)
         self.shared_seconds += time.perf_counter() - start
@@ -181,8 +193,11 @@ class Session:
         self.drew = self.drew or state.drew
         return {key: value.to(self.device) for key, value in state.tensors.items()}
 
-    def _made(self, name: str, function: Callable[[], Mapping[str, Tensor]]) -> prepared.State:
-        """Run a shared training with random streams and counts of its own, and put back the caller's."""
+    def _weights(self, roles: Iterable[str]) -> str:
+        return digest_of({role: self.networks[role].state_dict() for role in roles})
+
+    def made(self, name: str, function: Callable[[], Mapping[str, Tensor]]) -> prepared.State:
+        """Harness only: run a shared training with random streams and counts of its own, and put back the caller's."""
         stream, numbers = self.rng.get_state(), (self._seed, self._seed_read)
         tallies = (self.drew, self.shared, self.shared_seconds, self.shared_updates)
         entries = dict(self._ledger.entries)

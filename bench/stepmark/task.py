@@ -169,6 +169,12 @@ def sealed() -> Iterator[None]:
         _method_running -= 1
 
 
+def seal() -> None:
+    """As `sealed`, for good: in the processes of methods."""
+    global _method_running
+    _method_running += 1
+
+
 def harness_only(what: str) -> None:
     """Raise `Sealed` if a plugin's code is running: tracks call it first in `inputs` and `score`."""
     if _method_running:

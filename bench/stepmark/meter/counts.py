@@ -1,4 +1,4 @@
-"""Counts that the harness takes itself: network evaluations, simulator calls, positions, layers, FLOPs.
+"""Counts that the harness takes itself: network evaluations, simulator calls, positions, layers (FLOPs: `flops.py`).
 
 Every costly thing a method can reach is watched by a `Ledger`. A network is counted by replacing `forward` on the
 instance, so that `net(x)`, `net.forward(x)` and a `deepcopy` of it all count; where a track names the layers of a
@@ -7,19 +7,15 @@ network, an evaluation is all of them once, and a call that runs some of them co
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import threading
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 
 class BudgetExceeded(Exception):
@@ -195,14 +191,23 @@ def held_bytes(owner: Any) -> int:
     return sum(storages.values())
 
 
+NAMED_FIRST = ("input_ids", "inputs_embeds", "hidden_states", "sample", "x")  # what networks call what they work on
+
+
 def shape_of(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, int]:
-    """(rows, positions) of a call: first dimension of its first tensor; x sequence length for tokens and hidden states."""
-    for value in (*args, *(kwargs.get(k) for k in ("input_ids", "inputs_embeds", "hidden_states")), *kwargs.values()):
-        if isinstance(value, Tensor):
-            rows = value.shape[0] if value.ndim else 1
-            sequence = value.ndim == 3 or (value.ndim == 2 and not value.is_floating_point())
-            return rows, rows * value.shape[1] if sequence else rows
-    return 1, 1
+    """(rows, positions) of a call: first dimension of what it works on; x sequence length for tokens and hidden states.
+
+    What it works on is its first tensor of two dimensions or more, or the one of a usual name; another such one that has
+    more rows counts in its place, so that neither the order of arguments nor a keyword makes a batch smaller.
+    """
+    tensors = [value for value in (*args, *map(kwargs.get, NAMED_FIRST), *kwargs.values()) if isinstance(value, Tensor)]
+    if not tensors:
+        return 1, 1
+    whole = [value for value in tensors if value.ndim > 1] or tensors  # a time or positions alone are no batch
+    value = max(whole, key=lambda each: each.shape[0] if each.ndim else 1)  # the first of equals
+    rows = value.shape[0] if value.ndim else 1
+    sequence = value.ndim == 3 or (value.ndim == 2 and not value.is_floating_point())
+    return rows, rows * value.shape[1] if sequence else rows
 
 
 def _elements(args: Sequence[Any], kwargs: dict[str, Any]) -> int:
@@ -285,74 +290,3 @@ def watch_function(ledger: Ledger, name: str, function: Callable[..., Any]) -> C
             ledger.leave()
 
     return counted
-
-
-def _mv_flops(matrix: Sequence[int], *_: Any, **__: Any) -> int:
-    return 2 * matrix[0] * matrix[1]
-
-
-def _dot_flops(vector: Sequence[int], *_: Any, **__: Any) -> int:
-    return 2 * vector[0]
-
-
-@dataclass
-class Flops:
-    """FLOPs of one call: all of them, those outside any counted call, and uncounted modules that ran.
-
-    `held`: greatest bytes in key/value caches at the start of a layer, a layer's own pass left out. `read`: those bytes
-    summed over the calls of layers, each of which reads its share of its cache. `ranks`: the share of each process of a
-    method that runs on several.
-    """
-
-    total: int = 0
-    outside: int = 0
-    held: int = 0
-    read: float = 0.0
-    ranks: list[int] = field(default_factory=list)
-    strays: list[str] = field(default_factory=list)
-    threads: list[str] = field(default_factory=list)
-
-
-@contextlib.contextmanager
-def count_flops(ledger: Ledger, watched: Sequence[nn.Module]) -> Iterator[Flops]:
-    """Count FLOPs (2 per multiply-add) of the calling thread while inside; never time under it.
-
-    `FlopCounterMode` misses the fused path of `nn.MultiheadAttention`, the mkldnn LSTM and matrix-vector products:
-    the first two are switched off while inside, the last are mapped. Modules with weights that run without belonging
-    to a watched network, and modules that run in another thread, are named in the result.
-    """
-    known = {id(part) for network in watched for part in network.modules()}
-    result = Flops()
-    own = threading.get_ident()
-    counter = FlopCounterMode(
-        display=False, custom_mapping={torch.ops.aten.mv: _mv_flops, torch.ops.aten.dot: _dot_flops}
-    )
-
-    def before(module: nn.Module, args: Any) -> None:
-        if threading.get_ident() != own:
-            result.threads.append(type(module).__name__)
-        elif id(module) not in known and ledger.active == 0 and _has_weights(module):
-            result.strays.append(type(module).__name__)
-
-    hook = nn.modules.module.register_module_forward_pre_hook(before)
-    fast = torch.backends.mha.get_fastpath_enabled()
-    recurrent = any(isinstance(part, nn.LSTM) for network in watched for part in network.modules())
-    mkldnn = torch.backends.mkldnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
-    ledger.flops_inside, ledger.flops_now = 0, counter.get_total_flops
-    ledger.held, ledger.read = 0, 0.0
-    ledger.caches.clear()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with mkldnn, counter:
-            yield result
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        hook.remove()
-        ledger.flops_now = None
-        result.total = counter.get_total_flops()
-        result.outside = result.total - ledger.flops_inside
-        result.held, result.read = ledger.held, ledger.read
-
-
-def _has_weights(module: nn.Module) -> bool:
-    return next(module.parameters(), next(module.buffers(), None)) is not None

@@ -13,6 +13,7 @@ import gc
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,7 @@ def synchroniser(device: torch.device | str) -> Callable[[], None]:
     return lambda: torch.accelerator.synchronize(device)
 
 
-class _Sampler:
+class Sampler:
     """Times single calls on one device."""
 
     def __init__(self, device: torch.device | str) -> None:
@@ -150,9 +151,32 @@ def measure(
     max_seconds: float = 60.0,
     setups: Mapping[str, Callable[[], Any]] | None = None,
 ) -> dict[str, Latency]:
-    """Time the subjects against each other; each is a call without arguments at the shapes to be measured.
+    """Time subjects of this process against each other; each is a call without arguments at the shapes to be measured.
 
-    `setups[name]` runs before every call of that subject, outside the clock (random stream, counters).
+    `setups[name]` runs before every call of that subject, outside the clock (random stream, counters). The rest as
+    `take_turns`.
+    """
+    sampler, before = Sampler(device), dict(setups or {})
+
+    def turn(name: str, number: int) -> tuple[int, int | None, Any]:
+        if (setup := before.get(name)) is not None:
+            setup()
+        return sampler.sample(subjects[name])
+
+    turns = {name: partial(turn, name) for name in subjects}
+    return take_turns(turns, warmup, min_rounds, min_seconds, max_seconds, sampler.events)
+
+
+def take_turns(
+    subjects: Mapping[str, Callable[[int], tuple[int, int | None, Any]]],
+    warmup: int,
+    min_rounds: int,
+    min_seconds: float,
+    max_seconds: float,
+    events: bool = False,
+) -> dict[str, Latency]:
+    """Time subjects against each other. Each makes the call of a round, whose number it is told (warm-ups are below 0), and
+    returns its wall nanoseconds, those of the device or None, and what it wants to be kept of the last call.
 
     Rounds go on until there are `min_rounds` of them and every subject has been timed for `min_seconds` in
     all. No round begins after `max_seconds` of rounds (warm-up not included), but `FEWEST_ROUNDS` are always
@@ -162,15 +186,10 @@ def measure(
         raise ValueError("measure: no subjects")
     if warmup < 1 or min_rounds < 1:
         raise ValueError("measure: at least one warm-up call and one round")
-    sampler = _Sampler(device)
     forward = list(subjects)
-    before = {name: (setups or {}).get(name) for name in forward}
-    for _ in range(warmup):
+    for number in range(-warmup, 0):
         for name in forward:
-            if (setup := before[name]) is not None:
-                setup()
-            subjects[name]()
-    sampler.synchronise()
+            subjects[name](number)
     wall: dict[str, list[int]] = {name: [] for name in forward}
     cuda: dict[str, list[int]] = {name: [] for name in forward}
     outputs: dict[str, Any] = {}
@@ -185,9 +204,7 @@ def measure(
             break
         for name in forward if rounds % 2 == 0 else reversed(forward):
             outputs.pop(name, None)  # freed before the clock starts, not inside the sample
-            if (setup := before[name]) is not None:
-                setup()
-            ns, device_ns, outputs[name] = sampler.sample(subjects[name])
+            ns, device_ns, outputs[name] = subjects[name](rounds)
             wall[name].append(ns)
             if device_ns is not None:
                 cuda[name].append(device_ns)
@@ -195,8 +212,8 @@ def measure(
     return {
         name: Latency(
             samples_ns=tuple(wall[name]),
-            cuda_samples_ns=tuple(cuda[name]) if sampler.events else None,
-            cuda_reason=None if sampler.events else NO_EVENTS,
+            cuda_samples_ns=tuple(cuda[name]) if events else None,
+            cuda_reason=None if events else NO_EVENTS,
             note=note,
             output=outputs[name],
         )
@@ -226,7 +243,7 @@ def ratio(a: Latency, b: Latency, B: int = 2000, seed: int = 0, level: float = 0
 def floor(device: torch.device | str, rounds: int = 2000) -> float:
     """Median nanoseconds that the protocol reads for a call that does nothing: what it adds to every
     sample."""
-    sampler = _Sampler(device)
+    sampler = Sampler(device)
 
     def nothing() -> None:
         return None

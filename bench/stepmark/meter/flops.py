@@ -1,0 +1,196 @@
+"""FLOPs of a call, by operator: of what torch's counter knows, of what it does not, and what nobody can price."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from stepmark.meter.counts import Ledger
+
+
+def _mv_flops(matrix: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * matrix[0] * matrix[1]
+
+
+def _dot_flops(vector: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * vector[0]
+
+
+def _distance_flops(first: Sequence[int], second: Sequence[int], *_: Any, **__: Any) -> int:
+    return 3 * math.prod(first) * second[-2]  # a difference, a product and a sum for each pair of rows and each column
+
+
+def _factoring(factor: float, sides: int = 0) -> Callable[..., int]:
+    """FLOPs of operators on matrices m x n: `factor` m n min(m, n), and `sides` n^2 for each column of a second argument
+    (LAPACK's counts to leading order)."""
+
+    def flops(matrix: Sequence[int], other: Sequence[int] = (), *_: Any, **__: Any) -> int:
+        *batch, m, n = matrix
+        columns = other[-1] if sides and isinstance(other, Sequence) and len(other) > 1 else 1
+        return round(math.prod(batch) * (factor * m * n * min(m, n) + sides * n * n * columns))
+
+    return flops
+
+
+def _fourier_flops(signal: Sequence[int], *_: Any, **__: Any) -> int:
+    return round(5 * math.prod(signal) * math.log2(max(2, math.prod(signal[1:]))))
+
+
+_BY_NAME: dict[str, Callable[..., int]] = {
+    "mv": _mv_flops,
+    "dot": _dot_flops,
+    "vdot": _dot_flops,
+    "_cdist_forward": _distance_flops,
+    "_euclidean_dist": _distance_flops,
+    "linalg_cholesky_ex": _factoring(1 / 3),
+    "cholesky": _factoring(1 / 3),
+    "cholesky_inverse": _factoring(2 / 3),
+    "linalg_inv_ex": _factoring(2),
+    "_linalg_det": _factoring(2 / 3),
+    "_linalg_slogdet": _factoring(2 / 3),
+    "linalg_lu": _factoring(2 / 3),
+    "linalg_lu_factor_ex": _factoring(2 / 3),
+    "_linalg_solve_ex": _factoring(2 / 3, 2),
+    "linalg_solve_triangular": _factoring(0, 1),
+    "triangular_solve": _factoring(0, 1),
+    "cholesky_solve": _factoring(0, 2),
+    "linalg_qr": _factoring(4),
+    "_linalg_svd": _factoring(22),
+    "_linalg_eigh": _factoring(9),
+    "linalg_eig": _factoring(25),
+    "linalg_lstsq": _factoring(2, 2),
+    "_fft_c2c": _fourier_flops,
+    "_fft_r2c": _fourier_flops,
+    "_fft_c2r": _fourier_flops,
+}
+FORMULAS = {
+    getattr(torch.ops.aten, name): formula for name, formula in _BY_NAME.items() if hasattr(torch.ops.aten, name)
+}
+# Operators without a formula that cost no more than a look at each element of what they read or write.
+CHEAP = frozenset(
+    """
+    adaptive_avg_pool2d all amax amin aminmax any arange argmax argmin argsort as_strided avg_pool2d bernoulli
+    bincount bucketize cat clone col2im constant_pad_nd copy count_nonzero cummax cummin cumprod cumsum
+    diagonal_scatter diff embedding embedding_bag empty empty_like empty_permuted empty_strided equal exponential eye
+    fill flip full full_like gather grid_sampler_2d histc im2col index index_add index_copy index_fill index_put
+    index_reduce index_select is_nonzero isin item kthvalue lift_fresh linalg_vector_norm linspace local_scalar_dense
+    log_softmax logcumsumexp logspace logsumexp masked_fill masked_scatter masked_select max max_pool2d_with_indices
+    mean median min mode multinomial nanmedian native_batch_norm native_batch_norm_legit_no_training native_dropout
+    native_group_norm native_layer_norm new_empty new_full new_ones new_zeros nll_loss_forward nonzero norm normal
+    normal_ ones ones_like pixel_shuffle pixel_unshuffle prod put rand rand_like randint randint_like randn randn_like
+    random randperm reflection_pad2d repeat repeat_interleave replication_pad2d reshape_copy resize roll rot90
+    safe_softmax scalar_tensor scatter scatter_add scatter_reduce searchsorted select_scatter set set_ slice_scatter
+    softmax sort stack std std_mean sum take to_copy topk trace tril tril_indices triu triu_indices unfold_copy
+    uniform unique unique2 unique_consecutive unique_dim unsafe_view upsample_bicubic2d upsample_bilinear2d
+    upsample_nearest2d var var_mean view_copy zero zeros zeros_like
+    """.split()
+)
+
+
+class Operators(TorchDispatchMode):
+    """Adds up the arithmetic outside counted calls, and names operators whose FLOPs nobody knows."""
+
+    def __init__(self, ledger: Ledger, flops: Flops) -> None:
+        super().__init__()
+        self._ledger, self._flops = ledger, flops
+        self._kinds: dict[Any, str] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kind = self._kinds.get(func)
+        if kind is None:
+            kind = self._kinds[func] = _kind_of(func)
+        found = func(*args, **(kwargs or {}))
+        if kind == "unknown":
+            name = str(func)
+            if name not in self._flops.unpriced:
+                self._flops.unpriced.append(name)
+        elif kind == "elements" and self._ledger.active == 0:
+            touched = [value for value in (*args, found) if isinstance(value, Tensor)]
+            self._flops.arithmetic += max((value.numel() for value in touched), default=0)
+        return found
+
+
+def _kind_of(func: Any) -> str:
+    """Of an operator: whether its FLOPs are "counted", grow with the "elements" that it touches, are none or "unknown"."""
+    packet = func.overloadpacket
+    if packet in flop_registry or packet in FORMULAS:
+        return "counted"
+    if torch.Tag.pointwise in func.tags:
+        return "elements"
+    if func.is_view or not any(isinstance(r.type, torch.TensorType) for r in func._schema.returns):
+        return "free"
+    name = packet.__name__.strip("_").removesuffix("_backward")
+    return "elements" if name in CHEAP else "unknown"
+
+
+@dataclass
+class Flops:
+    """FLOPs of one call: all of them, those outside any counted call, and uncounted modules that ran.
+
+    `arithmetic`: elements that were computed one by one outside any counted call; `unpriced`: operators that ran and whose
+    FLOPs nobody knows. `held`: greatest bytes in key/value caches at the start of a layer, a layer's own pass left out.
+    `read`: those bytes summed over the calls of layers, each of which reads its share of its cache. `ranks`: the share of
+    each process of a method that runs on several.
+    """
+
+    total: int = 0
+    outside: int = 0
+    held: int = 0
+    read: float = 0.0
+    ranks: list[int] = field(default_factory=list)
+    arithmetic: int = 0
+    unpriced: list[str] = field(default_factory=list)
+    strays: list[str] = field(default_factory=list)
+    threads: list[str] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def count_flops(ledger: Ledger, watched: Sequence[nn.Module]) -> Iterator[Flops]:
+    """Count FLOPs (2 per multiply-add) of the calling thread while inside; never time under it.
+
+    `FlopCounterMode` misses the fused path of `nn.MultiheadAttention`, the mkldnn LSTM and matrix-vector products:
+    the first two are switched off while inside, the last are mapped. Modules with weights that run without belonging
+    to a watched network, and modules that run in another thread, are named in the result.
+    """
+    known = {id(part) for network in watched for part in network.modules()}
+    result = Flops()
+    own = threading.get_ident()
+    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+
+    def before(module: nn.Module, args: Any) -> None:
+        if threading.get_ident() != own:
+            result.threads.append(type(module).__name__)
+        elif id(module) not in known and ledger.active == 0 and _has_weights(module):
+            result.strays.append(type(module).__name__)
+
+    hook = nn.modules.module.register_module_forward_pre_hook(before)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    recurrent = any(isinstance(part, nn.LSTM) for network in watched for part in network.modules())
+    mkldnn = torch.backends.mkldnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
+    ledger.flops_inside, ledger.flops_now = 0, counter.get_total_flops
+    ledger.held, ledger.read = 0, 0.0
+    ledger.caches.clear()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with mkldnn, counter, Operators(ledger, result):
+            yield result
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        hook.remove()
+        ledger.flops_now = None
+        result.total = counter.get_total_flops()
+        result.outside = result.total - ledger.flops_inside
+        result.held, result.read = ledger.held, ledger.read
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return next(module.parameters(), next(module.buffers(), None)) is not None

@@ -1,0 +1,51 @@
+"""The process that the processes of methods are forked from: it has imported what they need, and knows no plugin.
+
+    python -m stepmark.nursery FD
+
+It is started by `stepmark.remote` and ends when that process does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import os
+import signal
+import socket
+import sys
+import warnings
+
+
+def main(number: int) -> None:
+    """Serve births on the socket with that file number."""
+    from stepmark import backbones, child, confine, plugins
+    from stepmark.wire import Closed, Link
+
+    confine.end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for track in plugins.tracks():
+        importlib.import_module(f"stepmark.tracks.{track}")
+    backbones.recipes()
+    plugins.fixed_tasks()
+    gc.collect()
+    gc.freeze()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    link = Link(socket.socket(fileno=number))
+    with contextlib.suppress(Closed):
+        while True:
+            request = link.receive()
+            _, ends, _, _ = socket.recv_fds(link.end, 1, 1)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of threads: there are none
+                born = os.fork()
+            if born == 0:
+                link.close()
+                child.serve(socket.socket(fileno=ends[0]), request)
+            os.close(ends[0])
+            link.send({"born": born})
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
+    os._exit(0)  # what libraries do when they end is not worth a wait
