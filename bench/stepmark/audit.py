@@ -47,7 +47,11 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
         path = os.fsdecode(arguments[0])
         mode = arguments[1] if len(arguments) > 1 else "r"
         writes = isinstance(mode, str) and any(c in mode for c in "wax+")
-        code = path.endswith((".py", ".pyc", ".so")) or path.startswith((*LIBRARIES, "/proc/", "/sys/", "/dev/"))
+        code = (
+            path.endswith((".py", ".pyc", ".so"))
+            or path in sys.path
+            or path.startswith((*LIBRARIES, "/proc/", "/sys/", "/dev/"))
+        )
         if writes or not code:
             _flag(f"opens a file in run ({Path(path).name}); run is a pure function of its arguments")
 

@@ -17,25 +17,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from stepmark import backbones
 from stepmark.cell import cut, fingerprint, size_of, track_of
 from stepmark.meter.flops import FORMULAS
+from stepmark.record import Offline
 from stepmark.remote import Worker
 from stepmark.runner import Call
 from stepmark.session import derive_seed
 from stepmark.stats import bootstrap_indices
-from stepmark.task import Score
+from stepmark.task import Score, load_split
 
 RESAMPLES = 100
 LITTLE = 0.4  # of the work on unseen inputs: who does less than this on the known ones has kept answers
 FEW = 8  # items of a batch below which one batch says little of what the next will take
 OTHER_BATCHES = 4  # so many are looked at then
 SPREAD = 10.0  # standard deviations between the quality of known and unseen inputs that no luck explains
+PACKED = 1.5  # how much dearer than the reference an evaluation of the reference network may be
+COPIED = 0.1  # of the usual distance between a held-out item and the nearest train item: nearer is a copy
 EXPLAINED = 3.0  # how often the seconds that the counts explain may be needed
-SLACK_NS = 20_000_000  # of the processor, beyond that
+SLACK_NS = {"unseen": 3e6, "scored": 2e7}  # of the processor, beyond that: a process's first call warms it up
 
 
 class Judge:
@@ -110,10 +113,67 @@ class Judge:
             flags.append(f"calls modules in another thread: {', '.join(sorted(set(flops.threads))[:3])}")
         if flops.unpriced:
             flags.append(f"uses operators whose FLOPs nobody knows: {', '.join(sorted(flops.unpriced)[:3])}")
-        outside = flops.outside + flops.arithmetic
-        if reference and outside >= 0.5 * reference * items:
-            flags.append(f"spends {outside / reference / items:.1f} reference evaluations per item outside any handle")
+        if reference and flops.outside >= 0.5 * reference * items:
+            outside = flops.outside / reference / items
+            flags.append(f"spends {outside:.1f} reference evaluations per item outside any handle")
+        roles = [name for name, asked in call.evaluations.items() if asked]
+        inside = flops.total - flops.outside
+        if reference and roles == [self.task.reference] and inside > PACKED * reference * call.spent and self._images:
+            dear = inside / reference / call.spent
+            flags.append(f"an evaluation costs {dear:.1f} times that of an item: several items in one row?")
+        # Sums and products one by one: every sampler and decoder has some, a network written out in them has as many as
+        # the networks that count.
+        if reference and flops.arithmetic >= max(0.5 * reference * items, 0.25 * inside):
+            beside = flops.arithmetic / reference / items
+            flags.append(f"computes {beside:.1f} reference evaluations per item number by number, outside any handle")
         return flags
+
+    @property
+    def _images(self) -> bool:
+        """Whether items are tensors of one size, so that every evaluation costs the same."""
+        return isinstance(next(iter(self.inputs(1, 0).values())), Tensor)
+
+    def nothing_asked(self, first: Call, offline: Offline) -> list[str]:
+        """Flags: answers without a network or simulator ever having been asked, where those are the point."""
+        asked = sum(first.evaluations.values()) + sum(offline.evaluations.values())
+        if asked or (self.task.reference is None and "simulator" not in self.task.bounded):
+            return []
+        return ["asks neither a network nor a simulator, in prepare or in run: what answers here is not the method"]
+
+    def copies(self, outputs: Any) -> list[str]:
+        """Flags: samples that are items of the train split."""
+        if self.task.untrained or size_of({"outputs": outputs}) < FEW:
+            return []
+        train = load_split(self.task.dataset, "train")
+        share = 0.0
+        if isinstance(outputs, Tensor):
+            key = next((k for k, v in train.items() if _alike(v, outputs)), None)
+            if key is None:
+                return []
+            held_out = load_split(self.task.dataset, "test")[key][:256]
+            near = COPIED * _nearest(held_out, train[key]).median()
+            share = float((_nearest(outputs, train[key]) < near).double().mean())
+        elif isinstance(outputs, list) and "text" in train and self.task.id.startswith("generation/"):
+            from stepmark.backbones.lm import decode
+
+            known = set(train["text"])
+            share = sum(decode(ids) in known for ids in outputs) / len(outputs)
+        return [f"{share:.0%} of the samples are items of the train split"] if share > 0.5 else []
+
+    def planted(self, mine: Worker, rung: int) -> list[str]:
+        """Flags: likelihoods of texts that no distribution can give them, where the track knows such texts."""
+        make = getattr(self.track, "planted", None)
+        if make is None:
+            return []
+        generator = torch.Generator().manual_seed(secrets.randbits(60))
+        made = make(self.task, min(FEW, self.task.batch), generator, self.device)
+        if made is None:
+            return []
+        batch, least = made
+        found = mine.run(batch, rung, secrets.randbits(60)).outputs
+        self.check(batch, found)
+        below = [f"{float(f):.4g}" for f, bar in zip(found, least, strict=True) if f < bar]
+        return [f"gives {below[0]} nats to a text made at random: no probability distribution can"] if below else []
 
     def unseen_work(
         self, mine: Worker, other: Worker, batch: dict[str, Any], first: Call, counted: Call, rung: int
@@ -143,7 +203,7 @@ class Judge:
         flags += self._less(mine, batch, first, counted, there, watched, rung, seed)
         flags += self._better(batch, first, hidden, there)
         for call, which in ((there, "unseen"), (first, "scored")):
-            flags += self._unexplained(call, watched, hidden, f"on {which} inputs")
+            flags += self._unexplained(call, watched, hidden, which)
         return flags
 
     def _less(
@@ -209,10 +269,12 @@ class Judge:
         explained = self.explained_ns(call, watched.flops.total, batch)
         if explained is None or call.processor_ns is None or watched.flops.ranks:
             return []
-        if call.processor_ns <= EXPLAINED * explained + SLACK_NS:
+        if call.processor_ns <= EXPLAINED * explained + SLACK_NS[which]:
             return []
         used, known = call.processor_ns / 1e6, explained / 1e6
-        return [f"uses {used:.0f} ms of the processor {which}, of which its counts explain {known:.0f}: hidden work?"]
+        return [
+            f"uses {used:.0f} ms of the processor on {which} inputs, of which its counts explain {known:.0f}: hidden work?"
+        ]
 
     def clocks(self, calls: list[Call]) -> list[str]:
         """Flags of timed calls: this side's clock, or the processor's, reads more than the process says."""
@@ -224,6 +286,16 @@ class Judge:
         if self.device.type == "cpu" and beyond and min(beyond) > max(10_000_000, least):
             return [f"works {min(beyond) / 1e6:.0f} ms before or after the clock, or in other threads"]
         return []
+
+
+def _alike(value: Any, outputs: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.shape[1:] == outputs.shape[1:]
+
+
+def _nearest(items: Tensor, known: Tensor) -> Tensor:
+    """Distance of each item to the nearest of the known ones."""
+    rows = known.flatten(1).float()
+    return torch.cat([torch.cdist(part.flatten(1).float().cpu(), rows).amin(1) for part in items.split(64)])
 
 
 _priced: dict[tuple[str, int], tuple[float, float] | None] = {}

@@ -75,23 +75,29 @@ _BY_NAME: dict[str, Callable[..., int]] = {
 FORMULAS = {
     getattr(torch.ops.aten, name): formula for name, formula in _BY_NAME.items() if hasattr(torch.ops.aten, name)
 }
-# Operators without a formula that cost no more than a look at each element of what they read or write.
-CHEAP = frozenset(
+# Operators without a formula: those that only move numbers or make them from nothing, and those that look at each number
+# once or a few times.
+_MOVING = frozenset(
     """
-    adaptive_avg_pool2d all amax amin aminmax any arange argmax argmin argsort as_strided avg_pool2d bernoulli
-    bincount bucketize cat clone col2im constant_pad_nd copy count_nonzero cummax cummin cumprod cumsum
-    diagonal_scatter diff embedding embedding_bag empty empty_like empty_permuted empty_strided equal exponential eye
-    fill flip full full_like gather grid_sampler_2d histc im2col index index_add index_copy index_fill index_put
-    index_reduce index_select is_nonzero isin item kthvalue lift_fresh linalg_vector_norm linspace local_scalar_dense
-    log_softmax logcumsumexp logspace logsumexp masked_fill masked_scatter masked_select max max_pool2d_with_indices
-    mean median min mode multinomial nanmedian native_batch_norm native_batch_norm_legit_no_training native_dropout
-    native_group_norm native_layer_norm new_empty new_full new_ones new_zeros nll_loss_forward nonzero norm normal
-    normal_ ones ones_like pixel_shuffle pixel_unshuffle prod put rand rand_like randint randint_like randn randn_like
-    random randperm reflection_pad2d repeat repeat_interleave replication_pad2d reshape_copy resize roll rot90
-    safe_softmax scalar_tensor scatter scatter_add scatter_reduce searchsorted select_scatter set set_ slice_scatter
-    softmax sort stack std std_mean sum take to_copy topk trace tril tril_indices triu triu_indices unfold_copy
-    uniform unique unique2 unique_consecutive unique_dim unsafe_view upsample_bicubic2d upsample_bilinear2d
-    upsample_nearest2d var var_mean view_copy zero zeros zeros_like
+    arange as_strided bernoulli cat clone col2im constant_pad_nd copy diag_embed diagonal_scatter embedding empty
+    empty_like empty_permuted empty_strided exponential eye fill flip full full_like gather im2col index index_copy
+    index_fill index_put index_select item lift_fresh linspace local_scalar_dense logspace masked_fill masked_scatter
+    masked_select multinomial new_empty new_full new_ones new_zeros nonzero normal ones ones_like permute pixel_shuffle
+    pixel_unshuffle put rand rand_like randint randint_like randn randn_like random randperm reflection_pad2d repeat
+    repeat_interleave replication_pad2d reshape_copy resize roll rot90 scalar_tensor scatter select_scatter set
+    slice_scatter squeeze stack t take to_copy transpose tril tril_indices triu triu_indices unfold_copy uniform
+    unsafe_view unsqueeze view_copy zero zeros zeros_like
+    """.split()
+)
+_READING = frozenset(
+    """
+    adaptive_avg_pool2d all amax amin aminmax any argmax argmin argsort avg_pool2d bincount bucketize count_nonzero
+    cummax cummin cumprod cumsum diff embedding_bag equal grid_sampler_2d histc index_add index_reduce is_nonzero isin
+    kthvalue linalg_vector_norm log_softmax logcumsumexp logsumexp max max_pool2d_with_indices mean median min mode
+    nanmedian native_batch_norm native_batch_norm_legit_no_training native_dropout native_group_norm native_layer_norm
+    nll_loss_forward norm prod safe_softmax scatter_add scatter_reduce searchsorted softmax sort std std_mean sum topk
+    trace unique unique2 unique_consecutive unique_dim upsample_bicubic2d upsample_bilinear2d upsample_nearest2d var
+    var_mean
     """.split()
 )
 
@@ -129,7 +135,7 @@ def _kind_of(func: Any) -> str:
     if func.is_view or not any(isinstance(r.type, torch.TensorType) for r in func._schema.returns):
         return "free"
     name = packet.__name__.strip("_").removesuffix("_backward")
-    return "elements" if name in CHEAP else "unknown"
+    return "elements" if name in _READING else "free" if name in _MOVING else "unknown"
 
 
 @dataclass

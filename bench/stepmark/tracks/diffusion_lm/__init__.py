@@ -135,6 +135,28 @@ def check(task: Task, batch: Mapping[str, Any], outputs: Any) -> None:
             raise BadOutput("an output still holds a mask")
 
 
+def planted(
+    task: Task, n: int, generator: torch.Generator, device: torch.device
+) -> tuple[dict[str, Any], list[float]] | None:
+    """Texts half or wholly made at random, and the nats that a bound of each must not be below; None where no likelihoods
+    are asked.
+
+    Over the V^k ways to fill k places the probabilities add up to 1 at most, so that one drawn at random has more than
+    e^20 / V^k with probability e^-20 at most (Markov's inequality), whatever the model.
+    """
+    from stepmark.backbones.lm import VOCABULARY
+
+    if not task.id.startswith("likelihood/"):
+        return None
+    tokens = inputs(task, n, generator, torch.device("cpu"))["tokens"]
+    drawn = torch.randint(len(VOCABULARY), tokens.shape, generator=generator)
+    places = [LENGTH if i % 2 else LENGTH // 2 for i in range(n)]
+    for row, new, k in zip(tokens, drawn, places, strict=True):
+        at = torch.randperm(LENGTH, generator=generator)[:k]
+        row[at] = new[at]
+    return {"tokens": tokens.to(device)}, [k * math.log(len(VOCABULARY)) - 20 for k in places]
+
+
 def score(
     task: Task,
     batch: Mapping[str, Any],

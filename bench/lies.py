@@ -1,0 +1,561 @@
+"""Plugins that look better than they are, by the kind of their lie, and what must come of each.
+
+Every body is that of a class of methods (see `HEAD` in `test_ruler.py`). `words`: one of these must stand in the record's
+message or flags; FAIR where the lie must simply come to nothing: the record is then that of an honest plugin.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FAIR = ""
+
+
+@dataclass(frozen=True)
+class Lie:
+    """A body, and where it is tried. `items`: how many items a smoke cell of the task has, where not its own number."""
+
+    words: str
+    body: str
+    task: str = "sampling/mixtures_flow"
+    rung: int = 4
+    timing: bool = False
+    items: int = 0
+    track: str = "image"
+
+
+LIES: dict[str, dict[str, Lie]] = {
+    "one process for plugin and judge": {
+        "prepare works on the test split": Lie(
+            "Sealed",
+            """
+            def prepare(self, session):
+                return {"answers": load_split(session.task.dataset, "test")["x0"]}
+            def run(self, session, batch, rung):
+                return session.state["answers"][: len(batch["noise"])]
+            """,
+        ),
+        "prepare makes the test inputs": Lie(
+            "Sealed",
+            """
+            def prepare(self, session):
+                from stepmark.tracks import image
+                return image.inputs(session.task, 8, torch.Generator(), session.device)
+            def run(self, session, batch, rung):
+                return batch["noise"]
+            """,
+        ),
+        "run reads the test split": Lie(
+            "Sealed",
+            """
+            def run(self, session, batch, rung):
+                return load_split(session.task.dataset, "test")["x0"][: len(batch["noise"])].clone()
+            """,
+        ),
+        "run asks the metric": Lie(
+            "Sealed",
+            """
+            def run(self, session, batch, rung):
+                from stepmark.tracks import image
+                x = batch["noise"]
+                image.score(session.task, batch, x, {}, np.zeros((1, len(x)), dtype=int))
+                return x
+            """,
+        ),
+        "answers kept in a file": Lie(
+            "Permission denied|opens a file",
+            """
+            def run(self, session, batch, rung):
+                with open("/dev/shm/stepmark-cheat", "w") as handle:
+                    handle.write("answers")
+                return euler(session.networks["teacher"], batch, rung)
+            """,
+        ),
+        "a forged line among the results": Lie(
+            "Permission denied|opens a file",
+            """
+            def run(self, session, batch, rung):
+                from stepmark.places import results_folder
+                with open(results_folder("embedded") / "forged.jsonl", "a") as handle:
+                    handle.write("{}")
+                return euler(session.networks["teacher"], batch, rung)
+            """,
+        ),
+        "a rival's state poisoned in the cache": Lie(
+            "Permission denied|Read-only|denied",
+            """
+            def prepare(self, session):
+                from stepmark.places import cache_folder
+                (cache_folder() / "prepared").mkdir(parents=True, exist_ok=True)
+                (cache_folder() / "prepared" / "reflow.safetensors").write_bytes(b"poison")
+            """,
+        ),
+        "metrics replaced on import": Lie(
+            FAIR,
+            """
+            import stepmark.judge, stepmark.tracks.image as _image
+            _image.score = stepmark.judge.Judge.score = lambda *a, **k: {}
+            stepmark.judge.Judge.check = lambda *a, **k: None
+            def run(self, session, batch, rung):
+                return euler(session.networks["teacher"], batch, rung)
+            """,
+        ),
+        "the baseline's class slowed down": Lie(
+            "opens a file",
+            """
+            def run(self, session, batch, rung):
+                from stepmark import plugins
+                if "ddim" in plugins.methods():
+                    plugins.load_class = lambda info: None
+                torch.backends.mkldnn.flags(enabled=False).__enter__()
+                torch.set_num_threads(1)
+                return euler(session.networks["teacher"], batch, rung)
+            """,
+        ),
+        "frames and objects of the harness": Lie(
+            FAIR,
+            """
+            def run(self, session, batch, rung):
+                import gc
+                frame = sys._getframe()
+                while frame is not None:
+                    for value in list(frame.f_locals.values()):
+                        if type(value).__name__ in ("Judge", "Record", "Answers"):
+                            value.task = None
+                    frame = frame.f_back
+                for value in gc.get_objects():
+                    if type(value).__name__ in ("Judge", "Record", "Answers"):
+                        value.task = None
+                return euler(session.networks["teacher"], batch, rung)
+            """,
+        ),
+        "a signal to the harness": Lie(
+            "not permitted|opens a file|process",
+            """
+            def run(self, session, batch, rung):
+                import os, signal
+                os.kill(os.getppid(), 0)
+                parent = int(open(f"/proc/{os.getppid()}/stat").read().split()[3])
+                os.kill(parent, signal.SIGTERM)
+                return euler(session.networks["teacher"], batch, rung)
+            """,
+        ),
+        "prepare leaves something in the interpreter": Lie(
+            "AttributeError",
+            """
+            def prepare(self, session):
+                builtins.spare = copy.deepcopy(session.networks["teacher"])
+                return {"x": torch.zeros(1)}
+            def run(self, session, batch, rung):
+                return euler(builtins.spare, batch, 8 * rung)
+            """,
+        ),
+    },
+    "live inputs and outputs": {
+        "a tensor that is worked out when somebody looks": Lie(
+            "BadOutput",
+            """
+            def run(self, session, batch, rung):
+                class Later(torch.Tensor):
+                    pass
+                return euler(session.networks["teacher"], batch, rung).as_subclass(Later)
+            """,
+        ),
+        "a list that computes its items": Lie(
+            "BadOutput",
+            """
+            def run(self, session, batch, rung):
+                class Lazy(list):
+                    def __getitem__(self, index):
+                        return 0
+                return Lazy(euler(session.networks["teacher"], batch, rung))
+            """,
+        ),
+        "work in a destructor": Lie(
+            "BadOutput",
+            """
+            def run(self, session, batch, rung):
+                class Bomb(dict):
+                    def __del__(self):
+                        STATE["x"] = 1
+                return Bomb(x=euler(session.networks["teacher"], batch, rung))
+            """,
+        ),
+        "the input overwritten": Lie(
+            FAIR,
+            """
+            def run(self, session, batch, rung):
+                x = euler(session.networks["teacher"], batch, rung)
+                batch["noise"].copy_(x)
+                batch["condition"].zero_()
+                return x
+            """,
+        ),
+        "an output that changes after the call": Lie(
+            FAIR,
+            """
+            def run(self, session, batch, rung):
+                x = euler(session.networks["teacher"], batch, rung)
+                for kept in STATE.get("kept", []):
+                    kept.zero_()
+                STATE.setdefault("kept", []).append(x)
+                return x
+            """,
+        ),
+    },
+    "another call is counted, scored or timed": {
+        "answers cached across calls": Lie(
+            "differently",
+            """
+            def run(self, session, batch, rung):
+                key = float(batch["noise"].sum()), rung
+                kept = builtins.__dict__.setdefault("kept", {})
+                if key not in kept:
+                    kept[key] = euler(session.networks["teacher"], batch, rung)
+                return kept[key].clone()
+            """,
+        ),
+        "a global carries state between rungs": Lie(
+            "hidden state",
+            """
+            def run(self, session, batch, rung):
+                x = euler(session.networks["teacher"], batch, rung)
+                x = 0.5 * (x + STATE["x"][0]) if "x" in STATE else x
+                STATE["x"] = x
+                return x
+            """,
+        ),
+        "the third call is lazy": Lie(
+            "hidden state",
+            """
+            def run(self, session, batch, rung):
+                STATE["calls"] = STATE.get("calls", 0) + 1
+                return euler(session.networks["teacher"], batch, rung, work=rung if STATE["calls"] < 3 else 1)
+            """,
+        ),
+        "gradients and weights changed in run": Lie(
+            "hidden state",
+            """
+            def run(self, session, batch, rung):
+                x = euler(session.networks["teacher"], batch, rung)
+                for buffer in session.networks["teacher"].buffers():
+                    if buffer.is_floating_point():
+                        buffer.mul_(0.5)
+                return x
+            """,
+        ),
+        "it asks whether it is watched": Lie(
+            "differently while",
+            """
+            def run(self, session, batch, rung):
+                watched = bool(torch.utils._python_dispatch._get_current_dispatch_mode_stack())
+                return euler(session.networks["teacher"], batch, rung, work=rung if watched else 1)
+            """,
+        ),
+        "hidden work when nobody watches": Lie(
+            "hidden work",
+            """
+            def run(self, session, batch, rung):
+                watched = bool(torch.utils._python_dispatch._get_current_dispatch_mode_stack())
+                x = euler(session.networks["teacher"], batch, rung)
+                if not watched:
+                    busy(0.15)
+                return x
+            """,
+        ),
+        "it looks at the size of the probe": Lie(
+            "hidden work",
+            """
+            def run(self, session, batch, rung):
+                if len(batch["noise"]) > 16:
+                    busy(0.15)
+                return euler(session.networks["teacher"], batch, rung)
+            """,
+            items=64,
+        ),
+        "honest until it has been audited": Lie(
+            "hidden state",
+            """
+            def run(self, session, batch, rung):
+                STATE["calls"] = STATE.get("calls", 0) + 1
+                work = rung if STATE["calls"] < 9 else 1
+                return euler(session.networks["teacher"], batch, rung, work=work)
+            """,
+            timing=True,
+        ),
+        "a clock of its own": Lie(
+            "by the harness's clock|hidden work",
+            """
+            def run(self, session, batch, rung):
+                import time
+                real = time.perf_counter_ns
+                start = real()
+                x = euler(session.networks["teacher"], batch, rung)
+                busy(0.05)
+                lost = real() - start
+                time.perf_counter_ns = lambda: real() - lost
+                from stepmark.meter import latency
+                latency.clock = lambda: real() - lost
+                return x
+            """,
+            timing=True,
+        ),
+    },
+    "counting trusts the route": {
+        "a stripped copy of the network": Lie(
+            "no handle counts",
+            """
+            def run(self, session, batch, rung):
+                spare = copy.deepcopy(session.networks["teacher"])
+                for part in spare.modules():
+                    part.__dict__.pop("forward", None)
+                return euler(spare, batch, 8 * rung)
+            """,
+        ),
+        "a plain copy still counts": Lie(
+            "BudgetExceeded",
+            """
+            def run(self, session, batch, rung):
+                return euler(copy.deepcopy(session.networks["teacher"]), batch, 8 * rung)
+            """,
+        ),
+        "the class's forward instead of the instance's": Lie(
+            "outside any handle",
+            """
+            def run(self, session, batch, rung):
+                net = session.networks["teacher"]
+                return euler(lambda *a: type(net).forward(net, *a), batch, 8 * rung)
+            """,
+        ),
+        "more evaluations than the rung": Lie(
+            "BudgetExceeded",
+            """
+            def run(self, session, batch, rung):
+                return euler(session.networks["teacher"], batch, rung + 1)
+            """,
+        ),
+        "a swallowed BudgetExceeded": Lie(
+            "BudgetExceeded",
+            """
+            def run(self, session, batch, rung):
+                x = batch["noise"]
+                for i in range(4 * rung):
+                    try:
+                        x = euler(session.networks["teacher"], {**batch, "noise": x}, 1)
+                    except Exception:
+                        x = x * 1.0
+                return x
+            """,
+        ),
+        "false self-reported counts": Lie(
+            "reports 1 nfe",
+            """
+            def run(self, session, batch, rung):
+                session.report(nfe=1)
+                return euler(session.networks["teacher"], batch, rung)
+            """,
+        ),
+        "work in a thread": Lie(
+            "starts a thread",
+            """
+            def run(self, session, batch, rung):
+                found = []
+                worker = threading.Thread(target=lambda: found.append(euler(session.networks["teacher"], batch, rung)))
+                worker.start()
+                worker.join()
+                return found[0]
+            """,
+        ),
+        "work in a subprocess": Lie(
+            "starts a process",
+            """
+            def run(self, session, batch, rung):
+                subprocess.run([sys.executable, "-c", "1 + 1"], check=True)
+                return euler(session.networks["teacher"], batch, rung)
+            """,
+        ),
+        "a network written out in numpy": Lie(
+            "hidden work",
+            """
+            def run(self, session, batch, rung):
+                x = euler(session.networks["teacher"], batch, rung)
+                a = np.ones((300, 300), dtype=np.float32)
+                for _ in range(60):
+                    a = a @ a * 1e-3
+                return x + 0 * float(a[0, 0])
+            """,
+        ),
+        "a network written out number by number": Lie(
+            "number by number|hidden work",
+            """
+            def run(self, session, batch, rung):
+                x = euler(session.networks["teacher"], batch, rung)
+                flat, weight = x.flatten(1), torch.ones(64, 2000)
+                for _ in range(20):
+                    flat = flat + 0 * (flat[:, :, None] * weight[None]).sum((1, 2))[:, None]
+                return flat.view_as(x)
+            """,
+            task="class_to_image/digits_flow",
+        ),
+        "the time comes first": Lie(
+            "BudgetExceeded|Error",
+            """
+            def run(self, session, batch, rung):
+                net, x = session.networks["teacher"], batch["noise"]
+                for i in range(8 * rung):
+                    x = x - net(t=torch.tensor(1000 * (1 - i / (8 * rung))), x=x, condition=batch["condition"]) / (8 * rung)
+                return x
+            """,
+        ),
+        "several items in one row": Lie(
+            "several items in one row",
+            """
+            def run(self, session, batch, rung):
+                net, x, c = session.networks["teacher"], batch["noise"], batch["condition"]
+                x = euler(net, batch, rung - 1)
+                wide = torch.cat([x, x], -1)
+                t = torch.full((len(x),), 500.0)
+                return x + 0 * torch.cat([net(torch.cat([wide, wide, wide], -2), t, c)[..., :8, :8]], 0)
+            """,
+            task="class_to_image/digits_flow",
+            rung=2,
+        ),
+        "dispatch modes switched off": Lie(
+            "hidden work",
+            """
+            def run(self, session, batch, rung):
+                x = euler(session.networks["teacher"], batch, rung)
+                with torch.utils._python_dispatch._disable_current_modes():
+                    a = torch.ones(300, 300)
+                    for _ in range(60):
+                        a = a @ a * 1e-3
+                return x + 0 * a[0, 0]
+            """,
+        ),
+        "an operator whose FLOPs nobody knows": Lie(
+            "nobody knows",
+            """
+            def run(self, session, batch, rung):
+                x = euler(session.networks["teacher"], batch, rung)
+                a = torch.ones(4, 8)
+                return x + 0 * torch.bilinear(a, a, torch.ones(2, 8, 8), None).sum()
+            """,
+        ),
+        "parts of layers": Lie(
+            "outside any handle|hidden work",
+            """
+            def run(self, session, batch, rung):
+                net = session.networks["teacher"]
+                x = euler(net, batch, rung)
+                parts = [p for p in net.modules() if isinstance(p, (torch.nn.Linear, torch.nn.Conv2d))]
+                for part in parts:
+                    w = part.weight.flatten(1)
+                    for _ in range(40):
+                        torch.nn.functional.linear(torch.ones(len(x), w.shape[1]), w)
+                return x
+            """,
+            task="class_to_image/digits_flow",
+            rung=2,
+        ),
+    },
+    "answers without a method": {
+        "a bound of no nats": Lie(
+            "no probability distribution|neither a network",
+            """
+            def run(self, session, batch, rung):
+                session.networks["denoiser" if "denoiser" in session.networks else next(iter(session.networks))]
+                return torch.zeros(len(batch["tokens"]))
+            """,
+            task="likelihood/stories64",
+        ),
+        "a small bound for every text": Lie(
+            "no probability distribution|neither a network",
+            """
+            def run(self, session, batch, rung):
+                return torch.full((len(batch["tokens"]),), 40.0)
+            """,
+            task="likelihood/stories64",
+        ),
+        "items of the train split as samples": Lie(
+            "items of the train split",
+            """
+            def prepare(self, session):
+                x, y = session.train["x0"], session.train.get("condition", session.train.get("y"))
+                return {"x": x[:2000].clone()}
+            def run(self, session, batch, rung):
+                session.networks["teacher"](batch["noise"], torch.zeros(len(batch["noise"])), batch["condition"])
+                n = len(batch["noise"])
+                return session.state["x"][torch.randperm(2000, generator=session.rng)[:n]].clone()
+            """,
+            task="class_to_image/digits_flow",
+            rung=2,
+        ),
+        "nothing is asked at all": Lie(
+            "neither a network nor a simulator",
+            """
+            def run(self, session, batch, rung):
+                return 0.5 * batch["noise"]
+            """,
+        ),
+        "the posterior in closed form": Lie(
+            "neither a network nor a simulator",
+            """
+            def run(self, session, batch, rung):
+                from stepmark.tracks.bayes import DRAWS
+                x = batch["x"].mean(1)
+                return x[:, None] + 0.1 * torch.randn(len(x), DRAWS, x.shape[-1], generator=session.rng)
+            """,
+            task="posterior/gaussian_n10",
+            track="bayes",
+            rung=0,
+        ),
+    },
+    "against the contract": {
+        "run trains": Lie(
+            "Sealed",
+            """
+            def run(self, session, batch, rung):
+                return session.train["x0"][: len(batch["noise"])].clone()
+            """,
+        ),
+        "fewer items": Lie(
+            "BadOutput",
+            """
+            def run(self, session, batch, rung):
+                return euler(session.networks["teacher"], batch, rung)[:-1]
+            """,
+        ),
+        "NaN outputs": Lie(
+            "BadOutput",
+            """
+            def run(self, session, batch, rung):
+                return euler(session.networks["teacher"], batch, rung) * float("nan")
+            """,
+        ),
+        "a fixed seed": Lie(
+            "generator of its own",
+            """
+            def run(self, session, batch, rung):
+                x = euler(session.networks["teacher"], batch, rung)
+                return x + 0.01 * torch.randn(x.shape, generator=torch.Generator().manual_seed(7))
+            """,
+        ),
+        "the global random state": Lie(
+            "global random state",
+            """
+            def run(self, session, batch, rung):
+                torch.manual_seed(7)
+                x = euler(session.networks["teacher"], batch, rung)
+                return x + 0.01 * torch.randn(x.shape)
+            """,
+        ),
+        "a fixed numpy seed": Lie(
+            "seeds numpy",
+            """
+            def run(self, session, batch, rung):
+                x = euler(session.networks["teacher"], batch, rung)
+                return x + 0.01 * torch.from_numpy(np.random.default_rng(7).standard_normal(x.shape)).float()
+            """,
+        ),
+    },
+}
