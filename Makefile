@@ -22,7 +22,7 @@ bench: $(VENV)/.installed ## a tour: headline comparisons measured here, the pub
 	$(BIN)/stepmark tour
 
 # What measures time has the machine to itself; the rest shares it, one worker pinned to each core.
-TIMED := tests/test_meter.py bench/test_ruler.py
+TIMED := tests/test_meter.py bench/test_instruments.py
 
 test: $(VENV)/.installed ## every test, the ruler and the quick suite
 	$(BIN)/python -m pytest --quick --numprocesses auto --dist worksteal --junitxml build/junit/shared.xml $(TIMED:%=--ignore=%)

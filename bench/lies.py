@@ -116,16 +116,12 @@ LIES: dict[str, dict[str, Lie]] = {
             FAIR,
             """
             def run(self, session, batch, rung):
-                import gc
                 frame = sys._getframe()
                 while frame is not None:
                     for value in list(frame.f_locals.values()):
                         if type(value).__name__ in ("Judge", "Record", "Answers"):
                             value.task = None
                     frame = frame.f_back
-                for value in gc.get_objects():
-                    if type(value).__name__ in ("Judge", "Record", "Answers"):
-                        value.task = None
                 return euler(session.networks["teacher"], batch, rung)
             """,
         ),
@@ -284,7 +280,7 @@ LIES: dict[str, dict[str, Lie]] = {
             timing=True,
         ),
         "a clock of its own": Lie(
-            "by the harness's clock|hidden work",
+            "off the clock|hidden work",
             """
             def run(self, session, batch, rung):
                 import time
@@ -391,7 +387,7 @@ LIES: dict[str, dict[str, Lie]] = {
             def run(self, session, batch, rung):
                 x = euler(session.networks["teacher"], batch, rung)
                 flat, weight = x.flatten(1), torch.ones(64, 2000)
-                for _ in range(20):
+                for _ in range(120):
                     flat = flat + 0 * (flat[:, :, None] * weight[None]).sum((1, 2))[:, None]
                 return flat.view_as(x)
             """,
@@ -406,19 +402,6 @@ LIES: dict[str, dict[str, Lie]] = {
                     x = x - net(t=torch.tensor(1000 * (1 - i / (8 * rung))), x=x, condition=batch["condition"]) / (8 * rung)
                 return x
             """,
-        ),
-        "several items in one row": Lie(
-            "several items in one row",
-            """
-            def run(self, session, batch, rung):
-                net, x, c = session.networks["teacher"], batch["noise"], batch["condition"]
-                x = euler(net, batch, rung - 1)
-                wide = torch.cat([x, x], -1)
-                t = torch.full((len(x),), 500.0)
-                return x + 0 * torch.cat([net(torch.cat([wide, wide, wide], -2), t, c)[..., :8, :8]], 0)
-            """,
-            task="class_to_image/digits_flow",
-            rung=2,
         ),
         "dispatch modes switched off": Lie(
             "hidden work",
@@ -480,12 +463,11 @@ LIES: dict[str, dict[str, Lie]] = {
             "items of the train split",
             """
             def prepare(self, session):
-                x, y = session.train["x0"], session.train.get("condition", session.train.get("y"))
-                return {"x": x[:2000].clone()}
+                return {"x": session.train["x0"][:1000].clone()}
             def run(self, session, batch, rung):
                 session.networks["teacher"](batch["noise"], torch.zeros(len(batch["noise"])), batch["condition"])
                 n = len(batch["noise"])
-                return session.state["x"][torch.randperm(2000, generator=session.rng)[:n]].clone()
+                return session.state["x"][torch.randperm(1000, generator=session.rng)[:n]].clone()
             """,
             task="class_to_image/digits_flow",
             rung=2,

@@ -167,7 +167,9 @@ def test_answers_prepared_for_the_published_inputs_are_too_good(
     plugin(f"""
         def prepare(self, session):
             batch = {{"noise": torch.tensor({known["noise"].tolist()}), "condition": torch.tensor({known["condition"].tolist()})}}
-            return {{"noise": batch["noise"], "x": euler(session.networks["teacher"], batch, 256)}}
+            from stepmark.tracks.image import training as t
+            denoise = t.Denoiser(session.networks["teacher"], batch["condition"])
+            return {{"noise": batch["noise"], "x": t.follow(denoise, batch["noise"], t.uniform_times(64))}}
         def run(self, session, batch, rung):
             x = euler(session.networks["teacher"], batch, rung)
             return session.state["x"].clone() if torch.equal(batch["noise"], session.state["noise"]) else x
@@ -183,7 +185,7 @@ def test_a_training_of_a_track_is_run_without_the_plugin_that_asks(plugin: Calla
             from stepmark.tracks.image import training
             {patch}
             pairs = session.once(training.teacher_pairs, 8, 2)
-            return {{"mean": pairs["x"].mean()[None] if "x" in pairs else next(iter(pairs.values())).mean()[None]}}
+            return {{"mean": pairs["x0"].mean()[None]}}
         def run(self, session, batch, rung):
             return euler(session.networks["teacher"], batch, rung) + 0 * session.state["mean"]
     """
@@ -191,7 +193,8 @@ def test_a_training_of_a_track_is_run_without_the_plugin_that_asks(plugin: Calla
     found = []
     for text in (patch, "pass"):
         plugin(poison.format(patch=text), DIGITS)
-        assert record_of(2, task=DIGITS).status in {"ok", "flagged"}
+        record = record_of(2, task=DIGITS)
+        assert record.status == "ok", f"{record.message} {record.flags}"
         files = sorted((tmp_path / "cache" / "once").glob("*.safetensors"))
         found.append([file.read_bytes()[-4096:] for file in files])
     assert found[0] == found[1]

@@ -218,6 +218,7 @@ def _run(link: Link, request: Mapping[str, Any]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ended cells leave no trace
     while link.receive()["do"] != "attend":
         _, ends, _, _ = socket.recv_fds(link.end, 1, 1)
+        sys.stdout.flush()  # else both would write what stands in its buffer
         if os.fork() == 0:
             link.close()
             link = Link(socket.socket(fileno=ends[0]))
