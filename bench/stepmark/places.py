@@ -15,8 +15,38 @@ def checkout() -> Path | None:
 
 
 def cache_folder() -> Path:
-    """Prepared states, solutions, the index of plugins, locks: `$STEPMARK_CACHE`, else `~/.cache/stepmark`."""
-    return Path(os.environ.get("STEPMARK_CACHE") or Path.home() / ".cache" / "stepmark")
+    """Prepared states, solutions, the index of plugins: `$STEPMARK_CACHE`, else `~/.cache/stepmark`.
+
+    Raises:
+        FileNotFoundError: neither is known, as for a user without a name in a container.
+    """
+    if chosen := os.environ.get("STEPMARK_CACHE"):
+        return Path(chosen)
+    try:
+        return Path.home() / ".cache" / "stepmark"
+    except RuntimeError:
+        raise FileNotFoundError("this user has no home folder: name a folder in STEPMARK_CACHE") from None
+
+
+def writable(folder: Path, mend: str) -> None:
+    """Make a folder, and a file in it that is gone at once: asked before anything is measured that is to lie there.
+
+    Raises:
+        ValueError: it cannot be done, in one line with the mend.
+    """
+    import tempfile
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written ({error.strerror or error}); {mend}") from None
+
+
+def writable_cache() -> None:
+    """`writable` of the cache."""
+    writable(cache_folder(), "name a folder in STEPMARK_CACHE")
 
 
 def results_folder(tier: str) -> Path:
