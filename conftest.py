@@ -16,3 +16,10 @@ def pytest_configure() -> None:
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if worker and len(cores) > 1:
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """`--numprocesses auto`: as many as there are cores to use, in a container with a quota of time too."""
+    from stepmark.meter.machine import usable_cores
+
+    return usable_cores()

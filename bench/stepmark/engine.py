@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.util
 import logging
 import multiprocessing
 import os
@@ -193,30 +192,32 @@ def ray(cells: Iterable[Cell], device: str, timing: bool, address: str | None = 
     timed = deque(cell for cell in cells if timing and cell.seed == 0)
     others = [cell for cell in cells if not (timing and cell.seed == 0)]
 
-    def work(fields: dict[str, object], timed: bool) -> tuple[str, str | None]:
+    def work(fields: dict[str, Any], alone: bool) -> tuple[str, str | None]:
         hub.restore()
         one = devices.named(device)
-        with device_lock(one) if timed else contextlib.nullcontext():
-            return _as_text(measured(Cell(**fields), one, timed, show_progress=False))  # type: ignore[arg-type]
+        with device_lock(one) if alone else contextlib.nullcontext():
+            return _as_text(measured(Cell(**fields), one, alone, show_progress=False))
 
+    # A checkpoint's folder lies at the same place on every node.
     named = {name: value for name, value in os.environ.items() if name == hub.VARIABLE}
-    told = {"runtime_env": {"env_vars": named}} if named else {}  # the folder lies at the same place on every node
-    remote = cluster.remote(work).options(num_gpus=int(device != "cpu"), max_retries=2, **told)
+    remote, told = cluster.remote(work), {"num_gpus": int(device != "cpu"), "max_retries": 2}
+    told |= {"runtime_env": {"env_vars": named}} if named else {}
     free = list(nodes)
     running: dict[Any, tuple[Cell, str | None]] = {}
     try:
         while timed or others or running:
             while timed and free:
                 cell, node = timed.popleft(), free.pop(0)
-                alone = remote.options(num_cpus=nodes[node], scheduling_strategy=_on(node))
-                running[alone.remote(asdict(cell), True)] = cell, node
+                alone = {"num_cpus": nodes[node], "scheduling_strategy": _on(node), **told}
+                running[remote.options(**alone).remote(asdict(cell), True)] = cell, node
             if not timed:
-                running |= {remote.options(num_cpus=1).remote(asdict(cell), False): (cell, None) for cell in others}
+                beside = remote.options(num_cpus=1, **told)
+                running |= {beside.remote(asdict(cell), False): (cell, None) for cell in others}
                 others = []
             ready, _ = cluster.wait(list(running), num_returns=1)
             for reference in ready:
-                cell, node = running.pop(reference)
-                free += [node] if node else []
+                cell, had = running.pop(reference)
+                free += [had] if had else []
                 record, shown = _answer(cluster, reference, f"{cell.method} on {cell.task}")
                 yield parse(record, f"ray:{cell.method}"), SHOWN.validate_json(shown) if shown else None
     finally:
@@ -231,24 +232,22 @@ def ray_machines(device: str, address: str | None = None) -> set[str]:
     """
     cluster = _cluster(address)
     ask = cluster.remote(machine.machine_ids)
-    kind = devices.kind_of(device)
     asked = [
-        ask.options(num_cpus=0, scheduling_strategy=_on(node)).remote(kind) for node in _nodes(cluster, device)
-    ]  # fmt: skip
+        ask.options(num_cpus=0, scheduling_strategy=_on(node)).remote(device) for node in _nodes(cluster, device)
+    ]
     return set().union(*(_answer(cluster, reference, "a node's name") for reference in asked))
 
 
 def _cluster(address: str | None) -> Any:
     """The module `ray`, connected."""
-    if importlib.util.find_spec("ray") is None:
-        raise ModuleNotFoundError("--engine ray needs Ray: pip install 'stepmark[ray]'", name="ray")
     import ray as cluster
 
     if not cluster.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        own = {} if address or "RAY_ADDRESS" in os.environ else {"num_cpus": machine.usable_cores()}
+        cores = None if address or "RAY_ADDRESS" in os.environ else machine.usable_cores()  # of a cluster made here
+        quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
         try:
-            cluster.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **own)
+            cluster.init(address=address, num_cpus=cores, **quiet)
         except ConnectionError as error:
             raise ValueError(f"--address {address}: no Ray cluster answers there ({error})") from None
     return cluster

@@ -33,7 +33,9 @@ def folder() -> Path:
     `$STEPMARK_LOCKS` names another; containers that share processors or a GPU may share such a folder.
     """
     chosen = os.environ.get("STEPMARK_LOCKS")
-    return Path(chosen) if chosen else Path("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir(), "stepmark-locks")
+    return (
+        Path(chosen) if chosen else Path("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir(), "stepmark-locks")
+    )
 
 
 def here() -> str:
@@ -57,17 +59,36 @@ def held(path: Path, wait_s: float = 0.0) -> Iterator[None]:
         handle = _opened(path)
     except OSError as error:
         raise ValueError(_cannot(path, error)) from None
+    try:
+        with _locked(handle, path, wait_s):
+            with contextlib.suppress(OSError):  # another user's file may not be ours to write in
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, f"{os.getpid()} {platform.node()}".encode(), 0)
+            yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def briefly(handle: int, path: Path, wait_s: float = 60.0) -> Iterator[None]:
+    """Hold the lock of an open file while something is written beside others. It takes them no minute: where the lock
+    cannot be had, it is written without, for what has been measured must not be lost."""
     with contextlib.ExitStack() as stack:
-        stack.callback(os.close, handle)
-        try:
-            _flock(handle, wait_s)
-        except OSError as error:
-            if error.errno in BUSY:
-                raise Held(_holder(path)) from None
-            stack.enter_context(_marked(path.with_name(f"{path.name}.held"), wait_s))
-        with contextlib.suppress(OSError):  # another user's file may not be ours to write in
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"{os.getpid()} {platform.node()}".encode(), 0)
+        with contextlib.suppress(Held, ValueError):
+            stack.enter_context(_locked(handle, path, wait_s))
+        yield
+
+
+@contextlib.contextmanager
+def _locked(handle: int, path: Path, wait_s: float) -> Iterator[None]:
+    try:
+        _flock(handle, wait_s)
+    except OSError as error:
+        if error.errno in BUSY:
+            raise Held(_holder(path)) from None
+        with _marked(path.with_name(f"{path.name}.held"), wait_s):
+            yield
+    else:
         yield
 
 
@@ -102,7 +123,7 @@ def _marked(path: Path, wait_s: float) -> Iterator[None]:
 def _holder(path: Path) -> str:
     """Who holds a lock, by what stands in its file."""
     try:
-        pid, host = (path.read_text(encoding="utf-8").split() + ["", ""])[:2]
+        pid, host = [*path.read_text(encoding="utf-8").split(), "", ""][:2]
     except (OSError, UnicodeDecodeError):
         pid = host = ""
     if not pid.isdigit():
@@ -128,7 +149,9 @@ def _opened(path: Path) -> int:
             path.parent.chmod(0o1777)
     flags = os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        return os.open(path, flags | os.O_RDWR)  # without O_CREAT, which systems refuse on files of others in such folders
+        return os.open(
+            path, flags | os.O_RDWR
+        )  # without O_CREAT, which systems refuse on files of others in such folders
     except FileNotFoundError:
         handle = os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o666)
         if stat.S_IMODE(os.stat(path.parent).st_mode) == 0o1777:

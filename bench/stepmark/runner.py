@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepmark import backbones, distributed, plugins, prepared
+from stepmark import backbones, devices, distributed, plugins, prepared
 from stepmark.audit import Guard
 from stepmark.cell import digests, size_of, source_digest, track_of
 from stepmark.meter import energy, memory
@@ -97,6 +97,7 @@ class Runner:
         sources: Mapping[str, str] | None = None,
     ) -> None:
         """`sources`: the digests of all that the figures hang on, where somebody has taken them already."""
+        devices.settle()
         self.info, self.seed = info, seed
         self.track, self.task = track_of(task_id)
         self.sources = sources or digests(info, self.task)
@@ -315,7 +316,7 @@ class Runner:
 
     def _synchronise(self) -> None:
         if self.device.type != "cpu":
-            torch.accelerator.synchronize()
+            torch.accelerator.synchronize(self.device)
 
 
 _OF_METHODS = ("method", "track")  # digests that differ between methods of one task

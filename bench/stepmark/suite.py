@@ -96,6 +96,46 @@ def cells(selection: Selection) -> list[Cell]:
     return found
 
 
+def unmet(selection: Selection, found: Sequence[Cell]) -> list[str]:
+    """What was named and has no cell among those `found`: a line each that says which other choice leaves it none."""
+    tasks = plugins.tasks()
+    pairs = [
+        (info, task)
+        for info in plugins.methods().values()
+        for task in info.tasks
+        if (not selection.methods or info.id in selection.methods)
+        and (not selection.tracks or info.track in selection.tracks)
+        and (not selection.tasks or task in selection.tasks)
+    ]
+    said: list[str] = []
+    for name in dict.fromkeys(selection.methods):
+        info, mine = plugins.methods()[name], [task for each, task in pairs if each.id == name]
+        if selection.tracks and info.track not in selection.tracks:
+            said.append(f"{name} is of track {info.track}, not of {', '.join(selection.tracks)}")
+        elif not mine:
+            said.append(f"{name} does not run on {', '.join(selection.tasks)}, but on {', '.join(info.tasks)}")
+        elif found and not any(cell.method == name for cell in found):
+            said.append(
+                f"{name} has none of these rungs: {_listed({r for task in mine for r in tasks[task][1].rungs})}"
+            )
+    if not said:
+        reached = {name for info, task in pairs for name in (info.track, task)}
+        absent = [name for name in (*selection.tracks, *selection.tasks) if name not in reached]
+        said += [f"no method of the selection runs on {name}" for name in dict.fromkeys(absent)]
+    rungs = {rung for _, task in pairs for rung in tasks[task][1].rungs}
+    seeds = {seed for _, task in pairs for seed in range(tasks[task][1].seeds if selection.tier != "smoke" else 1)}
+    for kind, asked, have in (("rung", selection.rungs, rungs), ("seed", selection.seeds, seeds)):
+        off = [number for number in dict.fromkeys(asked) if number not in have]
+        said += (
+            [f"no {kind} {_listed(off)} at tier {selection.tier} here, but {_listed(have)}"] if pairs and off else []
+        )
+    return said
+
+
+def _listed(numbers: Collection[int]) -> str:
+    return ", ".join(map(str, sorted(numbers)))
+
+
 def _file(cell: Cell, results: Path, place: str) -> Path:
     track = plugins.methods()[cell.method].track
     return results / __version__ / place / track / f"{cell.method}.jsonl"
