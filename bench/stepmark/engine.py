@@ -232,9 +232,7 @@ def ray_machines(device: str, address: str | None = None) -> set[str]:
     """
     cluster = _cluster(address)
     ask = cluster.remote(machine.machine_ids)
-    asked = [
-        ask.options(num_cpus=0, scheduling_strategy=_on(node)).remote(device) for node in _nodes(cluster, device)
-    ]
+    asked = [ask.options(num_cpus=0, scheduling_strategy=_on(node)).remote(device) for node in _nodes(cluster, device)]
     return set().union(*(_answer(cluster, reference, "a node's name") for reference in asked))
 
 

@@ -18,8 +18,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import SoftFileLock, Timeout
-
 BUSY = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 
 
@@ -107,6 +105,8 @@ def _flock(handle: int, wait_s: float) -> None:
 @contextlib.contextmanager
 def _marked(path: Path, wait_s: float) -> Iterator[None]:
     """A file that is there while the lock is held. What a process of this host left behind when it was killed goes."""
+    from filelock import SoftFileLock, Timeout
+
     lock = SoftFileLock(path, timeout=max(wait_s, 0.5))  # time to find out that a holder is dead
     try:
         lock.acquire(poll_interval=0.05)
