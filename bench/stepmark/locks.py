@@ -30,10 +30,9 @@ def folder() -> Path:
 
     `$STEPMARK_LOCKS` names another; containers that share processors or a GPU may share such a folder.
     """
-    chosen = os.environ.get("STEPMARK_LOCKS")
-    return (
-        Path(chosen) if chosen else Path("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir(), "stepmark-locks")
-    )
+    if chosen := os.environ.get("STEPMARK_LOCKS"):
+        return Path(chosen)
+    return Path("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir(), "stepmark-locks")
 
 
 def here() -> str:
@@ -145,13 +144,11 @@ def _opened(path: Path) -> int:
     except FileExistsError:
         pass
     else:
-        if path.parent == folder():
+        if path.parent == folder() and "STEPMARK_LOCKS" not in os.environ:
             path.parent.chmod(0o1777)
     flags = os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        return os.open(
-            path, flags | os.O_RDWR
-        )  # without O_CREAT, which systems refuse on files of others in such folders
+    try:  # without O_CREAT, which systems refuse on files of others in such a folder
+        return os.open(path, flags | os.O_RDWR)
     except FileNotFoundError:
         handle = os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o666)
         if stat.S_IMODE(os.stat(path.parent).st_mode) == 0o1777:
