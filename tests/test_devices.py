@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from stepmark import devices, engine, places, run, suite
-from stepmark import record as records
-from stepmark.cell import Cell
+from stepmark import devices, engine, places, plugins, run, runner, suite
+from stepmark.cell import Cell, track_of
 from stepmark.cli import main
 from stepmark.meter import energy, latency, machine
+from stepmark.method import Skip
 from stepmark.runner import Runner
 
 A100, L4 = "NVIDIA A100-SXM4-40GB", "NVIDIA L4"
@@ -133,7 +133,9 @@ def test_each_of_two_models_is_named_as_itself(box: Box) -> None:
 
 def test_on_a_box_of_one_model_the_place_is_the_boxs(box: Box) -> None:
     box(A100, A100)
-    assert machine.machine_id() == machine.machine_id("cuda:1") and machine.machine_ids("cuda") == {machine.machine_id()}
+    assert machine.machine_id() == machine.machine_id("cuda:1") and machine.machine_ids("cuda") == {
+        machine.machine_id()
+    }
     assert "gpu" not in machine.environment() and machine.environment()["gpu_max_mhz"] == "1000"
     box()
     assert "gpu" not in machine.environment() and machine.machine_ids("cpu") == {machine.machine_id()}
@@ -143,15 +145,13 @@ def test_a_slice_is_named_as_a_slice(box: Box, monkeypatch: pytest.MonkeyPatch) 
     box(A100, torch_names=(SLICE,))
     found = machine.environment("cuda")
     assert found["gpu"] == SLICE and "gpu_max_mhz" not in found
-    assert "a100-sxm4-40gb-mig-1g-5gb" in found["machine"].replace("--", "-") or "mig-1g-5gb" in found["machine"]
+    assert "-a100-mig-1g-5gb-" in found["machine"]
     assert found["machine"] != machine.machine_id()
     assert energy.missing_sensor("cuda:0") == "a MIG slice has no energy counter: the card's is that of all its slices"
 
 
 def test_a_record_says_which_gpu(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     box(A100, L4)
-    from stepmark.cell import track_of
-
     heading = run._heading(CELL, track_of(CELL.task)[1], {}, "cuda:1")
     assert heading["device"] == "cuda" and heading["machine"] == machine.machine_id("cuda:1")
     assert (heading["environment"]["gpu"], heading["environment"]["gpu_index"]) == (L4, "1")
@@ -177,7 +177,11 @@ def test_results_of_each_model_are_looked_for_where_they_lie(box: Box, tmp_path:
 
 
 @pytest.mark.parametrize("entry", ["cell", "runner"])
-def test_single_precision_is_whole_in_whatever_measures(entry: str) -> None:
+def test_single_precision_is_whole_in_whatever_measures(entry: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def skipped(*_: object) -> None:
+        raise Skip("not of interest here")
+
+    monkeypatch.setattr(runner, "ready", skipped)
     had = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -185,8 +189,6 @@ def test_single_precision_is_whole_in_whatever_measures(entry: str) -> None:
         if entry == "cell":
             run.measured(CELL, timing=False, show_progress=False)
         else:
-            from stepmark import plugins
-
             Runner(plugins.methods()["euler"], CELL.task, "smoke", show_progress=False)
         assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
         assert torch.backends.cudnn.conv.fp32_precision != "tf32" and devices.tf32() == "off"
@@ -271,9 +273,9 @@ def test_a_system_without_affinity_runs_and_locks_all_the_same(monkeypatch: pyte
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     monkeypatch.setattr(machine, "_quota", lambda: None)
     assert machine.cores() == [0, 1, 2, 3] and engine.available("cpu") == 4
-    with engine.device_lock("cpu", [0]), engine.device_lock("cpu", [1]):
-        with pytest.raises(engine.DeviceBusy), engine.device_lock("cpu"):
-            pass
+    one, other = engine.device_lock("cpu", [0]), engine.device_lock("cpu", [1])
+    with one, other, pytest.raises(engine.DeviceBusy), engine.device_lock("cpu"):
+        pass
 
 
 # folders ----------------------------------------------------------------------------------------
@@ -311,7 +313,3 @@ def test_a_user_without_a_home_is_told_what_to_name(monkeypatch: pytest.MonkeyPa
     with pytest.raises(FileNotFoundError, match="name a folder in STEPMARK_CACHE"):
         places.writable_cache()
     assert main(["list", "tracks"]) == 0
-
-
-def test_a_flag_of_the_record_is_not_lost(tmp_path: Path) -> None:
-    assert records.UNTIMED

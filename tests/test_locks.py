@@ -50,9 +50,9 @@ def test_a_process_that_was_killed_holds_nothing(tmp_path: Path, monkeypatch: py
     with locks.held(tmp_path / "one.lock"):
         assert marker.read_text().split()[0] == str(os.getpid())
     marker.write_text("7\nsome-other-host\n")  # of another host nobody can tell
-    with pytest.raises(locks.Held, match=rf"process 7 on some-other-host \(if it is gone, delete {marker}\)"):
-        with locks.held(tmp_path / "one.lock"):
-            pass
+    said = rf"process 7 on some-other-host \(if it is gone, delete {marker}\)"
+    with pytest.raises(locks.Held, match=said), locks.held(tmp_path / "one.lock"):
+        pass
 
 
 def test_a_state_is_made_twice_rather_than_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,9 +83,9 @@ def test_locks_of_a_device_are_the_machines_not_the_caches(tmp_path: Path, monke
     monkeypatch.setenv("STEPMARK_CACHE", str(tmp_path / "one"))
     with engine.device_lock("cpu"):
         monkeypatch.setenv("STEPMARK_CACHE", str(tmp_path / "two"))
-        with pytest.raises(engine.DeviceBusy, match=f"process {os.getpid()} is timing on cpu; wait"):
-            with engine.device_lock("cpu"):
-                pass
+        said = f"process {os.getpid()} is timing on cpu; wait"
+        with pytest.raises(engine.DeviceBusy, match=said), engine.device_lock("cpu"):
+            pass
         monkeypatch.setattr(locks, "here", lambda: "another0")
         with engine.device_lock("cpu"):
             pass

@@ -200,8 +200,9 @@ def ray(cells: Iterable[Cell], device: str, timing: bool, address: str | None = 
 
     # A checkpoint's folder lies at the same place on every node.
     named = {name: value for name, value in os.environ.items() if name == hub.VARIABLE}
-    remote, told = cluster.remote(work), {"num_gpus": int(device != "cpu"), "max_retries": 2}
-    told |= {"runtime_env": {"env_vars": named}} if named else {}
+    told: dict[str, Any] = {"runtime_env": {"env_vars": named}} if named else {}
+    told |= {"num_gpus": int(device != "cpu"), "max_retries": 2}
+    remote = cluster.remote(work)
     free = list(nodes)
     running: dict[Any, tuple[Cell, str | None]] = {}
     try:
