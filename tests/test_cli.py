@@ -95,7 +95,7 @@ def test_a_run_says_what_is_left_out_and_what_it_will_take_before_it_starts(
     left_out, forecasted, *after = capsys.readouterr().err.splitlines()
     assert left_out.startswith("left out: euler does not run on sampling/mixtures_eps, but on ")
     assert re.match(r"\d+ cells to run, about \d+ (s|minutes|hours) by the published latencies", forecasted)
-    assert "begun" in after
+    assert "begun" in "".join(after)
     monkeypatch.setattr(suite, "todo", lambda cells, options: list(cells))
     assert main(["run", "--quiet", "--results", str(tmp_path)]) == 0  # everything there is
     assert re.match(r"\d,\d{3} cells to run, about \d+ (hours|days) by the pub", capsys.readouterr().err)
