@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,6 +82,17 @@ def test_of_two_gpus_there_is_no_third(name: str, box: Box) -> None:
         devices.named(name)
 
 
+def test_why_gpus_that_are_there_cannot_be_used_is_said(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_old() -> bool:
+        warnings.warn("The NVIDIA driver on your system is too old\n(found version 9).", stacklevel=1)
+        return False
+
+    box(A100, A100)
+    monkeypatch.setattr(torch.cuda, "is_available", too_old)
+    with pytest.raises(ValueError, match=r"but cpu \(The NVIDIA driver on your system is too old \(found version 9\)"):
+        devices.named("cuda")
+
+
 def test_cuda_and_its_number_are_one_device_one_lock_and_one_place(box: Box, tmp_path: Path) -> None:
     box(A100, A100)
     assert devices.named("cuda") == devices.named(torch.device("cuda:0")) == "cuda:0"
@@ -104,7 +116,7 @@ def test_a_lock_is_of_the_card_whatever_number_a_process_gives_it(box: Box) -> N
             pass
 
 
-def test_how_many_workers(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_many_workers(box: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     box(A100, L4)
     monkeypatch.setattr(machine, "usable_cores", lambda: 3)
     assert [engine.available(name) for name in ("cpu", "cuda", "cuda:1")] == [3, 2, 1]
@@ -112,6 +124,8 @@ def test_how_many_workers(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     for device, wrong in (("cpu", -1), ("cpu", 4), ("cuda", 3), ("cuda:1", 2)):
         with pytest.raises(ValueError, match=f"--workers {wrong}: this machine offers 1 to"):
             engine.workers_of(device, wrong)
+        with pytest.raises(ValueError, match=f"--workers {wrong}: this machine offers 1 to"):
+            suite.todo([], suite.Options(tmp_path, device=device, workers=wrong))
 
 
 # what it is called ------------------------------------------------------------------------------
@@ -258,6 +272,15 @@ def test_cores_are_no_more_than_a_container_has_time_for(container: Callable[...
     assert container("1:cpuset:/\n", **V1 | {"cpu/cpu.cfs_quota_us": "nonsense\n"}) == 64
 
 
+def test_as_many_test_workers_as_cores(container: Callable[..., int]) -> None:
+    root = plugins.checkout()
+    if root is None:
+        pytest.skip("needs a checkout")
+    found = {}
+    exec((root / "conftest.py").read_text(), found)
+    assert container("0::/\n", **{"cpu.max": "300000 100000\n"}) == found["pytest_xdist_auto_num_workers"]() == 3
+
+
 def test_fewer_cores_to_be_on_than_time_for(container: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5, 3})
     assert container("0::/\n", **{"cpu.max": "800000 100000\n"}) == 2
@@ -294,6 +317,13 @@ def test_folders_that_cannot_be_written_are_refused_before_anything_runs(
     def full(*_: object, **__: object) -> None:
         raise OSError(30, "Read-only file system")
 
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("euler.jsonl"))
+    cells = suite.cells(suite.Selection("smoke", methods=("euler",), rungs=(2,)))
+    theirs = suite._file(cells[0], tmp_path / "results", machine.machine_id())
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("")
+    with pytest.raises(ValueError, match=r"euler.jsonl cannot be written; it is another user's"):
+        suite.todo(cells, suite.Options(tmp_path / "results"))
     monkeypatch.setenv("STEPMARK_CACHE", str(tmp_path / "file"))
     for other in (command, ["verify", "x"], ["samples"], ["check", "x.py"]):
         assert main(other) == 2

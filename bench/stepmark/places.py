@@ -44,6 +44,17 @@ def writable(folder: Path, mend: str) -> None:
         raise ValueError(f"{folder} cannot be written ({error.strerror or error}); {mend}") from None
 
 
+def may_change(path: Path) -> None:
+    """Ask whether a file, or what there is yet of its folders, may be written; it is left as it is.
+
+    Raises:
+        ValueError: it may not, in one line.
+    """
+    there = next(each for each in (path, *path.parents) if each.exists())
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{there} cannot be written; it is another user's, or name another folder with --results")
+
+
 def writable_cache() -> None:
     """`writable` of the cache."""
     writable(cache_folder(), "name a folder in STEPMARK_CACHE")

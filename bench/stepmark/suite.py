@@ -11,7 +11,7 @@ from stepmark import __version__, devices, engine, plugins, samples
 from stepmark import record as records
 from stepmark.cell import Cell, digests
 from stepmark.meter import machine
-from stepmark.places import writable, writable_cache
+from stepmark.places import may_change, writable, writable_cache
 
 
 @dataclass(frozen=True)
@@ -200,8 +200,11 @@ def todo(wanted: Sequence[Cell], options: Options) -> list[Cell]:
     writable_cache()
     writable(options.results, "name a folder with --results")
     left = list(wanted)
-    for place in [] if options.again else sorted(places(options)):
-        left = pending(left, options.results, options.device, options.timing, place)
+    for place in sorted(places(options)):
+        for path in {_file(cell, options.results, place) for cell in wanted}:
+            may_change(path)
+        if not options.again:
+            left = pending(left, options.results, options.device, options.timing, place)
     return left
 
 
