@@ -144,13 +144,13 @@ def _file(cell: Cell, results: Path, place: str) -> Path:
 def pending(
     wanted: Sequence[Cell], results: Path, device: str = "cpu", timing: bool = False, place: str | None = None
 ) -> list[Cell]:
-    """Cells without a record of the same digests on this device of this machine, or of the one with the id `place`.
-    Failed ones are tried again.
+    """Cells without a record of the same digests on this kind of device of this machine, or of the one with the id
+    `place`. Failed ones are tried again.
 
     With `timing` also those whose record was made without it.
     """
     have: dict[records.Key, records.Record] = {}
-    place = place or machine.machine_id(device)
+    place = place or machine.machine_id()
     for path in {_file(cell, results, place) for cell in wanted}:
         have |= records.keys(path)
     known = plugins.methods()
