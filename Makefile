@@ -46,7 +46,7 @@ site: $(VENV)/.installed ## build the site from the published records
 	$(BIN)/stepmark site
 
 lock: $(VENV)/.installed ## resolve the lower bounds of pyproject.toml into requirements.lock
-	$(BIN)/uv pip compile --quiet --all-extras --no-header --no-annotate --no-emit-package amdsmi pyproject.toml -o requirements.lock
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-header --no-annotate --no-emit-package amdsmi pyproject.toml -o requirements.lock
 
 clean: ## remove what the commands made, the environment included
 	rm -rf $(VENV) build dist .stepmark .pytest_cache .mypy_cache .ruff_cache

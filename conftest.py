@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 
 def pytest_configure() -> None:
     """Under pytest-xdist each worker keeps to one core: a timed cell takes the lock of the cores it may use.
@@ -16,3 +18,11 @@ def pytest_configure() -> None:
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if worker and len(cores) > 1:
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """`--numprocesses auto`: as many as there are cores to use, in a container with a quota of time too."""
+    from stepmark.meter.machine import usable_cores
+
+    return usable_cores()

@@ -21,9 +21,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> None:
-    """At tier smoke prepared states go to a temporary folder: a test run leaves nothing behind."""
-    if pytestconfig.getoption("--tier") == "smoke" and "STEPMARK_CACHE" not in os.environ:
-        os.environ["STEPMARK_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    """At tier smoke prepared states and locks go to a temporary folder: a test run leaves nothing behind, and a device that
+    somebody measures on is no failure of it."""
+    if pytestconfig.getoption("--tier") == "smoke":
+        os.environ["STEPMARK_LOCKS"] = str(tmp_path_factory.mktemp("locks"))
+        if "STEPMARK_CACHE" not in os.environ:
+            os.environ["STEPMARK_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

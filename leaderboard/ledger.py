@@ -9,7 +9,6 @@ up as rows; then the raw numbers go, but for the resamples of the newest version
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from stepmark.leaderboard.trust import Dispute, Intervals, Standing, standing
 
 from stepmark import plugins, stats
 from stepmark import record as record_files
+from stepmark.meter.machine import usable_cores
 from stepmark.record import Quality, Record, RecordError
 
 APART = 50_000_000  # bytes of records from which on processes are worth their start
@@ -104,7 +104,7 @@ def cores() -> int:
     """How many processes may run at once; one where a process cannot be split in two."""
     if "fork" not in multiprocessing.get_all_start_methods():
         return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return usable_cores()
 
 
 @contextmanager

@@ -9,6 +9,12 @@ import pytest
 from stepmark.tracks.decoding.decoder import Decoder
 
 
+@pytest.fixture(autouse=True)
+def _own_locks(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that somebody measures on is no failure of a test: what it times is not published."""
+    monkeypatch.setenv("STEPMARK_LOCKS", str(tmp_path_factory.getbasetemp() / "locks"))
+
+
 @pytest.fixture
 def decoders(monkeypatch: pytest.MonkeyPatch) -> list[Decoder]:
     """Every decoder built while the test runs."""

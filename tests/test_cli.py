@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import re
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from stepmark import plugins, run
+from stepmark import forecast, plugins, run, suite
 from stepmark import record as records
 from stepmark.cell import Cell
 from stepmark.check import check, scaffold, static
 from stepmark.cli import main
+from stepmark.commands.options import missing
+from stepmark.places import results_folder
 from stepmark.verify import compare
 
 
@@ -45,7 +51,16 @@ def test_every_command_explains_itself(command: list[str], capsys: pytest.Captur
         (["run", "--method", "nope"], "no method 'nope'; known:"),
         (["run", "--task", "no/pe"], "no task 'no/pe'; known:"),
         (["run", "--track", "nope"], "no track 'nope'; known:"),
-        (["run", "--method", "ddim", "--task", "sampling/mixtures_flow"], "no cell"),
+        (["run", "--method", "ddim", "--task", "sampling/mixtures_flow"], "no cell: ddim does not run on sampling/mix"),
+        (
+            ["run", "--method", "euler", "--rung", "3", "--rung", "5"],
+            "no cell: no rung 3, 5 at tier embedded here, but",
+        ),
+        (["run", "--workers", "-1"], "--workers -1: this machine offers 1 to"),
+        (["run", "--workers", "1000"], "--workers 1000: this machine offers 1 to"),
+        (["tour", "--workers", "-1"], "--workers -1: this machine offers 1 to"),
+        (["run", "--workers", "2", "--engine", "ray"], "--workers is for --engine local"),
+        (["run", "--address", "auto"], "add --engine ray"),
         (["verify", "nowhere.jsonl"], "nowhere.jsonl is not there"),
         (["verify"], "give a record file, FILE:LINE, or --sample N"),
         (["verify", "--sample", "3", "--results", "nowhere"], "can be run again here"),
@@ -65,6 +80,66 @@ def test_bad_input_is_one_line_that_names_the_mend(
     error = capsys.readouterr().err.strip()
     assert words in error
     assert error.count("\n") == 0
+
+
+def test_a_run_says_what_is_left_out_and_what_it_will_take_before_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def begun(*_: object) -> list[object]:
+        print("begun", file=sys.stderr)
+        return []
+
+    monkeypatch.setattr(suite, "measure", begun)
+    names = ["--method", "ddim", "--method", "euler"]
+    assert main(["run", *names, "--task", "sampling/mixtures_eps", "--quiet", "--results", str(tmp_path)]) == 0
+    left_out, forecasted, *after = capsys.readouterr().err.splitlines()
+    assert left_out.startswith("left out: euler does not run on sampling/mixtures_eps, but on ")
+    assert re.match(r"\d+ cells to run, about \d+ (s|minutes|hours) by the published latencies", forecasted)
+    assert "begun" in "".join(after)
+    monkeypatch.setattr(suite, "todo", lambda cells, options: list(cells))
+    assert main(["run", "--quiet", "--results", str(tmp_path)]) == 0  # everything there is
+    assert re.match(r"\d,\d{3} cells to run, about \d+ (hours|days) by the pub", capsys.readouterr().err)
+
+
+def test_a_forecast_is_the_published_time_of_the_calls_and_of_the_preparation() -> None:
+    cell = Cell("ddim", "sampling/mixtures_eps", 4, 1, "embedded")
+    task = plugins.tasks()[cell.task][1]
+    known = next(r for r in records.read_all(results_folder("embedded")) if r.method == "ddim" and r.latency)
+    times = known.latency.model_copy(update={"items": task.batch, "median_ms": 5000.0})  # type: ignore[union-attr]
+    offline = records.Offline(seconds=100.0, state_mib=0.0, seed=0)
+    record = known.model_copy(update={"task": cell.task, "rung": 4, "latency": times, "offline": offline})
+    batches = math.ceil(task.n / task.batch)
+    running, preparing = forecast.seconds([cell], [record], True) or (0, 0)
+    assert running == pytest.approx(5.0 * batches, rel=0.1) and preparing == 100
+    unknown = replace(cell, rung=8)
+    assert forecast.seconds([cell, unknown], [record], True) == pytest.approx((2 * running, 100))
+    assert forecast.seconds([cell, replace(cell, seed=2)], [record], True) == pytest.approx((2 * running, 200))
+    assert forecast.seconds([replace(cell, seed=0)], [record], True)[0] > running + 8  # type: ignore[index]
+    assert forecast.seconds([unknown], [], True) is None
+
+
+@pytest.mark.parametrize(
+    ("module", "command", "extra"),
+    [
+        ("lm_eval", ["run", "--via", "lm-eval", "--method", "greedy", "--task", "greedy/words"], "lm-eval"),
+        ("mkdocs.commands.build", None, "site"),
+        ("pandas", None, "frame"),
+    ],
+)
+def test_what_is_not_installed_is_named_with_the_command_that_installs_it(
+    module: str, command: list[str] | None, extra: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    if command is None:
+        assert missing(ModuleNotFoundError(f"No module named {module!r}", name=module)).endswith(
+            f"{module.partition('.')[0]} is not installed: pip install 'stepmark[{extra}]'"
+        )
+        return
+    for name in [name for name in sys.modules if name.startswith((module, "stepmark.via_lm_eval"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main(command) == 2
+    assert capsys.readouterr().err == f"stepmark: {module} is not installed: pip install 'stepmark[{extra}]'\n"
 
 
 @pytest.mark.parametrize("info", plugins.methods().values(), ids=lambda info: info.id)

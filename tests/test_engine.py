@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from stepmark import engine, plugins, suite
+from stepmark import engine, locks, plugins, suite
 from stepmark import record as records
+from stepmark.meter import machine
 
 SELECTION = suite.Selection(tier="smoke", methods=("euler",), tasks=("sampling/mixtures_flow",), rungs=(2, 4))
 EQUAL = {"counts", "quality", "outputs", "flags", "status", "handles", "digests", "rung", "seed"}
@@ -57,6 +60,55 @@ def test_a_worker_reports_that_its_core_is_being_timed(tmp_path: Path, monkeypat
         list(engine.pool(suite.cells(SELECTION), "cpu", True, 1))
 
 
+def test_workers_where_nothing_can_be_pinned_lock_a_core_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS: a second worker that locked every core would find the first one's taken."""
+    held: list[object] = []
+    monkeypatch.delattr(os, "sched_setaffinity", raising=False)
+    monkeypatch.setattr(engine.ctypes, "CDLL", lambda name: SimpleNamespace(prctl=lambda *_: None))
+    monkeypatch.setattr(engine, "device_lock", lambda device, cores=None: held.append(cores) or nullcontext())
+
+    class Line:
+        def recv(self) -> list[object]:
+            raise EOFError
+
+    engine._worker(Line(), "cpu", 1, True)  # type: ignore[arg-type]
+    assert held == [[1]]
+
+
+def test_a_worker_holds_its_core_from_the_first_cell_to_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_setaffinity", lambda *_: None, raising=False)
+    monkeypatch.setattr(engine.ctypes, "CDLL", lambda name: SimpleNamespace(prctl=lambda *_: None))
+    monkeypatch.setattr(engine, "_as_text", lambda made: ("record", None))
+    busy: list[bool] = []
+
+    def measured(*_: object, **__: object) -> None:
+        try:
+            with engine.device_lock("cpu", [0]):
+                busy.append(False)
+        except engine.DeviceBusy:
+            busy.append(True)
+
+    monkeypatch.setattr(engine, "measured", measured)
+    groups = iter([[1], [2, 3]])
+
+    class Line:
+        sent: list[object] = []
+
+        def recv(self) -> list[object]:
+            if None in self.sent:  # between two groups somebody else would like to have the core
+                measured()
+            return next(groups, None) or self.end()
+
+        def end(self) -> list[object]:
+            raise EOFError
+
+        def send(self, what: object) -> None:
+            self.sent.append(what)
+
+    engine._worker(Line(), "cpu", 0, True)  # type: ignore[arg-type]
+    assert busy == [True] * 5 and len(Line.sent) == 5
+
+
 def _hold(ready: object, done: object) -> None:
     with engine.device_lock("cpu"):
         ready.set()  # type: ignore[attr-defined]
@@ -64,7 +116,7 @@ def _hold(ready: object, done: object) -> None:
 
 
 def test_a_device_that_is_being_timed_is_not_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STEPMARK_CACHE", str(tmp_path))
+    monkeypatch.setenv("STEPMARK_LOCKS", str(tmp_path))
     context = multiprocessing.get_context("fork")
     ready, done = context.Event(), context.Event()
     holder = context.Process(target=_hold, args=(ready, done))
@@ -78,9 +130,9 @@ def test_a_device_that_is_being_timed_is_not_shared(tmp_path: Path, monkeypatch:
         done.set()
         holder.join()
     with engine.device_lock("cpu"):
-        locks = {path.name for path in tmp_path.glob("timing-cpu*.lock")}
-        assert locks == {f"timing-cpu{core}.lock" for core in os.sched_getaffinity(0)}
-        assert all((tmp_path / name).read_text() == str(os.getpid()) for name in locks)
+        names = {f"timing-{locks.here()}-cpu{core}.lock" for core in machine.cores()}
+        assert {path.name for path in locks.folder().glob("*cpu*.lock")} == names
+        assert all((locks.folder() / name).read_text().split()[0] == str(os.getpid()) for name in names)
 
 
 def test_the_quick_suite_has_each_method_once_a_kind_where_it_has_most_neighbours() -> None:
@@ -94,3 +146,34 @@ def test_the_quick_suite_has_each_method_once_a_kind_where_it_has_most_neighbour
         assert sharing[chosen] == max(sharing.values())
     only = suite.Selection(tier="smoke", quick=True, methods=("ddim",), tasks=("sampling/mixtures_eps",))
     assert [cell.task for cell in suite.cells(only)] == ["sampling/mixtures_eps"]
+
+
+# which cells ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("chosen", "cells", "said"),
+    [
+        ({"methods": ("ddim", "euler"), "tasks": ("sampling/mixtures_eps",)}, 6,
+         ["euler does not run on sampling/mixtures_eps, but on "]),
+        ({"methods": ("ddim",), "tasks": ("sampling/mixtures_flow",)}, 0,
+         ["ddim does not run on sampling/mixtures_flow, but on "]),
+        ({"methods": ("ddim", "euler"), "tracks": ("decoding",)}, 0,
+         ["ddim is of track image, not of decoding", "euler is of track image, not of decoding"]),
+        ({"tracks": ("image", "decoding"), "tasks": ("sampling/mixtures_eps",)}, None,
+         ["no method of the selection runs on decoding"]),
+        ({"methods": ("euler",), "tasks": ("sampling/mixtures_flow",), "rungs": (2, 5, 7)}, 1,
+         ["no rung 5, 7 at tier smoke here, but 1, 2, 4, "]),
+        ({"methods": ("euler",), "rungs": (5,)}, 0, ["no rung 5 at tier smoke here, but "]),
+        ({"methods": ("euler",), "rungs": (2,), "seeds": (0, 1)}, None, ["no seed 1 at tier smoke here, but 0"]),
+        ({"methods": ("euler",), "seeds": (-1,)}, 0, ["no seed -1 at tier smoke here, but 0"]),
+        ({"methods": ("euler",), "tasks": ("sampling/mixtures_flow",)}, None, []),
+    ],
+)  # fmt: skip
+def test_what_is_named_and_left_out_is_said(chosen: dict[str, tuple[str, ...]], cells: int, said: list[str]) -> None:
+    selection = suite.Selection("smoke", **chosen)  # type: ignore[arg-type]
+    found = suite.cells(selection)
+    assert cells is None or bool(found) == bool(cells)
+    lines = suite.unmet(selection, found)
+    assert len(lines) == len(said)
+    assert all(line.startswith(start) for line, start in zip(lines, said, strict=True)), lines

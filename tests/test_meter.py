@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
 import subprocess
@@ -617,6 +618,8 @@ def test_environment_is_flat_lines():
         ("13th Gen Intel(R) Core(TM) i7-1360P", 16, [], "core-i7-1360p-16c"),
         ("Apple M2 Pro", 10, [], "apple-m2-pro-10c"),
         ("", 8, ["NVIDIA A100-SXM4-80GB"] * 8, "cpu-8c-8x-a100"),
+        ("", 8, ["NVIDIA A100-SXM4-80GB", "NVIDIA L4", "NVIDIA L4"], "cpu-8c-a100-2x-l4"),
+        ("", 8, ["NVIDIA H100 80GB HBM3 MIG 1g.10gb"], "cpu-8c-h100-mig-1g-10gb"),
     ],
 )
 def test_ids_read_well_and_tell_machines_apart(cpu, cores, gpus, slug):
@@ -632,7 +635,10 @@ def test_ids_read_well_and_tell_machines_apart(cpu, cores, gpus, slug):
     assert len({found, *others}) == 5
 
 
-def test_lock_digest_is_of_the_checkout():
+def test_lock_digest_is_of_the_pins_of_this_system(tmp_path):
     lock = Path(machine.__file__).resolve().parents[3] / "requirements.lock"
-    done = subprocess.run(["sha256sum", str(lock)], capture_output=True, text=True, check=True)
-    assert machine.lock_digest() == done.stdout.split()[0]
+    here = "".join(f"{pin}\n" for pin in machine.pins(lock))
+    assert machine.lock_digest() == hashlib.sha256(here.encode()).hexdigest()
+    other = tmp_path / "requirements.lock"
+    other.write_text(f"# a remark\n{here}a==1 ; sys_platform == 'nowhere'\nb==2 ; sys_platform == '{sys.platform}'\n")
+    assert machine.pins(other) == [*here.split(), "b==2"]

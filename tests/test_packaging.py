@@ -5,12 +5,15 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from stepmark import plugins
+from stepmark.commands.options import EXTRAS
+from stepmark.meter import machine
 
 ROOT = plugins.checkout()
 
@@ -62,6 +65,38 @@ def test_pytest_imports_the_same_modules() -> None:
     assert ROOT is not None
     assert Path(stepmark.__file__) == ROOT / "bench/stepmark/__init__.py"
     assert Path(ddim.__file__) == ROOT / "methods/image/baselines/ddim.py"
+
+
+SYSTEMS = {
+    "macOS": {"sys_platform": "darwin", "platform_machine": "arm64"},
+    "Linux on ARM": {"sys_platform": "linux", "platform_machine": "aarch64"},
+    "Linux": {"sys_platform": "linux", "platform_machine": "x86_64"},
+}
+CUDA = ("nvidia-c", "nvidia-n", "cuda-", "triton")  # wheels of Linux alone; nvidia-ml-py is Python
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("python", ["3.11.0", "3.11.9", "3.13.2"])
+def test_the_lock_pins_for_each_system_what_it_has_and_all_that_is_asked_for(system: str, python: str) -> None:
+    from packaging.requirements import Requirement
+
+    assert ROOT is not None
+    short = python.rpartition(".")[0]
+    here = {**SYSTEMS[system], "python_full_version": python, "python_version": short}
+    pins = machine.pins(ROOT / "requirements.lock", here)
+    versions = dict(pin.split("==") for pin in pins)
+    assert len(versions) == len(pins)  # one of each
+    assert bool([name for name in versions if name.startswith(CUDA)]) == (system != "macOS")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *(text for extra in project["optional-dependencies"].values() for text in extra)]
+    for requirement in map(Requirement, asked):
+        assert requirement.specifier.contains(versions[requirement.name.lower()]), requirement
+
+
+def test_every_extra_that_is_named_to_users_is_there() -> None:
+    assert ROOT is not None
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(EXTRAS.values()) == set(project["optional-dependencies"]) - {"dev"}
 
 
 def test_a_wheel_holds_the_plugins_and_finds_them(tmp_path: Path) -> None:

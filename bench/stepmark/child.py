@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stepmark import confine, index, places, task
+from stepmark import confine, devices, index, places, task
 from stepmark.method import Method
 from stepmark.prepared import Cost, State, Store, Training, code_of, read
 from stepmark.runner import Call, Runner, prepare_seed
@@ -63,8 +63,7 @@ def _settle_in(request: Mapping[str, Any]) -> None:
         del os.environ[name]
     os.environ.update(request["environment"])
     sys.path[:] = request["path"]
-    torch.set_num_threads(1)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    devices.settle()
     several = request["ranks"] > 1
     room = [os.environ["TMPDIR"], os.devnull, *(["/dev"] if several or request["device"] != "cpu" else [])]
     confine.confined(room, network=several)

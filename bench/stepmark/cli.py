@@ -12,13 +12,14 @@ from stepmark import __version__
 from stepmark.commands import catalogue, publish, records
 from stepmark.commands import run as running
 from stepmark.commands import tour as touring
-from stepmark.commands.options import add_checkpoint, add_results, add_selection
+from stepmark.commands.options import add_checkpoint, add_results, add_selection, missing, ready
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit status: 0 fine, 1 something was found wrong, 2 wrong use."""
     arguments = _parser().parse_args(argv)
     try:
+        ready(arguments)
         return arguments.action(arguments)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on where it was", file=sys.stderr)
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _expected(error):
             raise
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        text = missing(error) if isinstance(error, ModuleNotFoundError) else text
         print(f"stepmark: {' '.join(str(text).split())}", file=sys.stderr)
         return 2
 

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stepmark import devices
 from stepmark.meter.counts import Entry, Ledger, Traffic
 from stepmark.task import skip
 
@@ -328,7 +329,7 @@ def _serve(
     """A worker's life. It leaves without clean-up: nothing of it is worth saving, and a broken group would wait."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the process that started this one
     os.environ.update(environment)
-    torch.set_num_threads(1)
+    devices.settle()
     code = 1
     try:
         for module in sources:

@@ -7,7 +7,6 @@ seed. Which it is, the session watches while the state is made; the file says it
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import inspect
 import json
@@ -21,10 +20,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from stepmark import locks
 from stepmark.digests import definitions, reach_digest
 from stepmark.meter import machine
 from stepmark.places import cache_folder
 
+LONGEST_WAIT_S = 1800.0  # for another process that makes the same state
 CONTRACT = "3"  # raised when the meaning of a cached state changes
 NO_FUNCTION = "session.once takes a function that stands at the top level of a method's file or of a track"
 EMPTY, NAME = "empty", "="  # stands for no tensors at all, of which safetensors makes no file; begins every other name
@@ -97,9 +98,11 @@ def _of_seed(path: Path, seed: int) -> Path:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    """While one process makes a state, others wait; but not for ever. Two that make the same state do work twice and
+    harm nothing: it is put in its place whole."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(locks.Held):
+            stack.enter_context(locks.held(path, LONGEST_WAIT_S))
         yield
 
 
@@ -107,7 +110,7 @@ def _write(path: Path, state: State) -> None:
     from safetensors.torch import save_file
 
     said = {"drew": state.drew, "own": asdict(state.own), "costs": {k: asdict(v) for k, v in state.costs.items()}}
-    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary = path.with_suffix(f".{locks.here()}-{os.getpid()}")  # caches may be shared by machines
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.tensors.items()}
     named = {f"{NAME}{name}": value for name, value in tensors.items()}
     save_file(named or {EMPTY: torch.zeros(0)}, temporary, metadata={"state": json.dumps(said)})

@@ -36,6 +36,7 @@ from pydantic import (
     WrapValidator,
 )
 
+from stepmark import locks
 from stepmark.plugins import DIGITS
 
 SCHEMA_VERSION = 2
@@ -502,19 +503,17 @@ def append(path: Path, record: Record) -> None:
     line = line_of(record).encode() + b"\n"
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        import fcntl
-
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        size = os.fstat(handle).st_size
-        end = _whole_length(handle, size)
-        if end < size and _is_json(os.pread(handle, size - end, end)):
-            end, line = size, b"\n" + line
-        os.ftruncate(handle, end)
-        os.lseek(handle, end, os.SEEK_SET)
-        written = 0
-        while written < len(line):
-            written += os.write(handle, line[written:])
-        os.fsync(handle)
+        with locks.briefly(handle, path):
+            size = os.fstat(handle).st_size
+            end = _whole_length(handle, size)
+            if end < size and _is_json(os.pread(handle, size - end, end)):
+                end, line = size, b"\n" + line
+            os.ftruncate(handle, end)
+            os.lseek(handle, end, os.SEEK_SET)
+            written = 0
+            while written < len(line):
+                written += os.write(handle, line[written:])
+            os.fsync(handle)
     finally:
         os.close(handle)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from stepmark import __version__, passes, plugins, record, remote, samples
+from stepmark import __version__, devices, passes, plugins, record, remote, samples
 from stepmark.cell import Cell, digests, track_of
 from stepmark.judge import Judge
 from stepmark.meter import machine
@@ -35,7 +35,7 @@ def measured(
     info = plugins.methods().get(cell.method)
     if info is None:
         raise KeyError(f"no method {cell.method!r}; see: stepmark list methods")
-    torch.set_num_threads(1)
+    devices.settle()
     remote.nursery()  # which imports for some seconds, while this process does
     task = track_of(cell.task)[1]
     shown: samples.Shown | None = None
@@ -93,7 +93,7 @@ def _walk(cell: Cell, mine: Worker, timing: bool) -> tuple[dict[str, Any], sampl
 
 def _heading(cell: Cell, task: Task, sources: dict[str, str], device: str) -> dict[str, Any]:
     """What is known of a record without running anything."""
-    environment = machine.environment() | {"threads": "1"}
+    environment = machine.environment(device) | {"threads": "1"}
     return {
         "suite": __version__,
         "track": plugins.tasks()[cell.task][0],
@@ -102,7 +102,7 @@ def _heading(cell: Cell, task: Task, sources: dict[str, str], device: str) -> di
         "rung": cell.rung,
         "seed": cell.seed,
         "tier": cell.tier,
-        "machine": machine.machine_id(),
+        "machine": machine.machine_id(device),
         "device": torch.device(device).type,
         "checkpoint": task.checkpoint[: plugins.DIGITS],
         "digests": sources,

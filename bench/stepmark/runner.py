@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepmark import backbones, distributed, plugins, prepared
+from stepmark import backbones, devices, distributed, plugins, prepared
 from stepmark.audit import Guard, listening
 from stepmark.cell import digests, size_of, track_of
 from stepmark.meter import latency, memory
@@ -113,6 +113,7 @@ class Runner:
     ) -> None:
         """`sources`: the digests of all that the figures hang on, where somebody has taken them already. `store`: who keeps
         what is prepared; by default the cache of this machine."""
+        devices.settle()
         self.info, self.seed = info, seed
         self.track, self.task = track_of(task_id)
         self.sources = sources or digests(info, self.task)

@@ -8,7 +8,6 @@ the outputs themselves. Like records they are read as untrusted input and writte
 from __future__ import annotations
 
 import base64
-import fcntl
 import hashlib
 import io
 import json
@@ -21,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
+from stepmark import locks
 from stepmark.record import Device, Digest, Figure, MachineId, Name, Record, RecordError, TaskId
 
 if TYPE_CHECKING:
@@ -240,17 +240,17 @@ def keep(root: Path, record: Record, shown: Shown) -> Path:
     )
     handle = os.open(path.parent, os.O_RDONLY)  # the folder is the lock: the file itself is replaced
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        have = {each.key: each for each in read(path).samples} if path.exists() else {}
-        have[sample.key] = sample
-        made = SampleFile(
-            suite=record.suite,
-            machine=record.machine,
-            track=record.track,
-            method=record.method,
-            samples=[have[key] for key in sorted(have)],
-        )
-        write(path, made)
+        with locks.briefly(handle, path):
+            have = {each.key: each for each in read(path).samples} if path.exists() else {}
+            have[sample.key] = sample
+            made = SampleFile(
+                suite=record.suite,
+                machine=record.machine,
+                track=record.track,
+                method=record.method,
+                samples=[have[key] for key in sorted(have)],
+            )
+            write(path, made)
     finally:
         os.close(handle)
     return path

@@ -7,10 +7,11 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stepmark import __version__, engine, plugins, samples
+from stepmark import __version__, devices, engine, plugins, samples
 from stepmark import record as records
 from stepmark.cell import Cell, digests
 from stepmark.meter import machine
+from stepmark.places import may_change, writable, writable_cache
 
 
 @dataclass(frozen=True)
@@ -95,18 +96,62 @@ def cells(selection: Selection) -> list[Cell]:
     return found
 
 
-def _file(cell: Cell, results: Path) -> Path:
+def unmet(selection: Selection, found: Sequence[Cell]) -> list[str]:
+    """What was named and has no cell among those `found`: a line each that says which other choice leaves it none."""
+    tasks = plugins.tasks()
+    pairs = [
+        (info, task)
+        for info in plugins.methods().values()
+        for task in info.tasks
+        if (not selection.methods or info.id in selection.methods)
+        and (not selection.tracks or info.track in selection.tracks)
+        and (not selection.tasks or task in selection.tasks)
+    ]
+    said: list[str] = []
+    for name in dict.fromkeys(selection.methods):
+        info, mine = plugins.methods()[name], [task for each, task in pairs if each.id == name]
+        if selection.tracks and info.track not in selection.tracks:
+            said.append(f"{name} is of track {info.track}, not of {', '.join(selection.tracks)}")
+        elif not mine:
+            said.append(f"{name} does not run on {', '.join(selection.tasks)}, but on {', '.join(info.tasks)}")
+        elif found and not any(cell.method == name for cell in found):
+            said.append(
+                f"{name} has none of these rungs: {_listed({r for task in mine for r in tasks[task][1].rungs})}"
+            )
+    if not said:
+        reached = {name for info, task in pairs for name in (info.track, task)}
+        absent = [name for name in (*selection.tracks, *selection.tasks) if name not in reached]
+        said += [f"no method of the selection runs on {name}" for name in dict.fromkeys(absent)]
+    rungs = {rung for _, task in pairs for rung in tasks[task][1].rungs}
+    seeds = {seed for _, task in pairs for seed in range(tasks[task][1].seeds if selection.tier != "smoke" else 1)}
+    for kind, asked, have in (("rung", selection.rungs, rungs), ("seed", selection.seeds, seeds)):
+        off = [number for number in dict.fromkeys(asked) if number not in have]
+        said += (
+            [f"no {kind} {_listed(off)} at tier {selection.tier} here, but {_listed(have)}"] if pairs and off else []
+        )
+    return said
+
+
+def _listed(numbers: Collection[int]) -> str:
+    return ", ".join(map(str, sorted(numbers)))
+
+
+def _file(cell: Cell, results: Path, place: str) -> Path:
     track = plugins.methods()[cell.method].track
-    return results / __version__ / machine.machine_id() / track / f"{cell.method}.jsonl"
+    return results / __version__ / place / track / f"{cell.method}.jsonl"
 
 
-def pending(wanted: Sequence[Cell], results: Path, device: str = "cpu", timing: bool = False) -> list[Cell]:
-    """Cells without a record of the same digests on this machine and device. Failed ones are tried again.
+def pending(
+    wanted: Sequence[Cell], results: Path, device: str = "cpu", timing: bool = False, place: str | None = None
+) -> list[Cell]:
+    """Cells without a record of the same digests on this kind of device of this machine, or of the one with the id
+    `place`. Failed ones are tried again.
 
     With `timing` also those whose record was made without it.
     """
     have: dict[records.Key, records.Record] = {}
-    for path in {_file(cell, results) for cell in wanted}:
+    place = place or machine.machine_id()
+    for path in {_file(cell, results, place) for cell in wanted}:
         have |= records.keys(path)
     known = plugins.methods()
     current: dict[tuple[str, str], dict[str, str]] = {}
@@ -129,24 +174,63 @@ def pending(wanted: Sequence[Cell], results: Path, device: str = "cpu", timing: 
     return left
 
 
+def places(options: Options) -> set[str]:
+    """The ids of machines under which the cells of a run may be filed: that of the device, of each GPU where several
+    work, of every node of a cluster.
+
+    Raises: as the engine that runs them.
+    """
+    if options.engine == "ray":
+        return engine.ray_machines(options.device, options.address)
+    one = devices.named(options.device)
+    if options.workers > 1 and one != "cpu":
+        return {machine.machine_id(f"{devices.kind_of(one)}:{index}") for index in range(options.workers)}
+    return {machine.machine_id(one)}
+
+
+def todo(wanted: Sequence[Cell], options: Options) -> list[Cell]:
+    """Those cells that are still to be measured: whatever can be refused is refused here, before anything runs.
+
+    Raises:
+        ValueError: a device that is not there, more workers than it has, results or cache that cannot be written.
+        ModuleNotFoundError: an engine that is not installed.
+    """
+    if options.engine == "local":
+        engine.workers_of(options.device, options.workers)
+    writable_cache()
+    writable(options.results, "name a folder with --results")
+    left = list(wanted)
+    for place in sorted(places(options)):
+        for path in {_file(cell, options.results, place) for cell in wanted}:
+            may_change(path)
+        if not options.again:
+            left = pending(left, options.results, options.device, options.timing, place)
+    return left
+
+
 def walk(selection: Selection, options: Options) -> Iterator[records.Record]:
     """Run what is still to do, write each record as it arrives, and yield it.
 
     Raises:
-        KeyError, PluginError: a wrong selection. DeviceBusy: somebody else is timing here.
+        KeyError, PluginError: a wrong selection. DeviceBusy: somebody else is timing here. As `todo`.
     """
     wanted = cells(selection)
-    todo = wanted if options.again else pending(wanted, options.results, options.device, options.timing)
-    if len(todo) < len(wanted):
-        options.announce(f"{len(wanted) - len(todo)} of {len(wanted)} cells are done already")
-    if not todo:
+    left = todo(wanted, options)
+    if len(left) < len(wanted):
+        options.announce(f"{len(wanted) - len(left)} of {len(wanted)} cells are done already")
+    yield from measure(left, options)
+
+
+def measure(wanted: Sequence[Cell], options: Options) -> Iterator[records.Record]:
+    """Run these cells, write each record as it arrives, and yield it."""
+    if not wanted:
         return
     if options.engine == "ray":
-        stream = engine.ray(todo, options.device, options.timing, options.address)
+        stream = engine.ray(wanted, options.device, options.timing, options.address)
     elif options.workers > 1:
-        stream = engine.pool(todo, options.device, options.timing, options.workers)
+        stream = engine.pool(wanted, options.device, options.timing, options.workers)
     else:
-        stream = engine.local(todo, options.device, options.timing)
+        stream = engine.local(wanted, options.device, options.timing)
     for record, shown in stream:
         records.append(records.path_of(options.results, record), record)
         if shown is not None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from stepmark import plugins
+from stepmark.devices import kind_of
 from stepmark.meter.machine import machine_id
 from stepmark.places import results_folder
 from stepmark.record import Record, read_all
@@ -297,7 +298,7 @@ def measure(
     options = suite.Options(results=results, device=device, workers=workers, again=again, announce=lambda text: None)
     for record in suite.walk(selection, options):
         told(record)
-    return [r for r in read_all(results) if (r.machine, r.device) == (machine_id(), device.partition(":")[0])]
+    return [r for r in read_all(results) if (r.machine, r.device) == (machine_id(device), kind_of(device))]
 
 
 @contextmanager

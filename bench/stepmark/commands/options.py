@@ -7,7 +7,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stepmark import plugins
+from stepmark import devices, plugins
+from stepmark.places import writable_cache
 
 if TYPE_CHECKING:
     from stepmark.hub import Choice
@@ -83,6 +84,41 @@ def tier_of(arguments: argparse.Namespace) -> str:
             "--backbone brings its own tasks: leave out --tier embedded (hub is meant; smoke is a quick look)"
         )
     return str(tier)
+
+
+EXTRAS = {
+    "ray": "ray", "lm_eval": "lm-eval", "zeus": "energy", "pandas": "frame", "pyarrow": "site", "mkdocs": "site",
+    "material": "site", "vl_convert": "site",
+}  # fmt: skip
+
+
+def missing(error: ModuleNotFoundError) -> str:
+    """What is not installed, with the command that installs it where it comes with an extra of ours."""
+    module = (error.name or "").partition(".")[0]
+    extra = EXTRAS.get(module)
+    return f"{module} is not installed: pip install 'stepmark[{extra}]'" if extra else str(error)
+
+
+def ready(arguments: argparse.Namespace) -> None:
+    """Of a command that runs methods: is the device there, can the cache be written? On Ray the nodes have the device.
+
+    Raises:
+        ValueError: no; in one line that says what to do.
+    """
+    if getattr(arguments, "list", False) or getattr(arguments, "no_run", False) or not hasattr(arguments, "device"):
+        return
+    if getattr(arguments, "engine", "local") == "local":
+        devices.named(arguments.device)
+    writable_cache()
+
+
+def workers_of(arguments: argparse.Namespace) -> int:
+    """How many workers were asked for: as many as there are devices for, where 0 was said. One, where Ray has them."""
+    if getattr(arguments, "engine", "local") != "local":
+        return 1
+    from stepmark import engine
+
+    return engine.workers_of(arguments.device, arguments.workers)
 
 
 def choice_of(arguments: argparse.Namespace) -> Choice | None:

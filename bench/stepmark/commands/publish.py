@@ -26,7 +26,7 @@ def samples(arguments: argparse.Namespace) -> int:
         for r in read_all(results)
         if r.tier == arguments.tier
         and r.suite == __version__
-        and r.machine == machine_id()
+        and r.machine == machine_id(arguments.device)
         and r.device == arguments.device.partition(":")[0]
         and (not chosen.methods or r.method in chosen.methods)
         and (not chosen.tracks or r.track in chosen.tracks)

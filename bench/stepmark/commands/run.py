@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from stepmark import plugins
-from stepmark.commands.options import choice_of, selection_of, tier_of
+from stepmark.commands.options import choice_of, selection_of, tier_of, workers_of
 from stepmark.commands.records import show
 from stepmark.commands.table import columns
 from stepmark.places import results_folder
@@ -42,29 +42,42 @@ def run(arguments: argparse.Namespace) -> int:
 def _run_cells(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from stepmark import engine, suite
+    from stepmark import forecast, suite
 
+    def announce(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    if arguments.engine == "ray" and arguments.workers != 1:
+        raise ValueError("--workers is for --engine local: on Ray as many cells run as the cluster has room for")
+    if arguments.engine != "ray" and arguments.address:
+        raise ValueError("--address is that of a Ray cluster: add --engine ray")
     chosen = selection_of(arguments)
     results = arguments.results or results_folder(arguments.tier)
     cells = suite.cells(chosen)
+    absent = suite.unmet(chosen, cells)
     if not cells:
-        raise ValueError("the selection holds no cell; see: stepmark list")
-    timing = not arguments.no_timing
-    todo = len(cells if arguments.again else suite.pending(cells, results, arguments.device, timing))
+        raise ValueError(f"the selection holds no cell: {'; '.join(absent) or 'see stepmark list'}")
+    for text in absent:
+        announce(f"left out: {text}")
     options = suite.Options(
         results=results,
         device=arguments.device,
         engine=arguments.engine,
-        workers=arguments.workers or engine.available(arguments.device),
+        workers=workers_of(arguments),
         address=arguments.address,
-        timing=timing,
+        timing=not arguments.no_timing,
         again=arguments.again,
-        announce=lambda text: print(text, file=sys.stderr),
+        announce=announce,
     )
+    todo = suite.todo(cells, options)
+    if len(todo) < len(cells):
+        announce(f"{len(cells) - len(todo)} of {len(cells)} cells are done already")
+    if todo:
+        announce(forecast.sentence(todo, options))
     made = []
     tqdm.monitor_interval = 0
-    with tqdm(total=todo, unit="cell", dynamic_ncols=True, smoothing=0.1) as bar:
-        for record in suite.walk(chosen, options):
+    with tqdm(total=len(todo), unit="cell", dynamic_ncols=True, smoothing=0.1) as bar:
+        for record in suite.measure(todo, options):
             made.append(record)
             bar.set_postfix_str(f"{record.method} on {record.task}, rung {record.rung}")
             bar.update()

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from stepmark import plugins
+from stepmark.commands.options import workers_of
 from stepmark.commands.table import columns
 from stepmark.places import results_folder
 
@@ -16,7 +17,6 @@ def tour(arguments: argparse.Namespace) -> int:
     """Measure, print and build the site: 0 unless a cell failed."""
     from tqdm import tqdm
 
-    from stepmark import engine
     from stepmark import tour as stops
     from stepmark.record import Record, read_all
 
@@ -28,7 +28,7 @@ def tour(arguments: argparse.Namespace) -> int:
     root, results = plugins.checkout(), arguments.results or stops.folder()
     published = read_all(results_folder("embedded")) if root else []
     # Two workers at most: a stop has two methods.
-    workers = min(2, arguments.workers or engine.available(arguments.device))
+    workers = min(2, workers_of(arguments))
     failed: list[Record] = []
     verdicts: list[bool | None] = []
     tqdm.monitor_interval = 0

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from stepmark import devices
+
 COUNTER_PERIOD_S = 0.1  # the slower counters in use refresh about ten times a second
 SHORTEST_WINDOW_S = 20 * COUNTER_PERIOD_S
 RAPL_FILES = (
@@ -49,12 +51,16 @@ def missing_sensor(device: Any) -> str | None:
     Cheap, and asked before Zeus is imported: that takes seconds, and on a machine without sensors Zeus raises
     nothing and adds up to 0 J.
     """
-    kind = _kind(device)
+    kind = devices.kind_of(str(device))
     if kind == "cuda":
         import torch
 
         if not torch.cuda.is_available():
             return "torch finds no CUDA device on this machine"
+        if " MIG " in (devices.model_of(str(device)) or ""):
+            return "a MIG slice has no energy counter: the card's is that of all its slices"
+        if os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+            return "CUDA numbers the GPUs by another order than their counters; unset CUDA_DEVICE_ORDER"
     elif kind == "cpu":
         files = [path for pattern in RAPL_FILES for path in glob.glob(pattern)]
         if not files:
@@ -70,10 +76,6 @@ def missing_sensor(device: Any) -> str | None:
     return None if found else "Zeus is not installed; pip install 'stepmark[energy]'"
 
 
-def _kind(device: Any) -> str:
-    return str(device).partition(":")[0]
-
-
 def _zeusd() -> bool:
     return any(name.startswith("ZEUSD_") for name in os.environ)
 
@@ -81,12 +83,9 @@ def _zeusd() -> bool:
 def _monitor(device: Any) -> Any:
     from zeus.monitor import ZeusMonitor  # type: ignore[import-untyped]
 
-    if _kind(device) == "cpu":
+    if devices.kind_of(str(device)) == "cpu":
         return ZeusMonitor(gpu_indices=[])
-    import torch
-
-    chosen = torch.device(str(device)).index
-    return ZeusMonitor(gpu_indices=[torch.cuda.current_device() if chosen is None else chosen], cpu_indices=[])
+    return ZeusMonitor(gpu_indices=[int(devices.named(device).partition(":")[2])], cpu_indices=[])
 
 
 def _readings(measurement: Any) -> dict[str, float]:

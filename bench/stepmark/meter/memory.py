@@ -25,6 +25,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from stepmark import devices
+
 MIB = 2**20
 
 
@@ -216,7 +218,7 @@ def peak_rss_in_subprocess(target: str, *arguments: Any, warmup: int = 0, timeou
 def _child() -> None:
     request = json.load(sys.stdin)
     module, _, function = request["target"].partition(":")
-    torch.set_num_threads(1)
+    devices.settle()
     call = getattr(importlib.import_module(module), function)(*request["arguments"])
     for _ in range(request["warmup"]):
         call()
