@@ -140,8 +140,20 @@ def _parser() -> argparse.ArgumentParser:
     found = command("new", catalogue.new, "start a new plugin from a template")
     found.add_argument("path", type=Path, help="methods/<track>/<id>")
 
-    found = command("show", records.show, "print the leaderboard as an aligned table")
+    found = command(
+        "show",
+        records.show,
+        "print the leaderboard as an aligned table",
+        "Groups are methods that a paired test does\nnot tell apart; variants of a paper's method are indented.",
+    )
     add_selection(found)
+    found.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="this metric instead of the first of each task; may be given several times, the first makes the groups",
+    )
 
     found = command("compare", records.compare, "compare two methods by paired tests")
     found.add_argument("a")

@@ -301,6 +301,11 @@ class Record(_Strict):
         return (self.method, self.task, self.rung, self.seed, self.tier, self.device, self.checkpoint)
 
 
+def version_key(suite: str) -> tuple[int, ...]:
+    """Order of suite versions."""
+    return tuple(int(part) for part in re.findall(r"\d+", suite)[:4])
+
+
 def path_of(root: Path, record: Record) -> Path:
     """Where a record belongs below the results folder."""
     return root / record.suite / record.machine / record.track / f"{record.method}.jsonl"
@@ -491,8 +496,8 @@ def read(path: Path) -> Iterator[Record]:
         yield parse(line, f"{path}:{number}", folder)
 
 
-def read_all(root: Path) -> list[Record]:
-    """Every record below a results folder, the newest of each cell, machine and suite version.
+def everything(root: Path) -> list[Record]:
+    """Every record below a results folder, those included that a later one of their cell replaces.
 
     Raises:
         RecordError: also when a record lies in a folder that its own fields do not name.
@@ -502,7 +507,12 @@ def read_all(root: Path) -> list[Record]:
         for record in read_once(path):
             check_place(root, path, record)
             found.append(record)
-    return latest(found)
+    return found
+
+
+def read_all(root: Path) -> list[Record]:
+    """The newest record of each cell, machine and suite version below a results folder; raises as `everything` does."""
+    return latest(everything(root))
 
 
 def read_once(path: Path) -> tuple[Record, ...]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from stepmark import plugins
+from stepmark.admission import left_out
 from stepmark.meter.machine import machine_id
 from stepmark.places import results_folder
 from stepmark.record import Record, read_all
@@ -109,7 +110,9 @@ def folder() -> Path:
 def figures(records: Sequence[Record], stop: Stop) -> dict[tuple[str, int], Record]:
     """The records of a stop that gave figures, at tier embedded and noise seed 0, all of one place: of the device of the
     machine that has most of the stop's cells, and of such the one that was measured last; of a cell the record made last.
+    What the board leaves out takes no part.
     """
+    known, methods = plugins.tasks(), plugins.methods()
     sound = [
         r
         for r in records
@@ -117,6 +120,7 @@ def figures(records: Sequence[Record], stop: Stop) -> dict[tuple[str, int], Reco
         and r.method in {stop.method, stop.baseline}
         and r.rung in stop.rungs
         and (r.seed, r.tier, r.status) == (0, "embedded", "ok")
+        and not left_out(r, known, methods)
     ]
     places: dict[tuple[str, ...], dict[tuple[str, int], Record]] = {}
     for r in sorted(sound, key=lambda r: r.created):

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection, Sequence
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
+from stepmark import plugins
 from stepmark.commands.options import choice_of, methods_of, tier_of
 from stepmark.commands.table import columns
 from stepmark.places import results_folder
@@ -12,32 +16,64 @@ from stepmark.places import results_folder
 
 def show(arguments: argparse.Namespace) -> int:
     """The leaderboard as a table."""
+    from stepmark import admission
     from stepmark.leaderboard import tables
-    from stepmark.record import read_all
 
     arguments.tier = tier_of(arguments)
-    methods = methods_of(arguments)
     results = arguments.results or results_folder(arguments.tier)
-    records = [
-        r
-        for r in read_all(results)
-        if r.tier == arguments.tier
-        and (not methods or r.method in methods)
-        and (not arguments.track or r.track in arguments.track)
-        and (not arguments.task or r.task in arguments.task)
-    ]
-    print(tables.show(records) if records else f"no records below {results}; write some with: stepmark run")
+    taken, others = admission.read(results)
+    found = [r for r in (*taken, *(each.record for each in others)) if r.tier == arguments.tier]
+    tasks = plugins.tasks() | admission.from_folders(found)
+    metrics = tuple(getattr(arguments, "metric", ()))
+    _known("method", arguments.method, {*plugins.methods(), *(r.method for r in found)})
+    _known("task", arguments.task, {*tasks, *(r.task for r in found)})
+    _known("track", arguments.track, plugins.tracks())
+    _known("metric", metrics, {name for _, task in tasks.values() for name in task.metrics})
+    wanted: dict[str, Collection[Any]] = {
+        "method": methods_of(arguments), "track": arguments.track, "task": arguments.task, "rung": arguments.rung,
+        "seed": arguments.seed,
+    }  # fmt: skip
+    for name, values in wanted.items():
+        if values and found:
+            there = {getattr(r, name) for r in found}
+            found = [r for r in found if getattr(r, name) in values]
+            if not found:
+                print(f"no records of {name} {_listed(values)}; there are those of {_listed(there)}")
+                return 0
+    seeds = len(set(arguments.seed)) or None
+    print(tables.show(found, metrics, seeds) if found else f"no records below {results}; write some with: stepmark run")
     return 0
+
+
+def _listed(values: Collection[Any]) -> str:
+    """Values in order, the first dozen of them."""
+    names = [str(value) for value in sorted(values)]
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+
+
+def _known(kind: str, names: Sequence[str], known: Collection[str]) -> None:
+    """Raise `ValueError` with what may have been meant, if a name is neither of this checkout nor recorded."""
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, sorted(known), 3)
+            meant = f"did you mean {' or '.join(near)}?" if near else f"known: {_listed(known)}"
+            raise ValueError(f"no {kind} {name!r}; {meant}")
 
 
 def compare(arguments: argparse.Namespace) -> int:
     """Two methods by paired tests."""
+    from stepmark import admission
     from stepmark.leaderboard import tables
-    from stepmark.record import read_all
 
     results = arguments.results or results_folder(arguments.tier)
-    records = [r for r in read_all(results) if r.tier == arguments.tier]
-    print(tables.compare(records, arguments.a, arguments.b, arguments.track))
+    taken, others = admission.read(results)
+    both = (arguments.a, arguments.b)
+    _known("method", both, {*plugins.methods(), *(r.method for r in taken), *(each.record.method for each in others)})
+    _known("track", [arguments.track] if arguments.track else [], plugins.tracks())
+    found = [r for r in (*taken, *(each.record for each in others)) if r.tier == arguments.tier]
+    print(tables.compare(found, *both, arguments.track))
+    aside = [each for each in others if each.record.tier == arguments.tier and each.record.method in both]
+    print("".join(f"\n{text}\n" for text in tables.left_out(aside)), end="")
     return 0
 
 
