@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rigs.records import whole
 from stepmark.leaderboard import ledger
-from stepmark.leaderboard.rows import cells as rows_of
+from stepmark.leaderboard.rows import rows_of
 
 import stepmark
 from stepmark import plugins, run
@@ -258,7 +259,7 @@ def test_devices_and_checkpoints_are_cells_of_their_own(tmp_path: Path) -> None:
     for each in (cpu, *(cpu.model_copy(update=change) for change in others)):
         records.append(records.path_of(tmp_path, cpu), each)
     assert len(records.read_all(tmp_path)) == len(records.keys(records.path_of(tmp_path, cpu))) == 4
-    rows = rows_of(records.read_all(tmp_path), plugins.tasks())
+    rows = rows_of(records.read_all(tmp_path), plugins.tasks())  # whether they belong to the suite or not
     assert len({row.place for row in rows}) == len({str(row.place) for row in rows}) == 4
 
 
@@ -285,7 +286,7 @@ def test_a_processor_record_does_not_hide_the_run_on_another_device_nor_an_untim
 
 
 def test_the_newest_counts_wherever_it_stands(tmp_path: Path) -> None:
-    early = records.parse(line(), "here:1")
+    early = whole(records.parse(line(), "here:1"))
     late = early.model_copy(update={"created": "2026-01-02T00:00:00Z", "commit": "abcdef1"})
     path = records.path_of(tmp_path, early)
     for each in (late, early, early, late):
@@ -298,7 +299,7 @@ def test_the_newest_counts_wherever_it_stands(tmp_path: Path) -> None:
 
 
 def test_what_a_file_system_leaves_beside_records_is_not_read(tmp_path: Path) -> None:
-    record = records.parse(line(environment={"cpu": "a"}), "here:1")
+    record = whole(records.parse(line(environment={"cpu": "a"}), "here:1"))
     path = records.path_of(tmp_path, record)
     records.append(path, record)
     for stray in (path.with_name("._euler.jsonl"), tmp_path / ".trash" / "a.jsonl", tmp_path / ".DS" / "x.jsonl"):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from rigs.records import whole
 from stepmark.leaderboard import ledger, sample_pages
 from stepmark.leaderboard.pages import Board
 
@@ -192,8 +193,8 @@ def test_a_sample_of_the_records_is_the_same_each_time_and_spread_over_methods()
 
 
 def test_a_method_page_sets_its_samples_beside_those_of_the_baseline(tmp_path: Path) -> None:
-    fd = {"fd": records.Quality(value=1.0, resamples=[1.0, 1.1])}
-    mine, other = record(method="time_shift_sampler", quality=fd), record(quality=fd)
+    eps = "class_to_image/digits_eps"
+    mine, other = (whole(record(method=name, task=eps)) for name in ("time_shift_sampler", "ddim"))
     samples.keep(tmp_path, mine, strip())
     samples.keep(tmp_path, other.model_copy(update={"digests": {"method": "0" * 32}}), strip())
     runs = [mine, other]

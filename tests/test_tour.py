@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rigs.records import whole
 
 from stepmark import plugins, tour
 from stepmark.cli import main
@@ -20,8 +21,8 @@ METRIC = next(iter(TASK.metrics))
 
 def make(method: str, rung: int, value: float, ms: float, **fields: Any) -> Record:
     """A record of lower-is-better quality `value` +- 2 %, its noise paired over methods."""
-    noise = np.random.default_rng(0).normal(0, 0.02, 80)
-    own = np.random.default_rng([rung, *method.encode()]).normal(0, 0.005, 80)
+    noise = np.random.default_rng(0).normal(0, 0.02, 100)
+    own = np.random.default_rng([rung, *method.encode()]).normal(0, 0.005, 100)
     full: dict[str, Any] = {
         "suite": "0.1.0", "track": "image", "method": method, "task": STOP.task, "rung": rung, "seed": 0,
         "tier": "embedded", "machine": "here", "status": "ok", "counts": {"nfe": float(rung), "kv_bytes": 100.0},
@@ -29,7 +30,7 @@ def make(method: str, rung: int, value: float, ms: float, **fields: Any) -> Reco
         "latency": Latency(items=10, median_ms=10 * ms, iqr_ms=0.1, p95_ms=11 * ms, samples_ms=[10 * ms] * 5),
         "environment": {"device": "cpu"}, "command": "stepmark run", "created": "2031-01-02T03:04:05Z",
     }  # fmt: skip
-    return Record(**(full | fields))
+    return whole(Record(**(full | fields)))
 
 
 def keyed(*records: Record) -> dict[tuple[str, int], Record]:

@@ -14,6 +14,7 @@ Whether a record that can be read belongs to the suite and is whole, `admission`
 from __future__ import annotations
 
 import datetime as dt
+import errno
 import hashlib
 import json
 import os
@@ -329,7 +330,8 @@ def files(root: Path) -> list[Path]:
     """
 
     def refuse(error: OSError) -> None:
-        raise RecordError(f"{error.filename}: {error.strerror}; records cannot be read")
+        if error.errno != errno.ENOENT or Path(error.filename) != root:
+            raise RecordError(f"{error.filename}: {error.strerror}; records cannot be read")
 
     found: list[Path] = []
     for name, folders, names in os.walk(root, onerror=refuse):
