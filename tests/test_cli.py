@@ -47,7 +47,7 @@ def test_every_command_explains_itself(command: list[str], capsys: pytest.Captur
         (["run", "--track", "nope"], "no track 'nope'; known:"),
         (["run", "--method", "ddim", "--task", "sampling/mixtures_flow"], "no cell"),
         (["verify", "nowhere.jsonl"], "nowhere.jsonl is not there"),
-        (["verify"], "give a record file, FILE:LINE, or --sample N"),
+        (["verify"], "give a record file, FILE:LINE, --sample N, or --slice K/N"),
         (["verify", "--sample", "3", "--results", "nowhere"], "can be run again here"),
         (["samples", "--method", "nope"], "no method 'nope'; known:"),
         (["release", "--results", "nowhere"], "no records of suite version"),

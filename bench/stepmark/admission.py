@@ -17,6 +17,7 @@ from typing import NamedTuple
 import stepmark
 from stepmark import plugins
 from stepmark import record as records
+from stepmark.meter.machine import describe
 from stepmark.plugins import MethodInfo
 from stepmark.record import Latency, Quality, Record, version_key
 from stepmark.task import SCORED, Task
@@ -117,7 +118,7 @@ def _foreign(r: Record, known: Known, methods: Mapping[str, MethodInfo]) -> Iter
     else:
         if info is not None and r.task not in info.tasks:
             yield f"{r.method} does not name {r.task}"
-        if r.rung not in task.ladder(r.tier):
+        if r.rung not in {*task.rungs, *task.ladder(r.tier)}:  # at tier smoke others may be asked for
             yield f"rung {r.rung} is not on the ladder of {r.task}"
         if (
             r.command
@@ -126,10 +127,23 @@ def _foreign(r: Record, known: Known, methods: Mapping[str, MethodInfo]) -> Iter
             yield "its command is not the one that repeats it"
     if r.seed >= (1 if r.tier == "smoke" else task.seeds):
         yield f"seed {r.seed} is not one of the {task.seeds} of {r.task}"
-    if r.environment.get("machine", r.machine) != r.machine:
+    if not _of_its_machine(r):
         yield "its environment is of another machine"
     if r.status == "ok" and r.flags:
         yield "it is ok and has flags"
+
+
+def _of_its_machine(r: Record) -> bool:
+    """Whether the environment, as far as it says, is that of the machine whose id the record carries."""
+    said = r.environment
+    if said.get("machine", r.machine) != r.machine:
+        return False
+    if not {"cpu", "logical_cores", "ram_gib"} <= said.keys():
+        return True
+    if not (said["logical_cores"].isdecimal() and said["ram_gib"].isdecimal()):
+        return False
+    gpus = said["gpus"].split(", ") if "gpus" in said else []
+    return describe(said["cpu"], int(said["logical_cores"][:9]), int(said["ram_gib"][:9]), gpus) == r.machine
 
 
 # whole ------------------------------------------------------------------------------------------
