@@ -466,3 +466,44 @@ def test_a_date_that_cannot_be_is_refused(created: str) -> None:
     """Of two records of a cell the later one counts: a date of the far future would count for ever."""
     with pytest.raises(RecordError, match="created"):
         records.parse(line(created=created), "here:1")
+
+
+def test_the_commit_of_a_record_holds_the_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> None:
+        author = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", *author, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    def clean(path: Path) -> bool:
+        run.commit.cache_clear()
+        found = run.commit(path)
+        assert found is not None
+        return not found.endswith("-dirty")
+
+    monkeypatch.setattr(plugins, "checkout", lambda: tmp_path)
+    plugin, other = tmp_path / "methods" / "image" / "mine.py", tmp_path / "methods" / "image" / "other.py"
+    harness = tmp_path / "bench" / "stepmark" / "meter.py"
+    for path in (plugin, other, harness):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x = 1\n")
+    git("init", "-b", "main")
+    git("add", str(other), str(harness))
+    git("commit", "-m", "one")
+    assert clean(other)  # though somebody begins another plugin beside it
+    assert not clean(plugin)
+    assert not clean(tmp_path.parent / "elsewhere.py")
+    git("add", str(plugin))
+    assert not clean(plugin)  # staged is not committed
+    git("commit", "-m", "two")
+    assert clean(plugin)
+    (tmp_path / "leaderboard" / "results").mkdir(parents=True)
+    (tmp_path / "leaderboard" / "results" / "new.jsonl").write_text("{}\n")
+    assert clean(plugin)
+    plugin.write_text("x = 2\n")
+    git("update-index", "--assume-unchanged", str(plugin))
+    assert not clean(plugin)
+    git("update-index", "--no-assume-unchanged", str(plugin))
+    git("checkout", "--", str(plugin))
+    assert clean(plugin)
+    (harness.parent / "helper.py").write_text("y = 1\n")
+    assert not clean(plugin)
+    run.commit.cache_clear()

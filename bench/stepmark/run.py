@@ -106,7 +106,7 @@ def _heading(cell: Cell, task: Task, sources: dict[str, str], device: str) -> di
         "environment": environment | ({"checkpoint": task.origin} if task.origin else {}),
         "command": cell.command,
         "created": dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": commit(),
+        "commit": commit(plugins.methods()[cell.method].path),
     }
 
 
@@ -125,9 +125,11 @@ def _place(error: BaseException, path: Path) -> str:
     return place
 
 
-@lru_cache(maxsize=1)
-def commit() -> str | None:
-    """Commit of the checkout, `-dirty` when tracked files differ from it; None outside a checkout."""
+@lru_cache(maxsize=1024)
+def commit(plugin: Path) -> str | None:
+    """Commit of the checkout, `-dirty` where it does not hold what runs: tracked files differ from it, or git is told not
+    to look at them, or the plugin's file or some code of the harness is not in it. None outside a checkout.
+    """
     root = plugins.checkout()
     if root is None:
         return None
@@ -137,8 +139,15 @@ def commit() -> str | None:
             ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
         ).stdout.strip()
 
+    code = [name for name in ("bench", "datasets", "kernels") if (root / name).is_dir()]
     try:
         dirty = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!leaderboard/results")
+        dirty += git("ls-files", "--others", "--exclude-standard", "--", *(f"{name}/*.py" for name in code))
+        hidden = git("ls-files", "-v", "--", "methods", *code).splitlines()
+        dirty += "".join(line for line in hidden if not line.startswith("H "))
+        own = plugin.resolve()
+        if not own.is_relative_to(root.resolve()) or not git("ls-files", "--", str(own)):
+            dirty += str(own)
         return git("rev-parse", "HEAD")[:12] + ("-dirty" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return None
