@@ -469,7 +469,7 @@ def _of_schema_1(data: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _lines(text: str) -> Iterator[tuple[int, str]]:
+def lines(text: str) -> Iterator[tuple[int, str]]:
     """The lines that hold something, numbered, one record in each: without byte-order marks, foreign ends of lines and
     what git writes around a conflict, both sides of which are records.
     """
@@ -494,7 +494,7 @@ def read(path: Path) -> Iterator[Record]:
         place = content[: error.start].count(b"\n") + 1
         raise RecordError(f"{path}:{place}: not UTF-8 text") from None
     folder = environments(path)
-    for number, line in _lines(text):
+    for number, line in lines(text):
         yield parse(line, f"{path}:{number}", folder)
 
 
