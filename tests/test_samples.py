@@ -102,7 +102,7 @@ def test_a_wild_file_is_refused(tmp_path: Path) -> None:
     refuse("png", png='"><script>alert(1)</script>')
     refuse("shown", kind="nothing")
     path.write_text(json.dumps(good | {"method": "heun"}))
-    with pytest.raises(RecordError, match="belong elsewhere"):
+    with pytest.raises(RecordError, match="belongs elsewhere"):
         samples.read(path)
 
 

@@ -11,6 +11,7 @@ import pytest
 from rigs.records import whole
 
 from stepmark import plugins, tour
+from stepmark import record as record_files
 from stepmark.cli import main
 from stepmark.record import Latency, Quality, Record, append, path_of, read_all
 
@@ -139,9 +140,9 @@ def test_the_command_measures_says_and_resumes(
     assert "heun is " in said and "at 2 NFE" in said
     assert "1 of 1 comparisons agree with the published records" in said
     assert {r.tier for r in read_all(tmp_path / "r")} == {"embedded"}
-    lines = sum(path.read_text().count("\n") for path in (tmp_path / "r").rglob("*.jsonl"))
+    lines = sum(path.read_text().count("\n") for path in record_files.files(tmp_path / "r"))
     assert main(command) == 0
-    assert sum(path.read_text().count("\n") for path in (tmp_path / "r").rglob("*.jsonl")) == lines == 2
+    assert sum(path.read_text().count("\n") for path in record_files.files(tmp_path / "r")) == lines == 2
 
 
 def test_a_stop_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

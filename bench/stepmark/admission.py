@@ -67,7 +67,7 @@ def read(root: Path, known: Known | None = None) -> tuple[list[Record], list[Lef
         RecordError: a record cannot be read, or lies in a folder that its own fields do not name.
     """
     everything = records.everything(root)
-    kept, others = sorted_out(everything, plugins.tasks() | from_folders(everything) if known is None else known)
+    kept, others = sorted_out(everything, from_folders(everything) | plugins.tasks() if known is None else known)
     return records.latest(kept), others
 
 
@@ -75,7 +75,7 @@ def from_folders(found: Iterable[Record]) -> dict[str, tuple[str, Task]]:
     """What is known of the tasks made from checkpoint folders when the folders are not at hand: metrics and unit."""
     made: dict[str, tuple[str, Task]] = {}
     for r in found:
-        if r.checkpoint and r.track in SCORED and r.task not in made:
+        if r.checkpoint and r.track in SCORED and r.task.startswith("checkpoint/") and r.task not in made:
             task = Task(r.task, 1, "", "checkpoint", rungs=(), n=0, batch=0, seeds=1, **SCORED[r.track])
             made[r.task] = (r.track, task)
     return made

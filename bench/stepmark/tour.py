@@ -313,8 +313,8 @@ def with_published(results: Path, published: Path) -> Iterator[Path]:
     """
     with TemporaryDirectory(prefix="stepmark-tour-") as name:
         merged = Path(name) / "results"
-        shutil.copytree(published, merged)
-        for path in sorted(p for p in results.rglob("*") if p.is_file()):
+        shutil.copytree(published, merged, ignore=_no_files)
+        for path in sorted(p for p in results.rglob("*") if p.is_file() and not p.is_symlink()):
             target = merged / path.relative_to(results)
             target.parent.mkdir(parents=True, exist_ok=True)
             if not target.exists():
@@ -324,6 +324,12 @@ def with_published(results: Path, published: Path) -> Iterator[Path]:
                 new = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line not in have]
                 target.write_text("".join(have + new), encoding="utf-8")
         yield merged
+
+
+def _no_files(folder: str, names: Sequence[str]) -> list[str]:
+    """Of the names in a folder those that are neither files nor folders, and that no copy should wait for."""
+    paths = [Path(folder) / name for name in names]
+    return [path.name for path in paths if path.is_symlink() or not (path.is_file() or path.is_dir())]
 
 
 def task_of(stop: Stop) -> Task:

@@ -184,7 +184,7 @@ def check(records: Sequence[Record], device: str | None = None, timing: bool = F
     device = device or first.device
     if device.partition(":")[0] != first.device:
         raise ValueError(f"the record is of device {first.device}: verify it with --device {first.device}")
-    known, methods = plugins.tasks() | from_folders(records), plugins.methods()
+    known, methods = from_folders(records) | plugins.tasks(), plugins.methods()
     reasons = [left_out(r, known, methods) for r in records]
     if all(why.startswith("not of this suite") for why in reasons):
         return [Agreement(r, r, differs=[why]) for r, why in zip(records, reasons, strict=True)]

@@ -26,7 +26,7 @@ def show(arguments: argparse.Namespace) -> int:
     results = arguments.results or results_folder(arguments.tier)
     taken, others = admission.read(results)
     found = [r for r in (*taken, *(each.record for each in others)) if r.tier == arguments.tier]
-    tasks = plugins.tasks() | admission.from_folders(found)
+    tasks = admission.from_folders(found) | plugins.tasks()
     metrics = tuple(getattr(arguments, "metric", ()))
     _known("method", arguments.method, {*plugins.methods(), *(r.method for r in found)})
     _known("task", arguments.task, {*tasks, *(r.task for r in found)})
