@@ -192,14 +192,38 @@ def test_what_was_measured_is_kept_under_the_machine_that_verified(
     assert main(["verify", f"{path}:1", "--keep"]) == 0
     said = capsys.readouterr().out
     assert f"kept as a record of {HERE}: the figures are reproduced, by machine {HERE}" in said
+    assert main(["verify", f"{path}:1", "--no-timing"]) == 2
     assert [given[2] for given in calls] == [False, True]  # what is kept is whole: it is timed
     assert {r.machine for r in records.read_all(tmp_path)} == {foreign.machine, HERE}
     after = ledger.read(tmp_path).standings["euler", CELL.task]
     assert (after.state, after.reasons) == ("reproduced", [f"agrees with machine {HERE}"])
+    assert main(["verify", f"{path}:1", "--keep", "--into", str(tmp_path / "aside")]) == 0
+    assert [r.machine for r in records.read_all(tmp_path / "aside")] == [HERE]
     # The same machine again: nothing new is shown, and it says so.
     assert main(["verify", str(records.path_of(tmp_path, true)), "--keep", "--no-timing"]) == 0
     assert "adds no evidence" in capsys.readouterr().out
     assert calls[-1][2] is False
+
+
+def test_a_slice_runs_what_is_current_and_names_what_is_old(
+    true: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = changed(
+        true, digests=true.digests | {"method": "ab" * 8}, seed=1, command=true.command.replace("seed 0", "seed 1")
+    )
+    for r in (elsewhere(true), true, old):
+        records.append(records.path_of(tmp_path, r), r)
+    ran = []
+    monkeypatch.setattr(run, "measure", lambda cell, *_, **__: ran.append(cell) or true)
+    where = ["--results", str(tmp_path)]
+    for part in range(1, 4):
+        assert main(["verify", "--slice", f"{part}/3", *where]) == 0
+    said = capsys.readouterr().out
+    assert ran == [CELL]  # once, for the records of both machines
+    assert "2 of 2 records agree" in said
+    assert "1 records are older than their sources" in said
+    for wrong in ("0/3", "4/3", "3", "a/b", "1/0", "-1/3"):
+        assert main(["verify", "--slice", wrong, *where]) == 2
 
 
 def test_all_slices_together_are_the_board_and_a_task_stays_whole() -> None:

@@ -183,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
         help="write what was measured, times included, as records of this machine: a second machine that agrees makes "
         "figures reproduced, one that does not makes them disputed",
     )
+    found.add_argument("--into", type=Path, metavar="FOLDER", help="with --keep: write there, not beside the records")
     found.add_argument("--no-timing", action="store_true", help="with --keep: skip latency, memory and energy")
     found.add_argument(
         "--tier", choices=["smoke", "embedded", "hub"], default="embedded", help="with --sample and --slice"

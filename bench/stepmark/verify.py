@@ -46,8 +46,8 @@ class Agreement:
 
     @property
     def verdict(self) -> Literal["agrees", "differs", "changed"]:
-        """*changed* where nothing differs, but other sources ran than the record names."""
-        return "differs" if self.differs else "changed" if self.changed else "agrees"
+        """*changed* where other sources ran than the record names: what differs then is no fault of the record."""
+        return "changed" if self.changed else "differs" if self.differs else "agrees"
 
 
 def compare(record: Record, again: Record, intervals: Mapping[str, tuple[float, float]] | None = None) -> Agreement:
@@ -214,6 +214,14 @@ def evidence(record: Record, again: Record) -> str:
 def _alike(a: str, b: str) -> bool:
     """Whether two names of commits may be one, cut at another length."""
     return a.startswith(b) or b.startswith(a)
+
+
+def is_current(record: Record) -> bool:
+    """Whether the sources of a record are those of this checkout, so that running it again can say something of it."""
+    from stepmark.cell import digests
+
+    info, task = plugins.methods()[record.method], plugins.tasks()[record.task][1]
+    return record.digests == digests(info, task)
 
 
 # which records ----------------------------------------------------------------------------------

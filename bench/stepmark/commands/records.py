@@ -81,7 +81,7 @@ def compare(arguments: argparse.Namespace) -> int:
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    """Recorded cells again: 0 when all agree, else 1; with `--slice` 0 unless something differs."""
+    """Recorded cells again: 0 when all agree, else 1."""
     choice = choice_of(arguments)
     if choice is None:
         return _verified(arguments)
@@ -97,7 +97,7 @@ def _verified(arguments: argparse.Namespace) -> int:
         raise ValueError("give a record file, FILE:LINE, --sample N, or --slice K/N")
     from stepmark import admission, record
     from stepmark.leaderboard.rows import record_id
-    from stepmark.verify import check, draw, evidence, portion
+    from stepmark.verify import check, draw, evidence, is_current, portion
 
     if arguments.record is not None:
         root, records = _of_file(arguments.record)
@@ -112,9 +112,15 @@ def _verified(arguments: argparse.Namespace) -> int:
             part, _, parts = arguments.slice.partition("/")
             if not (part.isdecimal() and parts.isdecimal()):
                 raise ValueError(f"--slice {arguments.slice}: give K/N, such as 3/7")
-            cells = portion(records, int(part), int(parts), (arguments.device or "cpu").partition(":")[0])
+            every = portion(records, int(part), int(parts), (arguments.device or "cpu").partition(":")[0])
+            current = [[r for r in cell if is_current(r)] for cell in every]
+            if old := sum(map(len, every)) - sum(map(len, current)):
+                print(f"{old} records are older than their sources: run their cells again to have new ones", flush=True)
+            cells = [cell for cell in current if cell]
         if not records or (arguments.sample is not None and not cells):
             raise ValueError(f"no record of tier {arguments.tier} below {root} can be run again here")
+    if not arguments.keep and (arguments.into or arguments.no_timing):
+        raise ValueError("--into and --no-timing are for --keep")
     verdicts: Counter[str] = Counter()
     timing = arguments.keep and not arguments.no_timing
     for cell in cells:
@@ -134,7 +140,7 @@ def _verified(arguments: argparse.Namespace) -> int:
         if again is found[0].record:  # which is not of this suite, so that nothing was run
             continue
         if arguments.keep and again.status in {"ok", "flagged"}:
-            record.append(record.path_of(root, again), again)
+            record.append(record.path_of(arguments.into or root, again), again)
             shows = sorted({evidence(each.record, again) for each in found if each.verdict == "agrees"} - {""})
             here = f"    kept as a record of {again.machine}"
             earned = (
@@ -149,8 +155,7 @@ def _verified(arguments: argparse.Namespace) -> int:
     if verdicts["changed"]:
         said += f"; of {verdicts['changed']} the sources have changed since, so that nothing is said of them"
     print(said)
-    # In a walk over all of the board what is old is no fault of anybody's.
-    return 1 if verdicts["differs"] or (verdicts["changed"] and arguments.slice is None) else 0
+    return 1 if verdicts["differs"] or verdicts["changed"] else 0
 
 
 def _of_file(asked: str) -> tuple[Path, list[Record]]:
