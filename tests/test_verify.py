@@ -222,7 +222,7 @@ def test_a_slice_runs_what_is_current_and_names_what_is_old(
     assert ran == [CELL]  # once, for the records of both machines
     assert "2 of 2 records agree" in said
     assert "1 records are older than their sources" in said
-    for wrong in ("0/3", "4/3", "3", "a/b", "1/0", "-1/3"):
+    for wrong in ("0/3", "4/3", "3", "a/b", "1/0"):
         assert main(["verify", "--slice", wrong, *where]) == 2
 
 
