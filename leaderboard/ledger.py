@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from stepmark.leaderboard import downloads
 from stepmark.leaderboard.groups import assign_groups
-from stepmark.leaderboard.rows import Row, cells, line_id, order, rows_of, settle
+from stepmark.leaderboard.rows import Row, line_id, order, rows_of, settle
 from stepmark.leaderboard.trust import Dispute, Intervals, Standing, standing
 
 from stepmark import plugins, stats
@@ -211,7 +211,7 @@ def _sum_up(key: tuple[str, str], everything: Sequence[Record], asked: Asked) ->
     sound = [r for r, why in zip(everything, reasons, strict=True) if not why]
     latest = record_files.latest(sound)
     current = [r for r in latest if _wanted(r, asked.tier) and version_key(r.suite) == asked.newest]
-    rows = cells(current, known)
+    rows = rows_of(current, known)
     shown = {r.suite for r in current}
     versions: dict[str, list[Row]] = {}
     for suite in {r.suite for r in everything if r.tier != "smoke" and is_version(r.suite)}:
@@ -219,7 +219,7 @@ def _sum_up(key: tuple[str, str], everything: Sequence[Record], asked: Asked) ->
         if same:
             versions[suite] = rows
         elif suite in shown:
-            versions[suite] = cells((r for r in latest if r.suite == suite and r.tier != "smoke"), known)
+            versions[suite] = rows_of((r for r in latest if r.suite == suite and r.tier != "smoke"), known)
         else:  # what methods and ladders were then is not known now
             past = record_files.latest(r for r in everything if r.suite == suite and r.tier != "smoke")
             versions[suite] = rows_of(past, known)
