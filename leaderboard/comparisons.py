@@ -10,14 +10,19 @@ from itertools import combinations
 import numpy as np
 from stepmark.leaderboard.estimates import figure, sane
 from stepmark.leaderboard.groups import ALPHA, paired
-from stepmark.leaderboard.rows import Place, Row, cells, from_folders, headline, newest, split
+from stepmark.leaderboard.rows import Place, Row, headline, newest, rows_of, split
 
 from stepmark import plugins
+from stepmark.admission import from_folders, sorted_out
 from stepmark.record import Record
 from stepmark.stats import PairedTest, holm
 from stepmark.task import Task
 
-STATES = {"flagged": "is flagged", "failed": "failed at some seed"}  # how a sentence calls what leaves a row out
+STATES = {  # how a sentence calls what leaves a row out
+    "flagged": "is flagged",
+    "failed": "failed at some seed",
+    "incomplete": "lacks seeds of its task",
+}
 
 
 @dataclass(frozen=True)
@@ -49,20 +54,23 @@ class Contrast:
 def comparisons(records: Sequence[Record], a: str, b: str, track: str | None = None) -> Contrast:
     """Paired tests of two methods wherever both have figures at the same rung, Holm-corrected over all of them.
 
-    What is flagged takes no part: neither can it win, nor does it count for the correction.
+    What is flagged or incomplete takes no part, nor do records that the board leaves out: neither can they win, nor do
+    they count for the correction.
 
     Raises:
         ValueError: a method without records, or the same method twice.
     """
-    recorded = sorted({r.method for r in records})
+    known = from_folders(records) | plugins.tasks()
+    taken, others = sorted_out(records, known)
+    recorded = sorted({r.method for r in taken})
     for name in (a, b):
         if name not in recorded:
-            raise ValueError(f"no records of method {name!r}; recorded: {', '.join(recorded) or 'none'}")
+            why = next((f": {each.why}" for each in others if each.record.method == name), "")
+            raise ValueError(f"no records of method {name!r}{why}; recorded: {', '.join(recorded) or 'none'}")
     if a == b:
         raise ValueError("give two different methods")
-    chosen = [r for r in newest(records) if r.method in {a, b} and (track is None or r.track == track)]
-    known = from_folders(chosen) | plugins.tasks()
-    return contrasts(cells(chosen, known), [(a, b)], known)[a, b]
+    chosen = [r for r in newest(taken) if r.method in {a, b} and (track is None or r.track == track)]
+    return contrasts(rows_of(chosen, known), [(a, b)], known)[a, b]
 
 
 def contrasts(

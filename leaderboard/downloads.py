@@ -22,7 +22,7 @@ FIELDS = (
     "message", "flags", "latency_items", "latency_median_ms", "latency_iqr_ms", "latency_p95_ms", "latency_cuda_ms",
     "baseline", "baseline_median_ms", "speedup", "speedup_low", "speedup_high", "memory_peak_mib", "memory_how",
     "memory_state_mib", "energy_joules", "energy_idle_watts", "energy_window_s", "energy_sensor", "offline_seconds",
-    "offline_state_mib", "offline_seed", "commit", "created", "command",
+    "offline_state_mib", "offline_seed", "commit", "created", "command", "left_out",
 )  # fmt: skip
 LATENCY = ("items", "median_ms", "iqr_ms", "p95_ms", "cuda_ms", "baseline", "baseline_median_ms", "speedup",
            "speedup_low", "speedup_high")  # fmt: skip
@@ -32,7 +32,7 @@ OFFLINE = ("seconds", "state_mib", "seed")
 INTEGERS = ("rung", "seed", "offline_seed")
 TEXTS = (
     "id", "suite", "machine", "device", "checkpoint", "tier", "track", "method", "base", "task", "status", "message", "flags",
-    "baseline", "memory_how", "energy_sensor", "commit", "created", "command",
+    "baseline", "memory_how", "energy_sensor", "commit", "created", "command", "left_out",
 )  # fmt: skip
 
 
@@ -46,7 +46,7 @@ class File(NamedTuple):
     json: int
 
 
-def _fixed(name: str, r: Record) -> list[object]:
+def _fixed(name: str, r: Record, why: str) -> list[object]:
     """The values of `FIELDS`, null as None."""
     found: list[object] = [name, r.suite, r.machine, r.device, r.checkpoint or None, r.tier, r.track, r.method]
     info = plugins.methods().get(r.method)
@@ -55,7 +55,7 @@ def _fixed(name: str, r: Record) -> list[object]:
     found += [r.message, "; ".join(r.flags)]
     for part, names in ((r.latency, LATENCY), (r.memory, MEMORY), (r.energy, ENERGY), (r.offline, OFFLINE)):
         found += [getattr(part, each) for each in names] if part else [None] * len(names)
-    return [*found, r.commit, r.created, r.command]
+    return [*found, r.commit, r.created, r.command, why or None]
 
 
 def _plain(value: object) -> object:
@@ -70,9 +70,11 @@ def write_part(
     texts: Sequence[str],
     names: Sequence[str],
     within: Sequence[Intervals],
+    reasons: Sequence[str],
 ) -> None:
     """All records of a method: as lines of JSON (`texts`), and as lines of CSV whose heading names this method's own
-    figures. `names` are their ids, `within` the 95 % intervals of their metrics.
+    figures. `names` are their ids, `within` the 95 % intervals of their metrics, `reasons` why the board leaves some out
+    (""): of these the CSV has no figures of their own naming.
     """
     order = sorted(
         range(len(records)),
@@ -81,8 +83,9 @@ def write_part(
     path = _part(folder, key)
     with path.with_suffix(".json").open("w", encoding="utf-8") as stream:
         stream.writelines(f"{texts[i]}\n" for i in order)
-    metrics = sorted({name for r in records for name in r.quality})
-    counts = sorted({name for r in records for name in r.counts})
+    taken = [r for r, why in zip(records, reasons, strict=True) if not why]
+    metrics = sorted({name for r in taken for name in r.quality})
+    counts = sorted({name for r in taken for name in r.counts})
     with path.with_suffix(".csv").open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(
@@ -90,7 +93,7 @@ def write_part(
         )
         for i in order:
             r = records[i]
-            line = [_plain(value) for value in _fixed(names[i], r)]
+            line = [_plain(value) for value in _fixed(names[i], r, reasons[i])]
             for m in metrics:
                 quality = r.quality.get(m)
                 line += [None, None, None] if quality is None else [quality.value, *within[i].get(m, (None, None))]

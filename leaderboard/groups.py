@@ -73,10 +73,11 @@ def grouped(records: Sequence[Record], known: Mapping[str, tuple[str, Task]] | N
     return found
 
 
-def assign_groups(found: Sequence[Row], known: Mapping[str, tuple[str, Task]]) -> None:
-    """Give every row its tie group."""
+def assign_groups(found: Sequence[Row], known: Mapping[str, tuple[str, Task]], metric: str | None = None) -> None:
+    """Give every row its tie group, by a metric of its task (default: the first)."""
     for task_rows in split(found, "place", "task", "rung").values():
-        _assign_groups(task_rows, known[task_rows[0].task][1])
+        task = known[task_rows[0].task][1]
+        _assign_groups(task_rows, *(headline(task) if metric is None else (metric, task.metrics[metric] == "higher")))
 
 
 def _common(candidates: Sequence[Row], metric: str) -> dict[str, NDArray[np.float64]]:
@@ -92,8 +93,7 @@ def _common(candidates: Sequence[Row], metric: str) -> dict[str, NDArray[np.floa
     return {name: table for name, table in tables.items() if table.shape[1] == size[0][0]}
 
 
-def _assign_groups(at_rung: Sequence[Row], task: Task) -> None:
-    metric, higher = headline(task)
+def _assign_groups(at_rung: Sequence[Row], metric: str, higher: bool) -> None:
     ranked = [row for row in at_rung if row.ranked]
     tables = _common(ranked, metric)
     points = {row.method: row.quality[metric].value for row in ranked if row.method in tables}

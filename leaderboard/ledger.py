@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,13 +22,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from stepmark.leaderboard import downloads
 from stepmark.leaderboard.groups import assign_groups
-from stepmark.leaderboard.rows import Row, cells, line_id, order, settle, version_key
+from stepmark.leaderboard.rows import Row, line_id, order, rows_of, settle
 from stepmark.leaderboard.trust import Dispute, Intervals, Standing, standing
 
 from stepmark import plugins, stats
 from stepmark import record as record_files
+from stepmark.admission import LeftOut, from_folders, is_version, left_out, sorted_out
 from stepmark.meter.machine import usable_cores
-from stepmark.record import Quality, Record, RecordError
+from stepmark.record import Quality, Record, version_key
+from stepmark.task import Task
 
 APART = 50_000_000  # bytes of records from which on processes are worth their start
 
@@ -37,7 +40,8 @@ class Ledger:
     """What the pages are made from. Records are without resamples, those of older versions without any raw number.
 
     `rows` are of the newest version and in groups; `versions` holds those of every version, oldest first, but for tier
-    smoke; `standings` are by (method, task); `files` counts the records in each part of the downloads.
+    smoke; `standings` are by (method, task); `files` counts the records in each part of the downloads; `left_out` are those
+    that the board does not take in.
     """
 
     records: list[Record] = field(default_factory=list)
@@ -45,6 +49,7 @@ class Ledger:
     versions: dict[str, list[Row]] = field(default_factory=dict)
     standings: dict[tuple[str, str], Standing] = field(default_factory=dict)
     files: dict[tuple[str, str], int] = field(default_factory=dict)
+    left_out: list[LeftOut] = field(default_factory=list)
 
 
 class Asked(NamedTuple):
@@ -74,7 +79,7 @@ def read(
         units[path.relative_to(results).with_suffix("").parts[2:]].append(path)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    asked = Asked(_newest(results, tier), tier, objections or {}, folder)
+    asked = Asked(_newest(chain(*units.values()), results, tier), tier, objections or {}, folder)
     sizes = {key: sum(path.stat().st_size for path in paths) for key, paths in units.items()}
     # The largest first, so that no process is left alone with it at the end.
     work = [units[key] for key in sorted(units, key=lambda key: -sizes[key])]
@@ -94,7 +99,8 @@ def of(
     units: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for r in records:
         units[r.track, r.method].append(r)
-    found = [r for mine in units.values() for r in mine if _wanted(r, tier)]
+    everything = [r for mine in units.values() for r in mine if _wanted(r, tier)]
+    found = sorted_out(everything, _known(everything))[0]
     newest = max((version_key(r.suite) for r in found), default=())
     asked = Asked(newest, tier, objections or {}, None)
     return _merge([_sum_up(key, mine, asked) for key, mine in units.items()])
@@ -155,21 +161,27 @@ class _Part:
     versions: dict[str, list[Row]]
     standings: dict[tuple[str, str], Standing]
     count: int
+    left_out: list[LeftOut]
 
 
 def _wanted(r: Record, tier: str | None) -> bool:
     return r.tier == tier if tier else r.tier != "smoke"
 
 
-def _newest(results: Path, tier: str | None) -> tuple[int, ...]:
-    """The newest suite version that has a record of the tier."""
+def _known(records: Iterable[Record]) -> dict[str, tuple[str, Task]]:
+    """The tasks of this checkout, and those that records of checkpoint folders speak of."""
+    return from_folders(records) | plugins.tasks()
+
+
+def _newest(paths: Iterable[Path], results: Path, tier: str | None) -> tuple[int, ...]:
+    """The newest suite version that has a record of the tier which the board takes in."""
     suites: dict[tuple[int, ...], list[Path]] = defaultdict(list)
-    for path in results.iterdir() if results.is_dir() else ():
-        if not path.name.startswith("."):
-            suites[version_key(path.name)].append(path)
+    for path in paths:
+        suites[version_key(path.relative_to(results).parts[0])].append(path)
+    known, methods = _known(()), plugins.methods()
     for key in sorted(suites, reverse=True):
-        files = (file for folder in suites[key] for file in record_files.files(folder))
-        if any(_wanted(r, tier) for file in files for r in record_files.read(file)):
+        found = (r for path in suites[key] for r in record_files.read(path) if _wanted(r, tier))
+        if any(not left_out(r, known, methods) for r in found):
             return key
     return ()
 
@@ -177,40 +189,46 @@ def _newest(results: Path, tier: str | None) -> tuple[int, ...]:
 def _from_files(results: Path, asked: Asked, paths: Sequence[Path]) -> _Part:
     everything: list[Record] = []
     for path in paths:
-        place = path.relative_to(results).parts
         for r in record_files.read(path):
-            if (r.suite, r.machine, r.track, f"{r.method}.jsonl") != place:
-                belongs = record_files.path_of(results, r).relative_to(results)
-                raise RecordError(f"{path}: holds a record that belongs in {belongs}")
+            record_files.check_place(results, path, r)
             everything.append(r)
     if not everything:  # a file without a whole line
-        return _Part((*paths[0].relative_to(results).parts, "", "", "")[2:4], [], [], {}, {}, 0)
+        return _Part((*paths[0].relative_to(results).parts, "", "", "")[2:4], [], [], {}, {}, 0, [])
     return _sum_up((everything[0].track, everything[0].method), everything, asked)
 
 
 def _sum_up(key: tuple[str, str], everything: Sequence[Record], asked: Asked) -> _Part:
     """The rows, trust and downloads of one method from all its records, those included that a later one replaces."""
-    known = plugins.tasks()
+    known, methods = plugins.tasks(), plugins.methods()
     once = {r.model_dump_json(): r for r in everything}  # a merge of two branches may leave a line twice
     texts, everything = list(once), list(once.values())
     within = intervals(everything)
     names = {id(r): line_id(text) for r, text in zip(everything, texts, strict=True)}
+    judged = _known(everything)
+    reasons = [left_out(r, judged, methods) for r in everything]
     if asked.folder is not None:
-        downloads.write_part(asked.folder, key, everything, texts, list(names.values()), within)
-    latest = record_files.latest(everything)
+        downloads.write_part(asked.folder, key, everything, texts, list(names.values()), within, reasons)
+    sound = [r for r, why in zip(everything, reasons, strict=True) if not why]
+    latest = record_files.latest(sound)
     current = [r for r in latest if _wanted(r, asked.tier) and version_key(r.suite) == asked.newest]
-    rows = cells(current, known)
+    rows = rows_of(current, known)
     shown = {r.suite for r in current}
     versions: dict[str, list[Row]] = {}
-    for suite in {r.suite for r in latest if r.tier != "smoke"}:
+    for suite in {r.suite for r in everything if r.tier != "smoke" and is_version(r.suite)}:
         same = asked.tier is None and shown == {suite}
-        versions[suite] = rows if same else cells((r for r in latest if r.suite == suite and r.tier != "smoke"), known)
+        if same:
+            versions[suite] = rows
+        elif suite in shown:
+            versions[suite] = rows_of((r for r in latest if r.suite == suite and r.tier != "smoke"), known)
+        else:  # what methods and ladders were then is not known now
+            past = record_files.latest(r for r in everything if r.suite == suite and r.tier != "smoke")
+            versions[suite] = rows_of(past, known)
     every = list({id(row): row for mine in (rows, *versions.values()) for row in mine}.values())
     settle(every)
     standings = {}
     by_record = {id(r): found for r, found in zip(everything, within, strict=True)}
     for task in {row.task for row in rows}:
-        mine = [r for r in everything if r.task == task]
+        mine = [r for r in sound if r.task == task]
         standings[key[1], task] = standing(key[1], task, mine, asked.objections, lambda r: by_record[id(r)])
     keep = _Thin()
     thin = {id(r): keep(r, True) for r in current}
@@ -218,7 +236,12 @@ def _sum_up(key: tuple[str, str], everything: Sequence[Record], asked: Asked) ->
     for row in every:
         row.id = names[id(row.first)]
         _let_go(row, thin if id(row) in newest else None, keep)
-    return _Part(key, [thin[id(r)] for r in current], rows, versions, standings, len(everything))
+    aside = [
+        LeftOut(keep(r, False), why)
+        for r, why in zip(everything, reasons, strict=True)
+        if why and _wanted(r, asked.tier)
+    ]
+    return _Part(key, [thin[id(r)] for r in current], rows, versions, standings, len(everything), aside)
 
 
 def intervals(records: Sequence[Record]) -> list[Intervals]:
@@ -284,6 +307,7 @@ def _merge(parts: Sequence[_Part]) -> Ledger:
         found.rows += part.rows
         found.standings |= part.standings
         found.files[part.key] = part.count
+        found.left_out += part.left_out
         for suite, rows in part.versions.items():
             found.versions.setdefault(suite, []).extend(rows)
     suites = sorted(found.versions, key=lambda suite: (version_key(suite), suite))

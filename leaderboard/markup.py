@@ -129,7 +129,7 @@ VERDICT_MOOD = {
     "not run": "",
 }
 TRUST_MOOD = {"claimed": "", "measured": "open", "reproduced": "good", "disputed": "bad"}
-STATUS_MOOD = {"ok": "good", "flagged": "bad", "failed": "bad", "skipped": ""}
+STATUS_MOOD = {"ok": "good", "incomplete": "open", "flagged": "bad", "failed": "bad", "skipped": ""}
 COVERAGE_MOOD = {"live": "good", "not run": "open", "no plugin yet": ""}
 
 

@@ -96,6 +96,12 @@ def page(found: Board, name: str) -> list[str]:
         if others:
             parts.append(_elsewhere(found, task_id, {other: by_place[other] for other in others}))
         shown += by_place[place]
+    if others := Counter(why for r, why in found.ledger.left_out if r.method == name):
+        said = "; ".join(f"{why} ({n})" for why, n in others.most_common(3))
+        stand = link("../downloads.html", "downloads")
+        parts.append(
+            element("p", f"Records left out, neither ranked nor compared: {esc(said)}. They stand in the {stand}.")
+        )
     parts += sample_pages.section(found, found.samples, name)
     if rows:
         parts += ["## History", changes.history(found.versions, name)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 from stepmark.leaderboard.estimates import WILDEST, Estimate, sane
 
-from stepmark.record import Quality, Record
+from stepmark.admission import sorted_out
+from stepmark.record import Quality, Record, version_key
 from stepmark.stats import bootstrap_medians, centred, drawn, intervals
-from stepmark.task import SCORED, Task
+from stepmark.task import Task
 
 Training = Literal["none", "calibrated", "trained"]
 NETWORK_MIB = 0.01  # the least state that is taken for trained weights: about 2600 numbers
@@ -66,6 +66,7 @@ class Row:
     rung: int
     records: dict[int, Record]
     group: int | None = None
+    seeds: int = 1  # that the task asks for
 
     @cached_property
     def measured(self) -> dict[int, Record]:
@@ -85,19 +86,23 @@ class Row:
 
     @cached_property
     def status(self) -> str:
-        """The worst status over seeds."""
+        """The worst status over seeds; *incomplete* where all is well but some of the task's seeds are missing."""
         found = {r.status for r in self.records.values()}
-        return next(s for s in ("failed", "flagged", "skipped", "ok") if s in found)
+        worst = next(s for s in ("failed", "flagged", "skipped", "ok") if s in found)
+        return "incomplete" if worst == "ok" and len(self.records) < self.seeds else worst
 
     @property
     def ranked(self) -> bool:
-        """Whether the figures take part in groups, fronts, comparisons and verdicts: all seeds ran, none is flagged."""
+        """Whether the figures take part in groups, fronts, comparisons and verdicts: all seeds of the task ran, none is
+        flagged.
+        """
         return self.status == "ok"
 
     @cached_property
     def notes(self) -> list[str]:
         """Messages and flags of all seeds, each once. Untrusted text."""
         found = [text for r in self.records.values() for text in ([r.message] if r.message else []) + r.flags]
+        found += [f"{len(self.records)} of {self.seeds} seeds"] if self.status == "incomplete" else []
         return list(dict.fromkeys(found))
 
     @cached_property
@@ -265,16 +270,6 @@ def _latencies(found: Sequence[Row]) -> list[Estimate | None]:
 # reading ----------------------------------------------------------------------------------------
 
 
-def version_key(suite: str) -> tuple[int, ...]:
-    """Order of suite versions."""
-    return tuple(int(part) for part in re.findall(r"\d+", suite)[:4])
-
-
-def current(records: Sequence[Record], tier: str | None = None) -> list[Record]:
-    """Records of the newest suite version (older ones stay downloadable), of one tier or of all but smoke."""
-    return newest([r for r in records if (r.tier == tier if tier else r.tier != "smoke")])
-
-
 def newest(records: Sequence[Record]) -> list[Record]:
     """Records of the newest suite version among them."""
     version = max((version_key(r.suite) for r in records), default=())
@@ -282,26 +277,31 @@ def newest(records: Sequence[Record]) -> list[Record]:
 
 
 def cells(records: Iterable[Record], known: Mapping[str, tuple[str, Task]]) -> list[Row]:
-    """The rows of some records, later ones replacing earlier ones of the same seed; without groups."""
+    """The rows of those records that the board takes in (`admission`), later ones replacing earlier ones of the same
+    seed; without groups.
+    """
+    return rows_of(sorted_out(records, known)[0], known)
+
+
+def rows_of(records: Iterable[Record], known: Mapping[str, tuple[str, Task]]) -> list[Row]:
+    """The rows of records, whether the board takes them in or not: of older versions, of which only the past is told."""
     seeds: dict[tuple[Place, str, str, str, int], dict[int, Record]] = defaultdict(dict)
     for r in records:
         if r.task in known:
             seeds[(place_of(r), r.track, r.task, r.method, r.rung)][r.seed] = r
     found = [
-        Row(place, track, task, method, rung, by_seed) for (place, track, task, method, rung), by_seed in seeds.items()
+        Row(
+            place,
+            track,
+            task,
+            method,
+            rung,
+            by_seed,
+            seeds=1 if place.tier == "smoke" or place.checkpoint else known[task][1].seeds,
+        )
+        for (place, track, task, method, rung), by_seed in seeds.items()
     ]
     found.sort(key=order)
-    return found
-
-
-def from_folders(records: Sequence[Record]) -> dict[str, tuple[str, Task]]:
-    """What is known of the tasks made from checkpoint folders when the folders are not at hand: metrics and unit."""
-    found: dict[str, tuple[str, Task]] = {}
-    for r in records:
-        if r.checkpoint and r.track in SCORED:
-            origin = r.environment.get("checkpoint", "")
-            task = Task(r.task, 1, "", "checkpoint", rungs=(), n=0, batch=0, origin=origin, **SCORED[r.track])
-            found[r.task] = (r.track, task)
     return found
 
 

@@ -37,11 +37,13 @@ from stepmark.leaderboard.pages import NOTHING, Board, element, slug, words
 from stepmark.leaderboard.trust import disputes
 
 from stepmark import plugins, samples
+from stepmark.admission import LeftOut
 
 MARKER = ".stepmark-site"  # a folder that holds it was made here and may be cleared
 ASSETS = Path(__file__).with_name("assets")
 DATA = ".data"  # below the written pages: MkDocs passes by what begins with a dot, and copies nothing of it
 PARTS = "parts"
+MOST = 200  # records left out that are named
 MANY = 2000  # rows from which on the data files are worth a process
 
 
@@ -232,6 +234,25 @@ def _downloads(found: Board) -> list[str]:
               f"{link('records.html', 'What a record holds')}, and how to get them all as a pandas table."),
         LAST if any(found.ledger.files.values()) else NOTHING,
         element("p", f"The catalogue of papers: {link('data/catalogue.jsonl', 'catalogue.jsonl')}."),
+        *_left_out(found.ledger.left_out),
+    ]  # fmt: skip
+
+
+def _left_out(others: Sequence[LeftOut]) -> list[str]:
+    """The records that the board does not take in; [] if there are none."""
+    if not others:
+        return []
+    lines = [
+        Line([Cell(esc(r.method), r.method), markup.text(r.task), number(r.rung), number(r.seed), markup.text(r.machine),
+              markup.text(why)])
+        for r, why in sorted(others, key=lambda each: (each.record.method, each.record.task, each.record.rung))[:MOST]
+    ]  # fmt: skip
+    more = f" The first {MOST} of {len(others):,} are named." if len(others) > MOST else ""
+    return [
+        "## Left out",
+        element("p", "Records that are not of this suite or not whole. They stand in the files above; nothing is ranked, "
+                f"grouped, compared or judged by them.{more}"),
+        table(("Method", "Task", "Rung", "Seed", "Machine", "Why"), lines, "Left out"),
     ]  # fmt: skip
 
 

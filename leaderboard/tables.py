@@ -2,39 +2,56 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from stepmark.leaderboard.comparisons import comparisons, in_a_sentence
 from stepmark.leaderboard.estimates import figure, with_interval
-from stepmark.leaderboard.groups import grouped
-from stepmark.leaderboard.rows import Row, from_folders, headline, newest, split
+from stepmark.leaderboard.groups import assign_groups
+from stepmark.leaderboard.rows import Row, headline, newest, rows_of, split
 
 from stepmark import plugins
+from stepmark.admission import LeftOut, from_folders, sorted_out
 from stepmark.record import Record
 
+MOST_REASONS = 10  # why records are left out that a table tells
 
-def show(records: Sequence[Record]) -> str:
-    """An aligned table per task and machine: best first at each rung, groups instead of ranks. Newest suite, any tier."""
+
+def show(records: Sequence[Record], metrics: Sequence[str] = (), seeds: int | None = None) -> str:
+    """An aligned table per task and machine: best first at each rung, groups instead of ranks. Newest suite, any tier.
+
+    `metrics`: these, where a task has them, and groups by the first of them (default: the first of each task). `seeds`:
+    how many were asked for, where those of the task are not all wanted. What the board leaves out is named below.
+    """
     known = from_folders(records) | plugins.tasks()
-    found = grouped(newest(records), known)
+    taken, others = sorted_out(records, known)
+    found = rows_of(newest(taken), known)
+    for row in found:
+        row.seeds = row.seeds if seeds is None else min(row.seeds, seeds)
+    methods = plugins.methods()
     blocks: list[str] = []
     for (place, task_id), mine in split(found, "place", "task").items():
         task = known[task_id][1]
-        metric, higher = headline(task)
+        shown = [name for name in metrics if name in task.metrics] if metrics else [headline(task)[0]]
+        if not shown:
+            continue
+        assign_groups(mine, known, shown[0])
 
-        def order(row: Row, metric: str = metric, higher: bool = higher) -> tuple[Any, ...]:
+        def order(
+            row: Row, metric: str = shown[0], higher: bool = task.metrics[shown[0]] == "higher"
+        ) -> tuple[Any, ...]:
             value = row.quality[metric].value if metric in row.quality else 0.0
             return (row.rung, row.group or 10**6, -value if higher else value, row.method)
 
-        better = f"{metric} ({task.metrics[metric]} is better)"
-        head = ("rung", "group", "method", better, "NFE", "NFE-eq", "ms/item", "speed-up", "peak MiB", "status")
+        better = [f"{metric} ({task.metrics[metric]} is better)" for metric in shown]
+        head = ("rung", "group", "method", *better, "NFE", "NFE-eq", "ms/item", "speed-up", "peak MiB", "status")
         body = [
             (
                 str(row.rung),
                 str(row.group or "-"),
-                row.method,
-                with_interval(row.quality.get(metric)),
+                ("  " if row.method in methods and methods[row.method].base else "") + row.method,
+                *(with_interval(row.quality.get(metric)) for metric in shown),
                 figure(row.nfe),
                 figure(row.nfe_equivalent),
                 figure(row.latency_ms.value if row.latency_ms else None),
@@ -44,15 +61,26 @@ def show(records: Sequence[Record]) -> str:
             )
             for row in sorted(mine, key=order)
         ]
-        lines = _aligned(head, body, (1, 2, 9))
+        lines = _aligned(head, body, (1, 2, len(head) - 1))
         title = f"{task_id} v{task.version} on {place}; rungs in {task.unit}"
-        if task.origin:
-            title += f"\n{_printable(task.origin)}"
+        if origin := mine[0].first.environment.get("checkpoint"):  # two folders of one name make two tables
+            title += f"\n{_printable(origin)}"
         blocks.append(f"{title}\n" + "\n".join(lines))
-    unknown = sorted({r.task for r in records if r.task not in known})
-    if unknown:
-        blocks.append(f"left out: records of tasks that are not in this checkout ({', '.join(unknown)})")
-    return "\n\n".join(blocks) or "no records"
+    return "\n\n".join([*blocks, *left_out(others)]) or "no records"
+
+
+def left_out(others: Sequence[LeftOut]) -> list[str]:
+    """What the board does not take in, in a block of lines; [] if there is nothing."""
+    if not others:
+        return []
+    counted = Counter((each.record.method, each.why) for each in others)
+    lines = [
+        f"  {name}: {why}" + (f" ({n} records)" if n > 1 else "")
+        for (name, why), n in counted.most_common(MOST_REASONS)
+    ]
+    more = [f"  and {len(counted) - MOST_REASONS} further reasons"] if len(counted) > MOST_REASONS else []
+    records = f"{len(others)} record{'s' if len(others) > 1 else ''}"
+    return ["\n".join([f"left out, neither ranked nor compared: {records}", *map(_printable, lines), *more])]
 
 
 def compare(records: Sequence[Record], a: str, b: str, track: str | None = None) -> str:

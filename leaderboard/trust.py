@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from stepmark.leaderboard.rows import place_of, record_id
+from stepmark.leaderboard.rows import record_id
 
 from stepmark import backbones, plugins
 from stepmark.plugins import MethodInfo
 from stepmark.record import Record
 from stepmark.task import Task
 from stepmark.verify import compare as repeat
+from stepmark.verify import evidence
 
 Trust = Literal["claimed", "measured", "reproduced", "disputed"]
 Intervals = Mapping[str, tuple[float, float]]
@@ -67,12 +68,13 @@ def standing(
     objections: Mapping[str, Dispute],
     intervals_of: Callable[[Record], Intervals | None] = lambda record: None,
 ) -> Standing:
-    """Derived from all runs: *claimed* without one, *measured* with one, *reproduced* when a second machine or another
-    commit agrees on the same sources (by the rules of `stepmark verify`), *disputed* when it does not or when an
-    objection was accepted. `intervals_of` gives the 95 % intervals of a record's metrics, where they are known already.
+    """Derived from all runs that the board takes in: *claimed* without one, *measured* with one, *reproduced* when a
+    second machine or another commit agrees with the first run of the newest sources (by the rules of `stepmark verify`),
+    *disputed* when it does not or when an objection was accepted. `intervals_of` gives the 95 % intervals of a record's
+    metrics, where they are known already.
     """
     runs: dict[tuple[int, int, str, str], list[Record]] = defaultdict(list)
-    for r in everything:
+    for r in sorted(everything, key=lambda r: r.created):
         if r.method == method and r.task == task and r.status in {"ok", "flagged"} and r.tier != "smoke":
             runs[(r.rung, r.seed, r.tier, r.checkpoint)].append(r)
     if not runs:
@@ -85,17 +87,17 @@ def standing(
             if objections and (objection := objections.get(record_id(r))) is not None:
                 found.state = "disputed"
                 found.reasons.append(f"record {objection.record}: {objection.says} ({objection.link})")
-        for other in again[1:]:
-            first = again[0]
-            elsewhere = (other.machine, other.device) != (first.machine, first.device)
-            if first.digests != other.digests or not (elsewhere or other.commit != first.commit):
+        first, *others = [r for r in again if r.digests == again[-1].digests]
+        for other in others:
+            shows = evidence(first, other)
+            if not shows:
                 continue
             differs = repeat(first, other, intervals_of(first)).differs
             if differs:
                 found.state = "disputed"
-                differing.append(f"rung {rung}, seed {seed}: a second run differs: {differs[0]}")
+                differing.append(f"rung {rung}, seed {seed}: a second run ({shows}) differs: {differs[0]}")
             else:
-                agreeing.add(f"machine {place_of(other).where}" if elsewhere else f"commit {other.commit}")
+                agreeing.add(shows)
     found.reasons += differing
     if agreeing and found.state == "measured":
         found.state = "reproduced"

@@ -62,7 +62,7 @@ def test_every_command_explains_itself(command: list[str], capsys: pytest.Captur
         (["run", "--workers", "2", "--engine", "ray"], "--workers is for --engine local"),
         (["run", "--address", "auto"], "add --engine ray"),
         (["verify", "nowhere.jsonl"], "nowhere.jsonl is not there"),
-        (["verify"], "give a record file, FILE:LINE, or --sample N"),
+        (["verify"], "give a record file, FILE:LINE, --sample N, or --slice K/N"),
         (["verify", "--sample", "3", "--results", "nowhere"], "can be run again here"),
         (["samples", "--method", "nope"], "no method 'nope'; known:"),
         (["release", "--results", "nowhere"], "no records of suite version"),

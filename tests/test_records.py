@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rigs.records import whole
 from stepmark.leaderboard import ledger
-from stepmark.leaderboard.rows import cells as rows_of
+from stepmark.leaderboard.rows import rows_of
 
 import stepmark
 from stepmark import plugins, run
@@ -258,7 +259,7 @@ def test_devices_and_checkpoints_are_cells_of_their_own(tmp_path: Path) -> None:
     for each in (cpu, *(cpu.model_copy(update=change) for change in others)):
         records.append(records.path_of(tmp_path, cpu), each)
     assert len(records.read_all(tmp_path)) == len(records.keys(records.path_of(tmp_path, cpu))) == 4
-    rows = rows_of(records.read_all(tmp_path), plugins.tasks())
+    rows = rows_of(records.read_all(tmp_path), plugins.tasks())  # whether they belong to the suite or not
     assert len({row.place for row in rows}) == len({str(row.place) for row in rows}) == 4
 
 
@@ -285,7 +286,7 @@ def test_a_processor_record_does_not_hide_the_run_on_another_device_nor_an_untim
 
 
 def test_the_newest_counts_wherever_it_stands(tmp_path: Path) -> None:
-    early = records.parse(line(), "here:1")
+    early = whole(records.parse(line(), "here:1"))
     late = early.model_copy(update={"created": "2026-01-02T00:00:00Z", "commit": "abcdef1"})
     path = records.path_of(tmp_path, early)
     for each in (late, early, early, late):
@@ -298,7 +299,7 @@ def test_the_newest_counts_wherever_it_stands(tmp_path: Path) -> None:
 
 
 def test_what_a_file_system_leaves_beside_records_is_not_read(tmp_path: Path) -> None:
-    record = records.parse(line(environment={"cpu": "a"}), "here:1")
+    record = whole(records.parse(line(environment={"cpu": "a"}), "here:1"))
     path = records.path_of(tmp_path, record)
     records.append(path, record)
     for stray in (path.with_name("._euler.jsonl"), tmp_path / ".trash" / "a.jsonl", tmp_path / ".DS" / "x.jsonl"):
@@ -465,3 +466,44 @@ def test_a_date_that_cannot_be_is_refused(created: str) -> None:
     """Of two records of a cell the later one counts: a date of the far future would count for ever."""
     with pytest.raises(RecordError, match="created"):
         records.parse(line(created=created), "here:1")
+
+
+def test_the_commit_of_a_record_holds_the_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> None:
+        author = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", *author, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    def clean(path: Path) -> bool:
+        run.commit.cache_clear()
+        found = run.commit(path)
+        assert found is not None
+        return not found.endswith("-dirty")
+
+    monkeypatch.setattr(plugins, "checkout", lambda: tmp_path)
+    plugin, other = tmp_path / "methods" / "image" / "mine.py", tmp_path / "methods" / "image" / "other.py"
+    harness = tmp_path / "bench" / "stepmark" / "meter.py"
+    for path in (plugin, other, harness):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x = 1\n")
+    git("init", "-b", "main")
+    git("add", str(other), str(harness))
+    git("commit", "-m", "one")
+    assert clean(other)  # though somebody begins another plugin beside it
+    assert not clean(plugin)
+    assert not clean(tmp_path.parent / "elsewhere.py")
+    git("add", str(plugin))
+    assert not clean(plugin)  # staged is not committed
+    git("commit", "-m", "two")
+    assert clean(plugin)
+    (tmp_path / "leaderboard" / "results").mkdir(parents=True)
+    (tmp_path / "leaderboard" / "results" / "new.jsonl").write_text("{}\n")
+    assert clean(plugin)
+    plugin.write_text("x = 2\n")
+    git("update-index", "--assume-unchanged", str(plugin))
+    assert not clean(plugin)
+    git("update-index", "--no-assume-unchanged", str(plugin))
+    git("checkout", "--", str(plugin))
+    assert clean(plugin)
+    (harness.parent / "helper.py").write_text("y = 1\n")
+    assert not clean(plugin)
+    run.commit.cache_clear()

@@ -10,22 +10,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rigs.records import few_seeds, whole
 from stepmark.leaderboard import changes, ledger, release, site
 from stepmark.leaderboard.groups import grouped
 from stepmark.leaderboard.pages import Board
 from stepmark.leaderboard.rows import Row
 
+import stepmark
 from stepmark import __version__, plugins
 from stepmark import record as record_files
 from stepmark.record import Latency, Quality, Record
 
-TASK = "class_to_image/digits_flow"
+TASK = "class_to_image/digits_eps"
 
 
 def record(value: float, ms: float = 1.0, **fields: Any) -> Record:
     """A record of the task's first metric with 2 % spread."""
     metric = next(iter(plugins.tasks()[TASK][1].metrics))
-    spread = np.random.default_rng(0).normal(0, 0.02, 60)
+    spread = np.random.default_rng(0).normal(0, 0.02, 100)
     full: dict[str, Any] = {
         "suite": __version__, "track": "image", "method": "ddim", "task": TASK, "rung": 4, "seed": 0,
         "tier": "embedded", "machine": "test-cpu", "status": "ok", "counts": {"nfe": 4.0},
@@ -35,7 +37,14 @@ def record(value: float, ms: float = 1.0, **fields: Any) -> Record:
         "environment": {"lock": "a" * 64, "torch": "2.11"},
         "command": "stepmark run", "created": "2031-01-02T03:04:05Z", "commit": "abcdef1",
     }  # fmt: skip
-    return Record(**(full | fields))
+    return whole(Record(**(full | fields)))
+
+
+@pytest.fixture(autouse=True)
+def later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A suite version after all those that the tests make up; one seed a task."""
+    monkeypatch.setattr(stepmark, "__version__", "0.20.0")
+    few_seeds(monkeypatch, 1)
 
 
 def write(records: list[Record], root: Path) -> Path:
@@ -51,14 +60,14 @@ def write(records: list[Record], root: Path) -> Path:
 def versions() -> dict[str, list[Row]]:
     """Two suite versions: rung 4 got better with another method file, 8 stays, 16 moved to another machine, 2 is new."""
     old = [record(2.0, suite="0.1.0"), record(1.5, suite="0.1.0", rung=8), record(1.0, suite="0.1.0", rung=16)]
-    old.append(record(1.0, suite="0.1.0", method="heun"))
+    old.append(record(1.0, suite="0.1.0", method="dpm_solver_pp"))
     other = {**record(1.0).digests, "method": "0" * 64}
     new = [
         record(1.0, suite="0.2.0", digests=other, environment={"lock": "b" * 64, "torch": "2.12"}),
         record(1.51, ms=1.001, suite="0.2.0", rung=8),
         record(0.5, ms=50.0, suite="0.2.0", rung=16, machine="other-cpu"),
         record(3.0, suite="0.2.0", rung=2),
-        record(3.0, suite="0.2.0", method="euler"),
+        record(3.0, suite="0.2.0", method="unipc"),
     ]
     return {"0.1.0": grouped(old), "0.2.0": grouped(new)}
 
@@ -70,11 +79,11 @@ def test_moves_are_those_whose_intervals_part_and_name_what_differs() -> None:
     assert set(found) == {(4, metric), (16, metric)}  # not the milliseconds of another machine
     assert found[4, metric].why == ("method", "library lock (torch 2.11 to 2.12)")
     assert found[16, metric].why == ("machine",)
-    assert (step.compared, step.came, step.left) == (3, ("euler",), ("heun",))
+    assert (step.compared, step.came, step.left) == (3, ("unipc",), ("dpm_solver_pp",))
 
 
 def test_counts_and_latency_can_move_too() -> None:
-    old, new = grouped([record(1.0)]), grouped([record(1.0, ms=3.0, counts={"nfe": 5.0})])
+    old, new = grouped([record(1.0)]), grouped([record(1.0, ms=3.0, counts={"nfe": 3.0})])
     (step,) = changes.steps({"1": old, "2": new})
     assert {move.metric for move in step.moves} == {"nfe", "latency_ms"}
     assert all(move.why == () for move in step.moves)
@@ -86,14 +95,14 @@ def test_pages_say_it() -> None:
     found = Board(ledger.of(everything), plugins.methods(), plugins.tasks())
     text = "\n".join(changes.page(found))
     assert "library lock (torch 2.11 to 2.12)" in text
-    assert "New methods: euler" in text
+    assert "New methods: unipc" in text
     assert "No version has been released yet" in text
     assert list(found.versions) == ["0.1.0", "0.2.0"]
     table = changes.history(found.versions, "ddim")
     assert table == changes.history(rows, "ddim")  # though the raw numbers of the older version are gone
     assert ">0.1.0</th>" in table
     assert ">0.2.0</th>" in table
-    assert changes.history(rows, "heun") == "<p>Measured in suite version 0.1.0 only.</p>"
+    assert changes.history(rows, "dpm_solver_pp") == "<p>Measured in suite version 0.1.0 only.</p>"
 
 
 def test_versions_come_in_the_order_of_their_numbers() -> None:
@@ -164,7 +173,7 @@ def test_a_changed_tree_is_refused_or_said(place: Place, status: str | None, wor
 
 def test_stale_records_are_refused(place: Place) -> None:
     write([record(1.0, rung=8, digests={"method": "0" * 64})], place.results)
-    with pytest.raises(ValueError, match="records of older sources: ddim on class_to_image/digits_flow"):
+    with pytest.raises(ValueError, match="records of older sources: ddim on class_to_image/digits_eps"):
         release.freeze(place.results)
     with pytest.raises(ValueError, match="no records of suite version"):
         release.freeze(place.results / "nowhere")

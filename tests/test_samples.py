@@ -5,16 +5,18 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from rigs.records import whole
 from stepmark.leaderboard import ledger, sample_pages
 from stepmark.leaderboard.pages import Board
 
-from stepmark import cell, plugins, samples
+from stepmark import cell, migrate, plugins, samples
 from stepmark import record as records
 from stepmark.backbones.lm import encode
 from stepmark.cli import main
@@ -74,7 +76,7 @@ def test_files_hold_one_sample_per_cell(tmp_path: Path) -> None:
     (file,) = samples.read_all(tmp_path)
     assert [(each.task, each.rung) for each in file.samples] == [(later.task, 2), (later.task, 4)]
     assert file.samples[1].source == samples.source_of(later.digests)
-    assert [path.name for path in first.parent.iterdir()] == ["ddim.json"]  # nothing half written is left
+    assert [path.name for path in first.parent.iterdir()] == ["ddim.jsonl"]  # nothing half written is left
     assert records.read_all(tmp_path) == []  # samples are no records
     assert samples.lacking([record(), later, record(rung=8), record(rung=9, seed=1)], tmp_path) == [
         record(),
@@ -88,7 +90,7 @@ def test_a_wild_file_is_refused(tmp_path: Path) -> None:
 
     def refuse(words: str, **shown: Any) -> None:
         bad = json.loads(json.dumps(good))
-        bad["samples"][0]["shown"] |= shown
+        bad["shown"] |= shown
         path.write_text(json.dumps(bad))
         with pytest.raises(RecordError, match=words):
             samples.read(path)
@@ -100,8 +102,58 @@ def test_a_wild_file_is_refused(tmp_path: Path) -> None:
     refuse("png", png='"><script>alert(1)</script>')
     refuse("shown", kind="nothing")
     path.write_text(json.dumps(good | {"method": "heun"}))
-    with pytest.raises(RecordError, match="belong elsewhere"):
+    with pytest.raises(RecordError, match="belongs elsewhere"):
         samples.read(path)
+
+
+def test_samples_of_two_branches_merge_line_by_line(tmp_path: Path) -> None:
+    path = samples.keep(tmp_path, record(), strip())
+    base = path.read_text()
+    samples.keep(tmp_path, record(rung=2), strip())
+    left = path.read_text()
+    path.write_text(base)
+    newer = record(digests={"method": "cd" * 16}, created="2031-02-01T00:00:00Z")
+    samples.keep(tmp_path, newer, strip())
+    right = path.read_text()
+    for merged in (left + right, right + left, f"<<<<<<< a\n{left}=======\n{right}>>>>>>> b\n"):
+        path.write_text("\ufeff" + merged.replace("\n", "\r\n"))
+        file = samples.read(path)
+        assert [each.rung for each in file.samples] == [2, 4]
+        assert file.samples[1].source == samples.source_of(newer.digests)
+    samples.keep(tmp_path, record(rung=8), strip())
+    assert len(path.read_text().splitlines()) == 3
+
+
+def test_a_file_of_before_is_read_and_gives_its_place_to_lines(tmp_path: Path) -> None:
+    path = samples.keep(tmp_path, record(), strip())
+    old = path.with_suffix(".json")
+    old.write_text(samples.read(path).model_dump_json(exclude={"samples": {"__all__": {"created"}}}))
+    path.unlink()
+    (before,) = samples.read_all(tmp_path)
+    assert [each.rung for each in before.samples] == [4]
+    samples.keep(tmp_path, record(rung=2), strip())
+    assert [each.name for each in path.parent.iterdir()] == ["ddim.jsonl"]
+    assert [each.rung for each in samples.read(path).samples] == [2, 4]
+    path.unlink()
+    old.write_text(before.model_dump_json())
+    assert migrate.migrate(tmp_path).samples == 1
+    assert samples.read_all(tmp_path) == [before]
+    assert str(migrate.migrate(tmp_path)) == "nothing to migrate"
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "link", "linked track"])
+def test_what_is_no_file_of_samples_is_refused(tmp_path: Path, kind: str) -> None:
+    path = samples.keep(tmp_path, record(), strip())
+    for stray in ("._heun.jsonl", "heun.jsonl.orig", "heun.json~", "Thumbs.db", "heun_LOCAL_3.json"):
+        path.with_name(stray).write_bytes(b"\x00")
+    assert len(samples.read_all(tmp_path)) == 1
+    if kind == "linked track":
+        (path.parent.parent / "bayes").symlink_to(path.parent)
+    else:
+        other = path.with_name("heun.jsonl")
+        {"fifo": os.mkfifo, "folder": Path.mkdir, "link": lambda p: p.symlink_to("/dev/zero")}[kind](other)
+    with pytest.raises(RecordError):
+        samples.read_all(tmp_path)
 
 
 def test_what_a_page_shows_is_described_and_escaped() -> None:
@@ -154,7 +206,7 @@ def test_a_run_leaves_samples_and_making_them_again_gives_the_same(
     assert main(["run", *choice, "--rung", "2", "--no-timing", "--quiet"]) == 0
     (file,) = samples.read_all(tmp_path)
     assert [each.rung for each in file.samples] == [2]
-    (path,) = tmp_path.rglob("samples/*/*.json")
+    (path,) = tmp_path.rglob("samples/*/*.jsonl")
     before = path.read_bytes()
     assert main(["samples", *choice]) == 0
     assert "0 samples written" in capsys.readouterr().out
@@ -192,8 +244,8 @@ def test_a_sample_of_the_records_is_the_same_each_time_and_spread_over_methods()
 
 
 def test_a_method_page_sets_its_samples_beside_those_of_the_baseline(tmp_path: Path) -> None:
-    fd = {"fd": records.Quality(value=1.0, resamples=[1.0, 1.1])}
-    mine, other = record(method="time_shift_sampler", quality=fd), record(quality=fd)
+    eps = "class_to_image/digits_eps"
+    mine, other = (whole(record(method=name, task=eps)) for name in ("time_shift_sampler", "ddim"))
     samples.keep(tmp_path, mine, strip())
     samples.keep(tmp_path, other.model_copy(update={"digests": {"method": "0" * 32}}), strip())
     runs = [mine, other]

@@ -15,11 +15,12 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pytest
 from pyarrow import parquet
+from rigs.records import few_seeds, whole
 from stepmark.leaderboard import coverage, downloads, markup, site
 from stepmark.leaderboard.estimates import times
 from stepmark.leaderboard.fronts import COSTS, KEEP, Offer, Saving, front, offer
 from stepmark.leaderboard.groups import grouped
-from stepmark.leaderboard.rows import current, headline, record_id
+from stepmark.leaderboard.rows import headline, newest, record_id
 from stepmark.leaderboard.tables import compare, show
 from stepmark.leaderboard.trust import Dispute, sources_now, stale, standing
 from stepmark.leaderboard.verdicts import verdicts
@@ -83,7 +84,8 @@ def make(method: str, rung: int, value: float, seed: int = 0, **fields: Any) -> 
         "quality": {metric: Quality(value=value, resamples=[value * (1 + float(x)) for x in shared])},
         "latency": Latency(
             items=10, median_ms=float(np.median(rounds)), iqr_ms=0.1, p95_ms=rounds[-1], samples_ms=rounds,
-            baseline="toy_base", baseline_median_ms=float(np.median(others)), baseline_samples_ms=others,
+            baseline=None if method == "toy_base" else "toy_base", baseline_samples_ms=others,
+            baseline_median_ms=float(np.median(others)),
             speedup=speedup, speedup_low=speedup * 0.9, speedup_high=speedup * 1.1,
         ) if seed == 0 else None,
         "memory": Memory(peak_mib=1.25, how="tracker", state_mib=0.5) if seed == 0 else None,
@@ -96,7 +98,7 @@ def make(method: str, rung: int, value: float, seed: int = 0, **fields: Any) -> 
         "created": "2031-01-02T03:04:05Z",
         "commit": "abcdef1",
     }  # fmt: skip
-    return Record(**(full | fields))
+    return whole(Record(**(full | fields)))
 
 
 def suite() -> list[Record]:
@@ -181,6 +183,7 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     found = {path.stem: plugins.read_methods(path)[0] for path in folder.iterdir()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plugins, "methods", lambda: found)
+        few_seeds(patch, 2)
         yield
 
 
@@ -217,7 +220,14 @@ def test_rows_average_seeds_and_carry_an_interval(toys: None) -> None:
     assert row.nfe_equivalent == low * 1.5
 
 
-def test_groups_tell_apart_what_differs_and_leave_out_flags(toys: None) -> None:
+def also(patch: pytest.MonkeyPatch, name: str) -> None:
+    """One toy more."""
+    methods = plugins.methods()
+    patch.setattr(plugins, "methods", lambda: methods | {name: replace(methods["toy_fast"], id=name)})
+
+
+def test_groups_tell_apart_what_differs_and_leave_out_flags(toys: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    also(monkeypatch, "toy_same")
     _, low, *_ = known()
     found = grouped(
         [make("toy_base", low, 2.0, s) for s in (0, 1)]
@@ -239,7 +249,8 @@ def timed(rung: int, per_call: float, spread: float = 0.01) -> Latency:
     return Latency(items=10, median_ms=per_call, iqr_ms=0.1, p95_ms=rounds[-1], samples_ms=rounds)
 
 
-def test_every_axis_has_a_best_method_of_its_own(toys: None) -> None:
+def test_every_axis_has_a_best_method_of_its_own(toys: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    also(monkeypatch, "toy_slow")
     _, low, middle, high = known()
     task = plugins.tasks()[TASK][1]
     deal = offer(grouped(suite()), task, plugins.methods())
@@ -352,9 +363,7 @@ def replace_fields(record: Record, **fields: Any) -> Record:
 def test_newest_suite_only(toys: None) -> None:
     _, low, *_ = known()
     old, new = make("toy_base", low, 2.0, suite="0.9.0"), make("toy_base", low, 1.0, suite="0.10.0")
-    smoke = make("toy_base", low, 1.0, tier="smoke", suite="0.10.0")
-    assert current([old, new, smoke]) == [new]
-    assert current([old, new, smoke], "smoke") == [smoke]
+    assert newest([old, new]) == [new]
 
 
 def test_show_and_compare(toys: None) -> None:

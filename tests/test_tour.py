@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rigs.records import whole
 
 from stepmark import plugins, tour
+from stepmark import record as record_files
 from stepmark.cli import main
 from stepmark.record import Latency, Quality, Record, append, path_of, read_all
 
@@ -20,8 +22,8 @@ METRIC = next(iter(TASK.metrics))
 
 def make(method: str, rung: int, value: float, ms: float, **fields: Any) -> Record:
     """A record of lower-is-better quality `value` +- 2 %, its noise paired over methods."""
-    noise = np.random.default_rng(0).normal(0, 0.02, 80)
-    own = np.random.default_rng([rung, *method.encode()]).normal(0, 0.005, 80)
+    noise = np.random.default_rng(0).normal(0, 0.02, 100)
+    own = np.random.default_rng([rung, *method.encode()]).normal(0, 0.005, 100)
     full: dict[str, Any] = {
         "suite": "0.1.0", "track": "image", "method": method, "task": STOP.task, "rung": rung, "seed": 0,
         "tier": "embedded", "machine": "here", "status": "ok", "counts": {"nfe": float(rung), "kv_bytes": 100.0},
@@ -29,7 +31,7 @@ def make(method: str, rung: int, value: float, ms: float, **fields: Any) -> Reco
         "latency": Latency(items=10, median_ms=10 * ms, iqr_ms=0.1, p95_ms=11 * ms, samples_ms=[10 * ms] * 5),
         "environment": {"device": "cpu"}, "command": "stepmark run", "created": "2031-01-02T03:04:05Z",
     }  # fmt: skip
-    return Record(**(full | fields))
+    return whole(Record(**(full | fields)))
 
 
 def keyed(*records: Record) -> dict[tuple[str, int], Record]:
@@ -138,9 +140,9 @@ def test_the_command_measures_says_and_resumes(
     assert "heun is " in said and "at 2 NFE" in said
     assert "1 of 1 comparisons agree with the published records" in said
     assert {r.tier for r in read_all(tmp_path / "r")} == {"embedded"}
-    lines = sum(path.read_text().count("\n") for path in (tmp_path / "r").rglob("*.jsonl"))
+    lines = sum(path.read_text().count("\n") for path in record_files.files(tmp_path / "r"))
     assert main(command) == 0
-    assert sum(path.read_text().count("\n") for path in (tmp_path / "r").rglob("*.jsonl")) == lines == 2
+    assert sum(path.read_text().count("\n") for path in record_files.files(tmp_path / "r")) == lines == 2
 
 
 def test_a_stop_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

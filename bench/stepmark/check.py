@@ -128,14 +128,14 @@ def weak(claim: Claim, verdict: Verdict) -> Iterator[str]:
 
 def warnings(info: MethodInfo) -> list[str]:
     """What a reader should look at twice: nothing that keeps a plugin out."""
+    from stepmark import admission
     from stepmark.leaderboard.rows import cells
     from stepmark.leaderboard.verdicts import verdicts
-    from stepmark.record import read_all
 
     found = list(narrow(info))
     results = results_folder("embedded")
     if info.claims and results.is_dir():
-        rows = cells([r for r in read_all(results) if r.tier == "embedded"], plugins.tasks())
+        rows = cells([r for r in admission.read(results)[0] if r.tier == "embedded"], plugins.tasks())
         for claim, by_place in verdicts(info, rows):
             found += [text for verdict in by_place.values() for text in weak(claim, verdict)]
     return list(dict.fromkeys(found))

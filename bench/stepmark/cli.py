@@ -142,8 +142,20 @@ def _parser() -> argparse.ArgumentParser:
     found = command("new", catalogue.new, "start a new plugin from a template")
     found.add_argument("path", type=Path, help="methods/<track>/<id>")
 
-    found = command("show", records.show, "print the leaderboard as an aligned table")
+    found = command(
+        "show",
+        records.show,
+        "print the leaderboard as an aligned table",
+        "Groups are methods that a paired test does\nnot tell apart; variants of a paper's method are indented.",
+    )
     add_selection(found)
+    found.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="this metric instead of the first of each task; may be given several times, the first makes the groups",
+    )
 
     found = command("compare", records.compare, "compare two methods by paired tests")
     found.add_argument("a")
@@ -156,13 +168,29 @@ def _parser() -> argparse.ArgumentParser:
         "verify",
         records.verify,
         "run recorded cells again and say what agrees",
-        "Exit status 1 when something does not.",
+        "Exit status 1 when something does not.\n\n"
+        "  stepmark verify FILE:3                 one record\n"
+        "  stepmark verify --sample 12 --keep     twelve records; what was measured becomes records of this machine\n"
+        "  stepmark verify --slice 3/7 --keep     a seventh of all records",
     )
     found.add_argument("record", nargs="?", help="a record file, or FILE:LINE for one record of it")
     found.add_argument("--sample", type=int, metavar="N", help="instead: N published records, drawn over the methods")
     found.add_argument("--seed-of-sample", type=int, default=0, metavar="S", help="another S draws others (default 0)")
-    found.add_argument("--tier", choices=["smoke", "embedded", "hub"], default="embedded", help="with --sample")
-    found.add_argument("--device", default="cpu")
+    found.add_argument(
+        "--slice", metavar="K/N", help="instead: the K-th of N parts of all records; together they are the whole board"
+    )
+    found.add_argument(
+        "--keep",
+        action="store_true",
+        help="write what was measured, times included, as records of this machine: a second machine that agrees makes "
+        "figures reproduced, one that does not makes them disputed",
+    )
+    found.add_argument("--into", type=Path, metavar="FOLDER", help="with --keep: write there, not beside the records")
+    found.add_argument("--no-timing", action="store_true", help="with --keep: skip latency, memory and energy")
+    found.add_argument(
+        "--tier", choices=["smoke", "embedded", "hub"], default="embedded", help="with --sample and --slice"
+    )
+    found.add_argument("--device", help="cuda:1 ...; of the kind that the record names (default)")
     add_results(found)
     add_checkpoint(found)
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from stepmark import plugins
+from stepmark import admission, plugins
 from stepmark.places import results_folder
-from stepmark.record import Latency, Quality, Record, read_all
+from stepmark.record import Latency, Quality, Record
 from stepmark.stats import bootstrap_medians, centred, intervals
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ UNITS = {
 }
 COLUMNS = (
     "suite", "machine", "device", "checkpoint", "tier", "track", "task", "method", "base", "rung", "rung_unit", "seed",
-    "status", "figure", "value", "low", "high", "unit", "better", "created",
+    "status", "figure", "value", "low", "high", "unit", "better", "created", "left_out",
 )  # fmt: skip
 
 
@@ -64,6 +64,7 @@ def frame(results: Path | str | None = None, tier: str | None = None) -> pd.Data
             where there is none.
         unit, better: of the value; "lower" or "higher" for metrics, else missing.
         created: when the record was written, UTC.
+        left_out: why the board leaves the record out (not of this suite, incomplete); missing where it takes it in.
 
     Raises:
         ModuleNotFoundError: without pandas. RecordError: a record cannot be read.
@@ -72,18 +73,21 @@ def frame(results: Path | str | None = None, tier: str | None = None) -> pd.Data
         import pandas as pd
     except ModuleNotFoundError:
         raise ModuleNotFoundError("stepmark.frame needs pandas: pip install 'stepmark[frame]'") from None
-    records = read_all(Path(results) if results is not None else results_folder(tier or "embedded"))
-    chosen = [r for r in records if tier is None or r.tier == tier]
+    taken, others = admission.read(Path(results) if results is not None else results_folder(tier or "embedded"))
+    reasons: list[str | None] = [*([None] * len(taken)), *(each.why for each in others)]
+    pairs = list(zip([*taken, *(each.record for each in others)], reasons, strict=True))
+    pairs = [(r, why) for r, why in pairs if tier is None or r.tier == tier]
+    chosen = [r for r, _ in pairs]
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     methods, tasks = plugins.methods(), plugins.tasks()
-    for r, figures in zip(chosen, _figures(chosen), strict=True):
+    for (r, why), figures in zip(pairs, _figures(chosen), strict=True):
         info, task = methods.get(r.method), tasks.get(r.task, ("", None))[1]
         better = task.metrics if task else {}  # of a task that this checkout lacks nobody knows
         what = {
             "suite": r.suite, "machine": r.machine, "device": r.device, "checkpoint": r.checkpoint, "tier": r.tier,
             "track": r.track, "task": r.task, "method": r.method, "base": (info.base if info else None) or r.method,
             "rung": r.rung, "rung_unit": task.unit if task else None, "seed": r.seed, "status": r.status,
-            "created": r.created,
+            "created": r.created, "left_out": why,
         }  # fmt: skip
         for each in figures:
             for name, value in what.items():

@@ -7,15 +7,19 @@ The environment of a record (hardware, libraries, threads) is a file of its own,
 which many records name by its digest. Nothing is ever changed in such a file, and lines are only added to the others, so
 that results of two branches merge line by line (`.gitattributes`); readers take the newest record of a cell wherever it
 stands. Records of schema 1 are read as well; `stepmark migrate` rewrites them.
+
+Whether a record that can be read belongs to the suite and is whole, `admission` says.
 """
 
 from __future__ import annotations
 
 import datetime as dt
+import errno
 import hashlib
 import json
 import os
 import re
+import stat
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
@@ -36,15 +40,22 @@ from pydantic import (
     WrapValidator,
 )
 
-from stepmark import locks
+from stepmark import disk
+from stepmark.disk import RecordError, bytes_of, replace_whole
 from stepmark.plugins import DIGITS
 
 SCHEMA_VERSION = 2
 LONGEST_LINE = 2_000_000
+LONGEST_FILE = 256_000_000  # bytes: a thousand times what a method with many rungs leaves
+MOST_NAMES = 256  # in one table of a record
 YEARS_TO_COME = 10  # clocks may be wrong, and tests may travel
 LONGEST_ENVIRONMENT = 100_000  # bytes
+LARGEST_COUNT = 1e24
 MOST_DIGITS = 22  # the largest power of ten that a floating-point number holds
 LARGEST = 2**53  # up to here a floating-point number holds every integer
+METHOD_FILE = re.compile(r"[a-z0-9][a-z0-9_]{0,63}\.jsonl")
+MARKERS = re.compile(r"(<{7}|>{7}|\|{7})( .*)?|={7}")  # what git leaves where it could not merge
+GLUED = re.compile(r'(?<=\})\s*(?=\{"schema_version")')  # two records in a line; in a text the quotes would be escaped
 UNTIMED = "run without timing"  # the reason of a latency that was not asked for
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_]{0,63}$")]
@@ -54,12 +65,10 @@ Device = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,15}$")]
 Line = Annotated[str, StringConstraints(max_length=2000)]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16,64}$")]
 Figure = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[float, Field(allow_inf_nan=False, ge=0, le=LARGEST_COUNT)]
+Amount = Annotated[float, Field(allow_inf_nan=False, ge=0)]
 Key = tuple[str, str, int, int, str, str, str]
 Lookup = Callable[[str], dict[str, str]]
-
-
-class RecordError(Exception):
-    """A record file cannot be read. One line that names file and line."""
 
 
 def _possible(created: str) -> str:
@@ -105,6 +114,8 @@ def _read_short(value: Any, whole: Callable[[Any], list[float]]) -> list[float]:
     if not (type(digits) is int and 0 <= digits <= MOST_DIGITS and type(around) is int and abs(around) <= LARGEST):
         raise ValueError("digits lie between 0 and 22, the middle is an integer of at most 2^53")
     try:
+        if not set(map(type, differences)) <= {int}:
+            raise TypeError  # true is no number
         integers = array("q", differences)  # three times as fast as an array of NumPy's made from a list
     except (TypeError, OverflowError):
         raise ValueError("differences are integers of 64 bits") from None
@@ -115,7 +126,7 @@ def _read_short(value: Any, whole: Callable[[Any], list[float]]) -> list[float]:
 
 
 _AsList = PlainSerializer(list, return_type=list[float])
-Figures = Annotated[list[Figure], AfterValidator(_packed), _AsList]
+Times = Annotated[list[Amount], Field(max_length=100_000), AfterValidator(_packed), _AsList]
 Resamples = Annotated[list[Figure], Field(max_length=2000), WrapValidator(_read_short), _AsList]
 
 
@@ -132,7 +143,7 @@ def _named(value: Any, plainly: Callable[[Any], dict[str, str]], info: Validatio
     return plainly(value)
 
 
-Environment = Annotated[dict[Name, Line], WrapValidator(_named)]
+Environment = Annotated[dict[Name, Line], Field(max_length=MOST_NAMES), WrapValidator(_named)]
 _ENVIRONMENT: TypeAdapter[dict[str, str]] = TypeAdapter(dict[Name, Line])
 
 
@@ -156,16 +167,6 @@ def keep_environment(folder: Path, environment: Mapping[str, str]) -> str:
     return digest
 
 
-def replace_whole(path: Path, text: str) -> None:
-    """Give a file this content: all of it, on disk, or none of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-
-
 @lru_cache(maxsize=65536)
 def environment_of(folder: Path, digest: str) -> dict[str, str]:
     """The environment of this digest, read once and shared by all records that name it.
@@ -177,9 +178,7 @@ def environment_of(folder: Path, digest: str) -> dict[str, str]:
         raise RecordError(f"field environment: a digest has {DIGITS} hex digits, this is {digest[:80]!r}")
     path = folder / f"{digest}.json"
     try:
-        if path.stat().st_size > LONGEST_ENVIRONMENT:
-            raise RecordError(f"{path} is larger than {LONGEST_ENVIRONMENT} bytes")
-        found = _ENVIRONMENT.validate_json(path.read_bytes())
+        found = _ENVIRONMENT.validate_json(bytes_of(path, LONGEST_ENVIRONMENT), strict=True)
     except OSError:
         raise RecordError(
             f"its environment {path} is not there; restore the file, which belongs to the records"
@@ -208,35 +207,35 @@ class Latency(_Strict):
     `beside`: samples of further methods that were timed in the same rounds, since a claim of time names them.
     """
 
-    items: int
-    median_ms: Figure
-    iqr_ms: Figure
-    p95_ms: Figure
-    samples_ms: Figures
-    cuda_ms: Figure | None = None
+    items: Annotated[int, Field(ge=0, le=10**9)]
+    median_ms: Amount
+    iqr_ms: Amount
+    p95_ms: Amount
+    samples_ms: Times
+    cuda_ms: Amount | None = None
     baseline: Name | None = None
-    baseline_median_ms: Figure | None = None
-    baseline_samples_ms: Figures | None = None
-    speedup: Figure | None = None
-    speedup_low: Figure | None = None
-    speedup_high: Figure | None = None
-    beside: dict[Name, Figures] = Field(default_factory=dict)
+    baseline_median_ms: Amount | None = None
+    baseline_samples_ms: Times | None = None
+    speedup: Amount | None = None
+    speedup_low: Amount | None = None
+    speedup_high: Amount | None = None
+    beside: dict[Name, Times] = Field(default_factory=dict, max_length=MOST_NAMES)
 
 
 class Memory(_Strict):
     """Peak above the loaded state during one `run` call, MiB, and how it was read."""
 
-    peak_mib: Figure
+    peak_mib: Amount
     how: Line
-    state_mib: Figure
+    state_mib: Amount
 
 
 class Energy(_Strict):
     """Joules of one `run` call, idle power beside it, and the sensor."""
 
-    joules: Figure
-    idle_watts: Figure | None
-    window_s: Figure
+    joules: Amount
+    idle_watts: Amount | None
+    window_s: Amount
     sensor: Line
 
 
@@ -248,11 +247,11 @@ class Offline(_Strict):
     of before it was kept.
     """
 
-    seconds: Figure
-    evaluations: dict[Name, Figure] = Field(default_factory=dict)
-    state_mib: Figure
+    seconds: Amount
+    evaluations: dict[Name, Count] = Field(default_factory=dict, max_length=MOST_NAMES)
+    state_mib: Amount
     seed: Annotated[int, Field(ge=0, le=10**6)] | None = None
-    updates: Figure | None = None
+    updates: Count | None = None
 
 
 class Record(_Strict):
@@ -275,22 +274,27 @@ class Record(_Strict):
     checkpoint: Digest | Literal[""] = ""
     status: Literal["ok", "flagged", "failed", "skipped"]
     message: Line | None = None
-    flags: list[Line] = Field(default_factory=list)
-    counts: dict[Name, Figure] = Field(default_factory=dict)
-    handles: dict[Name, dict[Name, Figure]] = Field(default_factory=dict)
-    reported: dict[Name, Figure] = Field(default_factory=dict)
-    quality: dict[Name, Quality] = Field(default_factory=dict)
+    flags: list[Line] = Field(default_factory=list, max_length=MOST_NAMES)
+    counts: dict[Name, Count] = Field(default_factory=dict, max_length=MOST_NAMES)
+    handles: dict[Name, dict[Name, Count]] = Field(default_factory=dict, max_length=MOST_NAMES)
+    reported: dict[Name, Figure] = Field(default_factory=dict, max_length=MOST_NAMES)
+    quality: dict[Name, Quality] = Field(default_factory=dict, max_length=MOST_NAMES)
     latency: Latency | None = None
     memory: Memory | None = None
     energy: Energy | None = None
     offline: Offline | None = None
-    reasons: dict[Name, Line] = Field(default_factory=dict)
+    reasons: dict[Name, Line] = Field(default_factory=dict, max_length=MOST_NAMES)
     outputs: Digest | None = None
-    digests: dict[Name, Digest] = Field(default_factory=dict)
+    digests: dict[Name, Digest] = Field(default_factory=dict, max_length=MOST_NAMES)
     environment: Environment = Field(default_factory=dict)
     command: Line
     created: Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$"), AfterValidator(_possible)]
     commit: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{7,40}(-dirty)?$")] | None = None
+
+    @property
+    def untimed(self) -> bool:
+        """Whether it was made without timing: the cell is still to be timed."""
+        return self.latency is None and self.reasons.get("latency") == UNTIMED
 
     @property
     def key(self) -> Key:
@@ -298,25 +302,73 @@ class Record(_Strict):
         return (self.method, self.task, self.rung, self.seed, self.tier, self.device, self.checkpoint)
 
 
+def version_key(suite: str) -> tuple[int, ...]:
+    """Order of suite versions."""
+    return tuple(int(part) for part in re.findall(r"\d+", suite)[:4])
+
+
 def path_of(root: Path, record: Record) -> Path:
     """Where a record belongs below the results folder."""
     return root / record.suite / record.machine / record.track / f"{record.method}.jsonl"
 
 
+def check_place(root: Path, path: Path, record: Record) -> None:
+    """Raise `RecordError` for a record that its own fields put elsewhere than into this file below `root`."""
+    belongs = path_of(root, record)
+    if belongs != path:
+        raise RecordError(f"{path}: holds a record that belongs in {belongs.relative_to(root)}; move it there")
+
+
 def files(root: Path) -> list[Path]:
-    """The record files below a results folder, without those that an editor or a file system left there: `._x.jsonl`."""
-    found = (path for path in root.rglob("*.jsonl") if path.is_file())
-    return sorted(path for path in found if not any(p.startswith(".") for p in path.relative_to(root).parts))
+    """The record files below a results folder.
+
+    What editors, file systems and tools of merging leave beside them has no method's name (`._x.jsonl`, `x.jsonl.orig`,
+    `x_LOCAL_7.jsonl`) and is passed by.
+
+    Raises:
+        RecordError: a link, or what has a record file's name and is none: a folder, FIFO, socket or device.
+    """
+
+    def refuse(error: OSError) -> None:
+        if error.errno != errno.ENOENT or Path(error.filename) != root:
+            raise RecordError(f"{error.filename}: {error.strerror}; records cannot be read")
+
+    found: list[Path] = []
+    for name, folders, names in os.walk(root, onerror=refuse):
+        here = Path(name)
+        depth = len(here.relative_to(root).parts)
+        folders[:] = [each for each in folders if not each.startswith(".")]
+        for each in (*folders, *names):
+            named = METHOD_FILE.fullmatch(each) is not None
+            kind = (here / each).lstat().st_mode
+            if (named and not stat.S_ISREG(kind)) or (each in folders and stat.S_ISLNK(kind)):
+                raise RecordError(
+                    f"{here / each} is {disk.kind(kind)}, and records are read from files only; remove it"
+                )
+            if named:
+                found.append(here / each)
+        if depth == 2 and "samples" in folders:  # which are read by `samples`
+            folders.remove("samples")
+    return sorted(found)
 
 
 def latest(records: Iterable[Record]) -> list[Record]:
-    """The newest record of each cell, machine and suite version, whatever their order; of equally new ones the last."""
+    """The newest record of each cell, machine and suite version, whatever their order; of equally new ones the last.
+
+    A repetition without timing does not take away the times of a record of the same sources and outcome.
+    """
     found: dict[tuple[Any, ...], Record] = {}
     for record in records:
         cell = (record.suite, record.machine, *record.key)
-        if cell not in found or record.created >= found[cell].created:
+        if cell not in found or _replaces(record, found[cell]):
             found[cell] = record
     return list(found.values())
+
+
+def _replaces(record: Record, other: Record) -> bool:
+    if (record.digests, record.status) == (other.digests, other.status) and record.untimed != other.untimed:
+        return other.untimed
+    return record.created >= other.created
 
 
 # reading ----------------------------------------------------------------------------------------
@@ -342,7 +394,7 @@ def _plainly(line: str, lookup: Lookup | None) -> Record | None:
     if line.startswith('{"schema_version":1') or '" ' in line or '"\t' in line or '"\r' in line:
         return None
     try:
-        record = Record.model_validate_json(line, context=(lookup, False))
+        record = Record.model_validate_json(line, strict=True, context=(lookup, False))
     except ValueError:
         return None
     # A field that this count does not know makes the numbers differ, which costs time and nothing else.
@@ -382,13 +434,14 @@ def _closely(line: str, lookup: Lookup | None) -> Record:
     if not isinstance(data, dict):
         raise RecordError(f"a record is an object, this is a {type(data).__name__}")
     version = data.get("schema_version")
-    if version not in (1, SCHEMA_VERSION):
+    if type(version) is not int or version not in (1, SCHEMA_VERSION):
         raise RecordError(
             f"schema version {str(version)[:20]!r}, this Stepmark reads 1 and {SCHEMA_VERSION}; "
             "read it with the version that wrote it"
         )
     try:
-        return Record.model_validate(_of_schema_1(data) if version == 1 else data, context=(lookup, True))
+        fields = _of_schema_1(data) if version == 1 else data
+        return Record.model_validate(fields, strict=True, context=(lookup, True))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))[:80]
@@ -416,34 +469,37 @@ def _of_schema_1(data: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _is_json(text: bytes) -> bool:
-    """Whether a last line without its end is nevertheless a whole one."""
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
+def lines(text: str) -> Iterator[tuple[int, str]]:
+    """The lines that hold something, numbered, one record in each: without byte-order marks, foreign ends of lines and
+    what git writes around a conflict, both sides of which are records.
+    """
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    for number, line in enumerate(text.split("\n"), start=1):
+        line = line.strip(" \t\ufeff")
+        if not line or (line[0] in "<>|=" and MARKERS.fullmatch(line)):
+            continue
+        for each in GLUED.split(line) if line.count('{"schema_version"') > 1 else (line,):
+            yield number, each
 
 
 def read(path: Path) -> Iterator[Record]:
     """Every record of a file. A torn last line (a killed writer) is left out; any other fault is a `RecordError`."""
-    content = path.read_bytes()
-    end = content.rfind(b"\n") + 1
-    if content[end:].strip() and not _is_json(content[end:]):
-        content = content[:end]
+    content = bytes_of(path, LONGEST_FILE)
+    if torn := disk.torn(content[content.rfind(b"\n") + 1 :]):
+        content = content[:-torn]
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         place = content[: error.start].count(b"\n") + 1
         raise RecordError(f"{path}:{place}: not UTF-8 text") from None
     folder = environments(path)
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield parse(line, f"{path}:{number}", folder)
+    for number, line in lines(text):
+        yield parse(line, f"{path}:{number}", folder)
 
 
-def read_all(root: Path) -> list[Record]:
-    """Every record below a results folder, the newest of each cell, machine and suite version.
+def everything(root: Path) -> list[Record]:
+    """Every record below a results folder, those included that a later one of their cell replaces.
 
     Raises:
         RecordError: also when a record lies in a folder that its own fields do not name.
@@ -451,10 +507,14 @@ def read_all(root: Path) -> list[Record]:
     found: list[Record] = []
     for path in files(root):
         for record in read_once(path):
-            if path_of(root, record) != path:
-                raise RecordError(f"{path}: holds a record that belongs in {path_of(root, record).relative_to(root)}")
+            check_place(root, path, record)
             found.append(record)
-    return latest(found)
+    return found
+
+
+def read_all(root: Path) -> list[Record]:
+    """The newest record of each cell, machine and suite version below a results folder; raises as `everything` does."""
+    return latest(everything(root))
 
 
 def read_once(path: Path) -> tuple[Record, ...]:
@@ -500,32 +560,4 @@ def append(path: Path, record: Record) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if record.environment:
         keep_environment(environments(path), record.environment)
-    line = line_of(record).encode() + b"\n"
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        with locks.briefly(handle, path):
-            size = os.fstat(handle).st_size
-            end = _whole_length(handle, size)
-            if end < size and _is_json(os.pread(handle, size - end, end)):
-                end, line = size, b"\n" + line
-            os.ftruncate(handle, end)
-            os.lseek(handle, end, os.SEEK_SET)
-            written = 0
-            while written < len(line):
-                written += os.write(handle, line[written:])
-            os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _whole_length(handle: int, size: int) -> int:
-    """Up to and with the end of the last line that has one."""
-    position = size
-    while position > 0:
-        step = min(65536, position)
-        block = os.pread(handle, step, position - step)
-        newline = block.rfind(b"\n")
-        if newline >= 0:
-            return position - step + newline + 1
-        position -= step
-    return 0
+    disk.add_line(path, line_of(record).encode())

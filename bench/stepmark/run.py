@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import subprocess
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ def _heading(cell: Cell, task: Task, sources: dict[str, str], device: str) -> di
         "environment": environment | ({"checkpoint": task.origin} if task.origin else {}),
         "command": cell.command,
         "created": dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": commit(),
+        "commit": commit(plugins.methods()[cell.method].path),
     }
 
 
@@ -117,9 +118,11 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())[:1900]
 
 
-@lru_cache(maxsize=1)
-def commit() -> str | None:
-    """Commit of the checkout, `-dirty` when tracked files differ from it; None outside a checkout."""
+@lru_cache(maxsize=1024)
+def commit(plugin: Path) -> str | None:
+    """Commit of the checkout, `-dirty` where it does not hold what runs: tracked files differ from it, or git is told not
+    to look at them, or the plugin's file or some code of the harness is not in it. None outside a checkout.
+    """
     root = plugins.checkout()
     if root is None:
         return None
@@ -129,8 +132,15 @@ def commit() -> str | None:
             ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
         ).stdout.strip()
 
+    code = [name for name in ("bench", "datasets", "kernels") if (root / name).is_dir()]
     try:
         dirty = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!leaderboard/results")
+        dirty += git("ls-files", "--others", "--exclude-standard", "--", *(f"{name}/*.py" for name in code))
+        hidden = git("ls-files", "-v", "--", "methods", *code).splitlines()
+        dirty += "".join(line for line in hidden if not line.startswith("H "))
+        own = plugin.resolve()
+        if not own.is_relative_to(root.resolve()) or not git("ls-files", "--", str(own)):
+            dirty += str(own)
         return git("rev-parse", "HEAD")[:12] + ("-dirty" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return None

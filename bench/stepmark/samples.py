@@ -1,8 +1,9 @@
 """Samples: what a reader can look at. The first outputs of a cell's quality pass, small, in a file beside the records.
 
-`leaderboard/results/<suite>/<machine>/samples/<track>/<method>.json` holds one sample per (task, rung, tier,
-device), all of seed 0: pictures as one PNG strip, texts with their prompts, points as numbers. Which kind is told by
-the outputs themselves. Like records they are read as untrusted input and written whole or not at all.
+`leaderboard/results/<suite>/<machine>/samples/<track>/<method>.jsonl` holds a line per sample, one of each (task, rung,
+tier, device), all of seed 0: pictures as one PNG strip, texts with their prompts, points as numbers. Which kind is told by
+the outputs themselves. Like records they are read as untrusted input, written whole or not at all, and merge line by
+line: of two of one cell the newer counts. Files of before, one JSON object `<method>.json`, are read as well.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,15 +23,18 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
 from stepmark import locks
-from stepmark.record import Device, Digest, Figure, MachineId, Name, Record, RecordError, TaskId
+from stepmark.disk import RecordError, bytes_of, replace_whole
+from stepmark.record import Device, Digest, Figure, MachineId, Name, Record, TaskId, lines
 
 if TYPE_CHECKING:
     from stepmark.remote import Worker
 
 IMAGES, TEXTS, POINTS = 10, 2, 100  # how many items of a cell are kept
 LONGEST_FILE = 5_000_000
+FILE = re.compile(r"[a-z0-9][a-z0-9_]{0,63}\.jsonl?")
 SOON = 1.0  # seconds of preparing that nobody needs to be asked about
 Version = Annotated[str, StringConstraints(pattern=r"^[0-9A-Za-z.+-]{1,32}$")]
+Created = Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
 Text = Annotated[str, StringConstraints(max_length=5000)]
 Mark = Literal["kept", "rejected", "own"]
 
@@ -96,6 +101,7 @@ class Sample(_Strict):
     tier: Literal["smoke", "embedded", "hub"]
     device: Device = "cpu"
     source: Digest
+    created: Created | None = None
     shown: Annotated[Shown, Field(discriminator="kind")]
 
     @property
@@ -104,8 +110,18 @@ class Sample(_Strict):
         return (self.task, self.rung, self.tier, self.device)
 
 
+class SampleLine(Sample):
+    """A sample with its place: a line of a file."""
+
+    schema_version: Literal[2] = 2
+    suite: Version
+    machine: MachineId
+    track: Name
+    method: Name
+
+
 class SampleFile(_Strict):
-    """All samples of a method on a machine."""
+    """All samples of a method on a machine; as JSON the files of before."""
 
     schema_version: Literal[1] = 1
     suite: Version
@@ -187,30 +203,54 @@ def _pictures(images: NDArray[np.floating[Any]]) -> Pictures:
 
 def path_of(root: Path, suite: str, machine: str, track: str, method: str) -> Path:
     """Where the samples of a method lie below a results folder."""
-    return root / suite / machine / "samples" / track / f"{method}.json"
+    return root / suite / machine / "samples" / track / f"{method}.jsonl"
 
 
 def read(path: Path) -> SampleFile:
-    """The samples of one file.
+    """The samples of one file, the newest of each cell.
 
     Raises:
         RecordError: not readable, wild values, pictures that are none, or a file in another's place.
     """
-    if path.stat().st_size > LONGEST_FILE:
-        raise RecordError(f"{path}: larger than {LONGEST_FILE} bytes")
+    content, where = bytes_of(path, LONGEST_FILE), str(path)
     try:
-        found = SampleFile.model_validate_json(path.read_bytes())
+        if path.suffix == ".json":
+            found = SampleFile.model_validate_json(content, strict=True)
+        else:
+            suite, machine, _, track, _ = path.parts[-5:]
+            place = {"suite": suite, "machine": machine, "track": track, "method": path.stem}
+            samples: list[Sample] = []
+            for number, line in lines(content.decode("utf-8")):
+                where = f"{path}:{number}"
+                made = SampleLine.model_validate_json(line, strict=True)
+                if made.model_dump(include=set(place)) != place:
+                    raise ValueError(f"holds a sample of {made.method} on {made.machine}, which belongs elsewhere")
+                samples.append(Sample(**{name: getattr(made, name) for name in Sample.model_fields}))
+            found = SampleFile(suite=suite, machine=machine, track=track, method=path.stem, samples=_newest(samples))
         for sample in found.samples:
             if isinstance(sample.shown, Pictures):
                 sample.shown.pixels()
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        raise RecordError(f"{path}: field {'.'.join(map(str, first['loc']))[:80]}: {first['msg']}") from None
+        raise RecordError(f"{where}: field {'.'.join(map(str, first['loc']))[:80]}: {first['msg']}") from None
     except ValueError as error:
-        raise RecordError(f"{path}: {error}") from None
-    if path_of(Path(), found.suite, found.machine, found.track, found.method).parts != path.parts[-5:]:
+        raise RecordError(f"{where}: {error}") from None
+    if (
+        path_of(Path(), found.suite, found.machine, found.track, found.method).with_suffix("").parts
+        != (path.with_suffix("").parts[-5:])
+    ):
         raise RecordError(f"{path}: holds samples of {found.method} on {found.machine}, which belong elsewhere")
     return found
+
+
+def _newest(found: Iterable[Sample]) -> list[Sample]:
+    """The newest of each cell, of equally new ones the last, in order."""
+    have: dict[tuple[str, int, str, str], Sample] = {}
+    for sample in found:
+        other = have.get(sample.key)
+        if other is None or (sample.created or "") >= (other.created or ""):
+            have[sample.key] = sample
+    return [have[key] for key in sorted(have)]
 
 
 def read_all(root: Path) -> list[SampleFile]:
@@ -219,15 +259,28 @@ def read_all(root: Path) -> list[SampleFile]:
 
 
 def files(root: Path) -> list[Path]:
-    """The sample files below a results folder, without those that an editor or a file system left there."""
-    return sorted(root.glob("*/*/samples/*/[!.]*.json"))
+    """The sample files below a results folder, without what has no method's name; those of before come first.
+
+    Raises:
+        RecordError: a folder on the way is a link.
+    """
+    found = [path for path in root.glob("*/*/samples/*/*.json*") if FILE.fullmatch(path.name)]
+    for folder in {folder for path in found for folder in list(path.parents)[:4]}:
+        if folder != root and folder.is_symlink():
+            raise RecordError(f"{folder} is a link, and samples are read from files only; remove it")
+    return sorted(found)
+
+
+def gathered(path: Path) -> list[Sample]:
+    """The newest samples of a method, from its file and from that of before."""
+    both = [each for each in (path.with_suffix(".json"), path) if each.exists()]
+    return _newest(sample for each in both for sample in read(each).samples)
 
 
 def write(path: Path, file: SampleFile) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(_lines(file), encoding="utf-8")
-    temporary.replace(path)
+    """Whole or not at all, in the place of a file of before."""
+    replace_whole(path, "".join(f"{_line(file, sample)}\n" for sample in file.samples))
+    path.with_suffix(".json").unlink(missing_ok=True)
 
 
 def keep(root: Path, record: Record, shown: Shown) -> Path:
@@ -236,19 +289,19 @@ def keep(root: Path, record: Record, shown: Shown) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     source = source_of(record.digests)
     sample = Sample(
-        task=record.task, rung=record.rung, tier=record.tier, device=record.device, source=source, shown=shown
-    )
+        task=record.task, rung=record.rung, tier=record.tier, device=record.device, source=source, shown=shown,
+        created=record.created,
+    )  # fmt: skip
     handle = os.open(path.parent, os.O_RDONLY)  # the folder is the lock: the file itself is replaced
     try:
         with locks.briefly(handle, path):
-            have = {each.key: each for each in read(path).samples} if path.exists() else {}
-            have[sample.key] = sample
+            others = [each for each in gathered(path) if each.key != sample.key]
             made = SampleFile(
                 suite=record.suite,
                 machine=record.machine,
                 track=record.track,
                 method=record.method,
-                samples=[have[key] for key in sorted(have)],
+                samples=_newest([*others, sample]),
             )
             write(path, made)
     finally:
@@ -256,16 +309,12 @@ def keep(root: Path, record: Record, shown: Shown) -> Path:
     return path
 
 
-def _fields(sample: Sample) -> dict[str, Any]:
-    """Of a sample all that is not said by leaving it out: the processor."""
-    return sample.model_dump(exclude={"device"} if sample.device == "cpu" else None)
-
-
-def _lines(file: SampleFile) -> str:
-    """JSON with a line per sample, so that a new rung is one line of a change."""
-    head = json.dumps(file.model_dump(exclude={"samples"}))[:-1]
-    body = ",\n".join(json.dumps(_fields(sample), ensure_ascii=False) for sample in file.samples)
-    return f'{head}, "samples": [\n{body}\n]}}\n'
+def _line(file: SampleFile, sample: Sample) -> str:
+    """A sample with its place, without what leaving it out says: the processor, a date that is not known."""
+    place = {"schema_version": 2} | {name: getattr(file, name) for name in ("suite", "machine", "track", "method")}
+    left = {"device"} if sample.device == "cpu" else set()
+    fields = sample.model_dump(exclude=left | (set() if sample.created else {"created"}))
+    return json.dumps(place | fields, ensure_ascii=False)
 
 
 # afresh -----------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from stepmark import plugins
+from stepmark.admission import left_out
 from stepmark.devices import kind_of
 from stepmark.meter.machine import machine_id
 from stepmark.places import results_folder
@@ -110,7 +111,9 @@ def folder() -> Path:
 def figures(records: Sequence[Record], stop: Stop) -> dict[tuple[str, int], Record]:
     """The records of a stop that gave figures, at tier embedded and noise seed 0, all of one place: of the device of the
     machine that has most of the stop's cells, and of such the one that was measured last; of a cell the record made last.
+    What the board leaves out takes no part.
     """
+    known, methods = plugins.tasks(), plugins.methods()
     sound = [
         r
         for r in records
@@ -118,6 +121,7 @@ def figures(records: Sequence[Record], stop: Stop) -> dict[tuple[str, int], Reco
         and r.method in {stop.method, stop.baseline}
         and r.rung in stop.rungs
         and (r.seed, r.tier, r.status) == (0, "embedded", "ok")
+        and not left_out(r, known, methods)
     ]
     places: dict[tuple[str, ...], dict[tuple[str, int], Record]] = {}
     for r in sorted(sound, key=lambda r: r.created):
@@ -310,8 +314,8 @@ def with_published(results: Path, published: Path) -> Iterator[Path]:
     """
     with TemporaryDirectory(prefix="stepmark-tour-") as name:
         merged = Path(name) / "results"
-        shutil.copytree(published, merged)
-        for path in sorted(p for p in results.rglob("*") if p.is_file()):
+        shutil.copytree(published, merged, ignore=_no_files)
+        for path in sorted(p for p in results.rglob("*") if p.is_file() and not p.is_symlink()):
             target = merged / path.relative_to(results)
             target.parent.mkdir(parents=True, exist_ok=True)
             if not target.exists():
@@ -321,6 +325,12 @@ def with_published(results: Path, published: Path) -> Iterator[Path]:
                 new = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line not in have]
                 target.write_text("".join(have + new), encoding="utf-8")
         yield merged
+
+
+def _no_files(folder: str, names: Sequence[str]) -> list[str]:
+    """Of the names in a folder those that are neither files nor folders, and that no copy should wait for."""
+    paths = [Path(folder) / name for name in names]
+    return [path.name for path in paths if path.is_symlink() or not (path.is_file() or path.is_dir())]
 
 
 def task_of(stop: Stop) -> Task:

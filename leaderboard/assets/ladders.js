@@ -162,7 +162,7 @@
     return made;
   }
 
-  const MOODS = { ok: "good", flagged: "bad", failed: "bad", skipped: "" };
+  const MOODS = { ok: "good", incomplete: "open", flagged: "bad", failed: "bad", skipped: "" };
 
   function line(task, method, cells, weak) {
     const made = element("tr", cells);

@@ -68,13 +68,15 @@ def test_one_command_from_a_folder_to_a_table(
 
 
 def test_the_site_leaves_out_what_the_table_shows(made: Path, tmp_path: Path, alone: None) -> None:
-    from stepmark.leaderboard import groups, rows
+    from stepmark.leaderboard import groups
+
+    from stepmark import admission
 
     assert command(made, "llama", tmp_path, "--method", "autoregressive", "--quiet") == 0
     records = record.read_all(tmp_path)
     assert [r.task for r in records] == ["checkpoint/llama"]
     assert groups.grouped(records) == []  # the site shows what anybody can run again
-    assert [row.task for row in groups.grouped(records, rows.from_folders(records))] == ["checkpoint/llama"]
+    assert [row.task for row in groups.grouped(records, admission.from_folders(records))] == ["checkpoint/llama"]
 
 
 IN_A_WORKER = """

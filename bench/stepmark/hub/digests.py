@@ -41,12 +41,12 @@ def of_inputs(made: Made) -> str:
 
 
 def of_checkpoint(made: Made) -> str:
-    """sha256 over all that was brought: networks of every role, guidance, prompts and length of the texts.
+    """sha256 over all that was brought: networks of every role, guidance, prompts, how many items, length of the texts.
 
-    Figures under two of these are never compared, whatever the folders are called.
+    Figures under two of these are never compared, whatever the folders are called: the items would be others.
     """
     networks = {role: of_network(made, role) for role in made.parts}
-    said = json.dumps([networks, of_prompts(made)], sort_keys=True)
+    said = json.dumps([networks, of_prompts(made), made.task.n], sort_keys=True)
     return hashlib.sha256(said.encode()).hexdigest()
 
 
