@@ -338,6 +338,23 @@ def test_only_references_that_depend_on_x_find_an_estimator_that_ignores_x() -> 
     assert uniform["blind"] >= 0.9
 
 
+@pytest.mark.parametrize(("name", "pull"), [("tarp", 0.5), ("tarp_uniform", 0.0)])
+def test_reference_points_are_uniform_on_the_box_around_a_share_of_the_posterior_mean(name: str, pull: float) -> None:
+    batch, given = bayes.inputs(TASKS["coverage/linear_gaussian"], 2, generator(), CPU), []
+    plugin = method(name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(plugin.run.__globals__, "ball_test", lambda *arguments: given.append(arguments))
+        plugin.run(session("coverage/linear_gaussian"), batch, 2000)
+    x, design, reference, width = given[0][3:7]
+    mean = x @ linear._estimator(design, "exact")[0].mT
+    centred = (mean - mean.mean(1, keepdim=True)).flatten()
+    assert float(centred @ reference.flatten() / (centred @ centred)) == pytest.approx(pull, abs=0.1)
+    free = reference - pull * mean
+    for k in range(4):
+        place = ((free[..., k] - free[..., k].mean()) / width[k] + 0.5).flatten()
+        assert stats.kstest(place.numpy(), "uniform").statistic < 0.04
+
+
 def test_tarp_spends_its_pilot_from_the_rung() -> None:
     spent: list[int] = []
     context = session("coverage/linear_gaussian")

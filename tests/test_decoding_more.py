@@ -239,11 +239,11 @@ def test_alignment_at_ratio_nought_is_prompting() -> None:
             "temperature": [1.0, 1.0],
         }
         found = []
-        for name, constants, budget in (("wish_prompting", {}, 10), ("linear_alignment", {"ratio": 0.0}, 20)):
+        for name, constants, budget in (("wish_prompting", {}, 10), ("linear_alignment", {"ratio": 0.0}, 21)):
             session, method = session_of(model, seed), load(name)
             method.__dict__.update(constants)
             found.append(run(method, session, batch, budget))
-            assert session.ledger.spent == sum(map(len, found[-1])) * budget / 10
+            assert session.ledger.spent == sum(map(len, found[-1])) * (budget // 10)
             assert all(len(text) == 10 or text[-1] == 1 for text in found[-1])
         assert found[0] == found[1]
         other = run(load("linear_alignment"), session_of(model, seed), batch, 20)
@@ -262,6 +262,10 @@ def test_alignment_reads_the_text_after_each_prompt() -> None:
             pair = [plain_logits(model, [*start, *expected]) / 0.7 for start in (prompt, plain)]
             expected.append(draw(function(*pair, 2.0, 0.8), float(torch.rand((), generator=rng))))
         assert found == expected
+        found = run(load("linear_alignment_greedy"), session_of(model, seed), batch, 1000)[0]
+        for i, token in enumerate(found):
+            pair = [plain_logits(model, [*start, *found[:i]]) / 0.7 for start in (prompt, plain)]
+            assert token == int(function(*pair, 2.0, 0.8).argmax())
 
 
 def test_nucleus_is_the_fewest_likeliest() -> None:

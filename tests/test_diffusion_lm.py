@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rigs.masked import A, B, C, V, exact_denoiser, rng, tiny
 from scipy import stats
 from stepmark.datasets import stories64
-from stepmark.methods.diffusion_lm import flashdlm, remdm, sdtt
+from stepmark.methods.diffusion_lm import flashdlm, remdm
 from stepmark.methods.diffusion_lm.baselines import forward_backward
 from torch import Tensor, nn
 
@@ -27,8 +28,6 @@ from stepmark.tracks import diffusion_lm as track
 from stepmark.tracks.diffusion_lm import MASK, blocks, sampling
 
 TASKS = {task.id: task for task in track.TASKS}
-V = len(VOCABULARY)
-A, B, C = 3, 4, 5  # words of small languages
 METHODS = sorted(name for name, info in plugins.methods().items() if info.track == "diffusion_lm")
 WRITERS = [name for name in METHODS if "generation/stories64" in plugins.methods()[name].tasks]
 
@@ -38,36 +37,9 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def rng(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 @lru_cache
 def texts() -> Tensor:
     return torch.tensor([encode(text) for text in load_split("stories64", "test")["text"]])
-
-
-def exact_denoiser(language: dict[tuple[int, ...], float]) -> Any:
-    """The posterior of each position given the visible words of a small language, as logits [B, L, V]."""
-    words = torch.tensor(list(language))
-    weights = torch.tensor(list(language.values()), dtype=torch.float64)
-
-    def denoise(x: Tensor) -> Tensor:
-        fits = ((x[:, None] == words) | (x[:, None] == MASK)).all(2).double() * weights
-        p = torch.einsum("bn,nlv->blv", fits / fits.sum(1, keepdim=True), nn.functional.one_hot(words, V).double())
-        return p.log()
-
-    return denoise
-
-
-def tiny(causal: bool, seed: int = 0) -> Any:
-    """A random network of the backbones' kind, its weights large enough for attention to matter."""
-    model = mdlm.build(32, 2, seed, causal)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(8)
-    return model.eval().requires_grad_(False)
 
 
 def load(name: str) -> Any:
@@ -481,48 +453,6 @@ def test_confident_unmasking_takes_the_surest_masks() -> None:
         found[0, i, A + i] = sure
     x = torch.tensor([[MASK, MASK, MASK, C]])
     assert blocks.unmask_confident(found, x, 2).tolist() == [[MASK, A + 1, A + 2, C]]
-
-
-# -- self-distillation ------------------------------------------------------------------------------------------------
-
-
-def test_targets_through_time_are_those_of_the_step_that_replaced_a_mask() -> None:
-    language = {(A, A): 0.5, (B, B): 0.3, (A, B): 0.2}
-    exact, calls = exact_denoiser(language), []
-
-    def denoise(x: Tensor) -> Tensor:
-        calls.append(x)
-        return exact(x)
-
-    n = 3000
-    x = torch.full((n, 2), MASK)
-    target = sdtt.targets_through_time(denoise, x, torch.ones(n), 0.5, 2, rng(1))
-    assert len(calls) == 2  # the student saves one of two evaluations
-    early = (calls[1] != MASK)[..., None]
-    first, second = (sampling.word_log_probabilities(exact(c)) for c in calls)
-    assert torch.equal(target, torch.where(early, first, second))
-    assert float(early.double().mean()) == pytest.approx(0.5, abs=0.03)
-    # On average over the teacher's runs that is the posterior, for this language as for any: a martingale.
-    assert torch.allclose(target.exp().mean(0), first[0].exp(), atol=0.03)
-    # At a later time and half the steps some masks remain; visible words have no target.
-    y = torch.tensor([[A, MASK]]).expand(n, 2)
-    target = sdtt.targets_through_time(exact, y, torch.full((n,), 0.5), 0.125, 2, rng(2))
-    assert torch.equal(target[:, 0], torch.zeros(n, V, dtype=torch.float64))
-    assert torch.allclose(target[:, 1, [A, B]].exp(), torch.tensor([5 / 7, 2 / 7]).double().expand(n, 2))
-
-
-def test_the_student_learns_a_mode_of_its_teacher() -> None:
-    """KL(student || target): zero at the target, its minimum over constant students the geometric mean."""
-    loss = module("sdtt").distillation_loss
-    target = torch.tensor([[0.9, 0.1], [0.2, 0.8]]).log()
-    assert float(loss(target, target)) == pytest.approx(0, abs=1e-7)
-    best = target.mean(0).log_softmax(0)
-    here = float(loss(best.expand(2, 2), target))
-    for shift in (-0.2, 0.2):
-        other = (best + torch.tensor([shift, 0.0])).log_softmax(0)
-        assert float(loss(other.expand(2, 2), target)) > here
-    impossible = torch.tensor([[0.0, -torch.inf]])
-    assert float(loss(impossible, torch.tensor([[0.0, -torch.inf]]))) == 0
 
 
 # -- bounds -----------------------------------------------------------------------------------------------------------

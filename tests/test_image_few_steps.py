@@ -335,6 +335,61 @@ def test_squared_mmd_is_unbiased() -> None:
     assert shifted.mean() > 5 * shifted.std() / 200**0.5
 
 
+def test_squared_mmd_pair_by_pair_under_the_cubic_kernel() -> None:
+    x, y = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def mean(a: Tensor, b: Tensor, same: bool) -> float:
+        return float(
+            np.mean([(p @ q / 3 + 1) ** 3 for i, p in enumerate(a) for j, q in enumerate(b) if not same or i != j])
+        )
+
+    expected = mean(x, x, True) + mean(y, y, True) - 2 * mean(x, y, False)
+    assert mmd.squared_mmd(x, y).item() == pytest.approx(expected)
+
+
+def test_features_tell_classes_apart_and_stay_as_they_are() -> None:
+    session = session_of("class_to_image/digits_eps")
+    session.scale = lambda embedded, smoke: embedded
+    session.begin("prepare", 3)
+    torch.manual_seed(0)
+    data, label = session.train["x0"], session.train["condition"]
+    trunk = mmd.MMDFinetuning.features(session, data, label)
+    assert not any(p.requires_grad for p in trunk.parameters())
+    found = trunk(data[:400])
+    centres = torch.stack([found[label[:400] == k].mean(0) for k in range(10)])
+    assert (torch.cdist(found, centres).argmin(1) == label[:400]).float().mean() > 0.9
+
+
+def test_samples_and_images_of_a_batch_have_the_same_labels() -> None:
+    told, seen = [], []
+
+    class Told(nn.Module):
+        prediction = "epsilon"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor(0.9))
+
+        def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+            told.append(condition)
+            return self.w * x
+
+    class Seen(nn.Identity):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x)
+            return x
+
+    session = session_of("class_to_image/digits_eps")
+    session.networks["student"] = Told()
+    session.begin("prepare", 3)
+    label = torch.arange(500) % 10
+    mmd.MMDFinetuning().finetune(session, Seen(), label[:, None].float() / 10 + torch.zeros(500, 4), label)
+    assert len(told) == 4 * 3 and len(seen) == 2 * 3
+    for k in range(3):
+        assert torch.equal((10 * seen[2 * k + 1][:, 0]).round().long(), told[4 * k])
+        assert not torch.equal(told[4 * k], told[4 * k].sort().values)
+
+
 def test_gradients_reach_every_step() -> None:
     class PerCall(nn.Module):
         prediction = "epsilon"
@@ -403,15 +458,16 @@ def test_fine_tuning_learns_the_spread_and_leaves_alone_what_is_out_of_range() -
     """One step from noise: samples are (x - sigma (w x + b)) / alpha. Beyond the range they are clamped and pull nothing,
     and no decay moves the weights either.
     """
-    far = Told(0.5, -100.0)
+    far = Told(1.0, -0.125)  # all near 20: without the clamp their gradients are large, but finite
     finetuned(far, 0.1, 3)
-    assert (far.w.item(), far.b.item()) == (0.5, -100.0)
+    assert (far.w.item(), far.b.item()) == (1.0, -0.125)
     schedule, near = schedules.Schedule("epsilon"), Told(0.998, 0.0)
     scale = [(1 - schedule.sigma(1.0) * near.w.item()) / schedule.alpha(1.0)]
     finetuned(near, 1e-4, 60)
     scale.append((1 - schedule.sigma(1.0) * near.w.item()) / schedule.alpha(1.0))
     assert abs(scale[0] - 0.5) > 0.1
     assert abs(scale[1] - 0.5) < 0.5 * abs(scale[0] - 0.5)
+    assert near.w.grad.square() + near.b.grad.square() < 0.251  # clipped at 0.5
 
 
 # --- consistency distillation ----------------------------------------------------------------------------------------

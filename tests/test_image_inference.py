@@ -506,6 +506,16 @@ def test_jumps_with_the_exact_mean_velocity_are_exact_on_any_grid() -> None:
     torch.testing.assert_close(paths, scale[:, None, None] * noise, rtol=1e-3, atol=1e-3)
 
 
+@torch.no_grad()
+def test_the_method_is_told_where_a_jump_ends_and_its_control_is_not() -> None:
+    session, x = session_of("sampling/mixtures_flow"), torch.ones(2, 2)
+    session.begin("prepare", 1)
+    for name, heeds in (("imm_inference_first", True), ("imm_target_blind", False)):
+        network = plugins.load_class(plugins.methods()[name])().networks(session)["jumps"]
+        out = network(x, torch.full((2,), 0.8), torch.tensor([0.1, 0.7]), torch.zeros(2, dtype=torch.int64))
+        assert torch.allclose(out[0], out[1]) != heeds
+
+
 def test_told_the_target_a_network_learns_the_jump_and_untold_the_mean_of_all() -> None:
     """After the same regression on a known flow: one is near u*, the other near its mean over s."""
     session, steps = session_of("sampling/mixtures_flow", GaussianFlow()), 300

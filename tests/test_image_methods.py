@@ -380,6 +380,72 @@ def test_middle_lies_between_and_lowers_eta_by_a_constant():
     torch.testing.assert_close(lowered[free], torch.full_like(lowered[free], 0.994 / 0.006 / 32))
 
 
+def test_imms_loss_is_algorithm_1_pair_by_pair(monkeypatch):
+    """What the network is asked tells groups, times and data; weight, kernel and held targets are written out by hand."""
+    module, calls, found = module_of("imm"), [], []
+
+    class Bent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Parameter(torch.tensor(0.3))
+
+        def forward(self, z: Tensor, t: Tensor, s: Tensor, condition: Tensor) -> Tensor:
+            x = z * ((1 - t) ** 2 + t**2).sqrt()[:, None]
+            calls.append((x.detach(), t, s, condition, torch.is_grad_enabled()))
+            return self.a * (2 * x).sin() * (1 + t + 3 * s)[:, None]
+
+    def first_loss(session: Session, network: nn.Module, loss: Callable[[], Tensor], *_: Any, **__: Any) -> None:
+        value = loss()
+        found.extend((value.item(), *torch.autograd.grad(value, [network.a])))
+
+    session, method = session_of("sampling/mixtures_flow"), module.IMM()
+    method.points = {"k": 3, "batch": 40, "steps": 1, "rate": 0.0}
+    session.begin("prepare", 1)
+    network = session.networks["generator"] = Bent()
+    monkeypatch.setattr(module, "fit", first_loss)
+    method.prepare(session)
+    (x_r, r, s, label, learns), (x_t, t, s2, label2, learns2) = calls
+    assert (learns, learns2) == (False, True) and torch.equal(s, s2) and torch.equal(label, label2)
+    for shared in (r, s, t, label):
+        groups = shared.view(10, 4)
+        assert (groups == groups[:, :1]).all() and len(groups[:, 0].unique()) == (2 if shared is label else 10)
+    assert (s < t).all() and torch.equal(r, module.middle(t, s, 3, 0.994))
+    ratio = (r / t)[:, None]
+    x0 = (x_r - ratio * x_t) / ((1 - r)[:, None] - (1 - t)[:, None] * ratio)  # both have the same noise
+    for point, kind, gap in zip(x0, label, t - r, strict=True):
+        apart = (session.train["x0"][session.train["condition"] == kind] - point).norm(dim=1).min()
+        assert apart < 1e-4 / gap  # a training point of the class
+    y = x_t - (t - s)[:, None] * network(((1 - t) ** 2 + t**2).rsqrt()[:, None] * x_t, t, s, label)
+    held = x_r - (r - s)[:, None] * network(((1 - r) ** 2 + r**2).rsqrt()[:, None] * x_r, r, s, label).detach()
+    total = torch.zeros(())
+    for rows in torch.arange(40).view(10, 4):
+        time = t[rows[0]].double().requires_grad_()
+        snr = 2 * torch.log((1 - time) / time)
+        (slope,) = torch.autograd.grad(snr, time)
+        weight = 0.5 * torch.sigmoid(4 - snr) * -slope * (1 - time) / ((1 - time) ** 2 + time**2)
+        for i, j in itertools.product(rows.tolist(), repeat=2):
+            for (a, b), sign in {(y[i], y[j]): 1, (held[i], held[j]): 1, (y[i], held[j]): -2}.items():
+                distance = (a - b).square().sum().clamp(min=1e-8).sqrt() / 2 / (t - s)[i]
+                total = total + sign * weight.detach().float() * (-distance).exp() / 16 / 10
+    assert found[0] == pytest.approx(total.item(), rel=1e-3)
+    torch.testing.assert_close(found[1], torch.autograd.grad(total, [network.a])[0], rtol=1e-3, atol=1e-5)
+
+
+def test_imm_pushes_noise_from_each_time_to_the_next():
+    asked = []
+
+    class One(nn.Module):
+        def forward(self, x: Tensor, t: Tensor, s: Tensor, condition: Tensor) -> Tensor:
+            asked.append((float(t[0]), float(s[0])))
+            return torch.ones_like(x)
+
+    session, batch = session_of("sampling/mixtures_flow"), noise_of("sampling/mixtures_flow", 6)
+    session.networks["generator"] = One()
+    out = method_of("imm").run(session, batch, 3)
+    assert np.allclose(asked, [(0.994, 1.988 / 3), (1.988 / 3, 0.994 / 3), (0.994 / 3, 0)])
+    torch.testing.assert_close(out, batch["noise"] - 0.994)
+
+
 def test_imm_trained_for_a_moment_beats_two_euler_steps():
     task = "sampling/mixtures_flow"
     session = session_of(task)

@@ -42,7 +42,8 @@ class LinearAlignment(Method):
     do not follow it either.
 
     Differs from the paper: the principle is a wish for a colour, to which the model was trained to give way weakly, so
-    that how far a text follows it is counted instead of judged; tokens are drawn at temperature 1, not 0.5 or 0.7.
+    that how far a text follows it is counted instead of judged; temperature 1, not 0.5 or 0.7; tokens are drawn, where the
+    official scripts take the likeliest. `linear_alignment_greedy` does as they do, against greedy decoding of the wish.
 
     What came out: nearly every event follows the wish, where prompting follows it in less than half and the likeliest
     texts hardly ever, and the stories stay right.
@@ -73,10 +74,23 @@ class LinearAlignment(Method):
             "and compliance[linear_alignment,96..192] > compliance[beam_search,96..192]",
             says="and more than by writing what is likeliest after the prompt with the wish",
         ),
+        Claim(
+            "compliance[linear_alignment_greedy,96..192] >= compliance[wish_greedy,96..192] + 0.1 "
+            "and accuracy[linear_alignment_greedy,192] >= accuracy[wish_greedy,192] - 0.05",
+            says="as in the official scripts, which draw nothing: the likeliest word after the step against the likeliest "
+            "before it",
+        ),
     )
 
     ratio, mass = 2.0, 0.8  # r, and the nucleus
+    greedy = False  # take the likeliest word instead of a drawn one
     variants = (
+        Variant(
+            "linear_alignment_greedy",
+            says="the likeliest word of the aligned distribution instead of a drawn one",
+            greedy=True,
+            baselines=("wish_greedy",),
+        ),
         Variant(
             "context_aware",
             says="context-aware decoding: the contrast at r = 0.5, without a nucleus",
@@ -99,8 +113,9 @@ class LinearAlignment(Method):
                 wished, without = (
                     target.forward(ids, last=1)[0] / temperature for target, ids in zip(pair, new, strict=True)
                 )
+                p = aligned(wished, without, self.ratio, self.mass)
                 u = float(torch.rand((), generator=session.rng, device=pair[0].device))
-                written.append(draw(aligned(wished, without, self.ratio, self.mass), u))
+                written.append(int(p.argmax()) if self.greedy else draw(p, u))
                 spent = sum(target.spent for target in pair)
                 if written[-1] == pair[0].eos or len(written) == room or spent + 2 > rung:
                     break

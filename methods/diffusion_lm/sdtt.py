@@ -34,10 +34,14 @@ class SDTT(Method):
     MDLM's, with fewer steps.
 
     Differs from the paper: rounds from K = 64 down to 4, for texts of 64 words where theirs have 1024 and K starts at
-    1024; tens of updates a round instead of 10 000, with a new optimiser and a falling rate in each.
+    1024; tens of updates a round instead of 10 000, with a new optimiser and a falling rate in each, where the official
+    code keeps its optimiser at a constant rate; no moving average of the weights, from which the authors sample. The
+    official code puts its teacher's two steps at other times than t and t - 1/K, which changes how many masks each of them
+    replaces; here they are those of algorithm 1.
 
     `sdtt_data` is the control: as many updates on as many texts, with the model's own likelihood bound for a loss. What
-    more training alone gives is the difference to the undistilled model, what distillation gives is the difference to it.
+    more training alone gives is the difference to the undistilled model, what distillation gives is the difference to it;
+    the teacher's two evaluations of each text are the price of distillation and come on top.
 
     What limits it here: tens of updates. A quarter of the steps comes near the teacher, a sixteenth does not, and fewer
     texts are wholly right than their likelihood suggests: of 64 words written sixteen at a time, names that must repeat
@@ -94,8 +98,9 @@ class SDTT(Method):
     )
 
     def networks(self, session: Session) -> dict[str, nn.Module]:
-        """The student, a copy of the model."""
-        return {"student": session.clone("model")}
+        """The student, a copy of the model, and the teacher, so that its evaluations count as well."""
+        names = ("student", "teacher") if self.distilled else ("student",)
+        return {name: session.clone("model").requires_grad_(name == "student") for name in names}
 
     def prepare(self, session: Session) -> None:
         """All rounds."""
@@ -105,7 +110,8 @@ class SDTT(Method):
         student, rng = session.networks["student"], session.rng
         batch = session.scale(self.batch, 2)
         for k in self.rounds:
-            teacher = denoiser(session.clone("student").requires_grad_(False))
+            if self.distilled:
+                session.networks["teacher"].load_state_dict(student.state_dict())
             optimiser = torch.optim.AdamW(student.parameters(), lr=self.rate, weight_decay=0.0)
             steps = session.scale(self.steps, 1)
             for step in session.progress(range(steps), f"from {k} steps to {k // 2}"):
@@ -113,7 +119,7 @@ class SDTT(Method):
                     group["lr"] = self.rate * min(1.0, (step + 1) / 10) * (1 - step / steps)
                 text = tokens[torch.randint(len(tokens), (batch,), generator=rng, device=session.device)]
                 if self.distilled:
-                    loss = self.distil(student, teacher, text, k, rng)
+                    loss = self.distil(student, denoiser(session.networks["teacher"]), text, k, rng)
                 else:
                     loss = word_losses(student, text, mask_some(text, spread(batch, rng), rng)).mean()
                 optimiser.zero_grad()

@@ -129,8 +129,10 @@ class AGD(Method):
 
     Differs from the paper: the network is a class-conditional UNet without cross-attention, so that adapters sit where
     time and class enter it; they read what a block gives, while the authors' read what it is given, in parallel to it, and
-    add positional encodings to the tokens; the network predicts a velocity, to which guidance applies alike; trajectories
-    have 20 steps.
+    add positional encodings to the tokens; the tokens' projections are shared by all adapters and linear in sinusoids of the
+    scale, where the authors have a small perceptron in each; the network predicts a velocity, to which guidance applies
+    alike; trajectories are DDIM's of 20 steps instead of ancestral sampling's of a thousand; 1500 updates at a rate of 2e-3,
+    with weight decay and an average of the weights, instead of 5000 at 1e-4.
 
     What limits it here: 4 % of the parameters of a small network leave little room for all scales up to 6, and two minutes
     of training little time. The distance to the end of each path also counts every error on the way, which the Frechet
@@ -149,19 +151,22 @@ class AGD(Method):
     baselines = ("ddim_cfg", "agd_noised_data", "euler")
     claims = (
         Claim(
-            "fd[agd,8] <= 1.05 * fd[ddim_cfg,16] and fd[agd,16] <= 1.05 * fd[ddim_cfg,32] "
-            "and fd[agd,32] <= 1.05 * fd[ddim_cfg,64] and endpoint_error[agd,8..32] < endpoint_error[euler,8..32]",
-            says="as near to the data as guidance for half of the evaluations, and nearer to its ends than without guidance",
+            "fd[agd,4] <= 1.05 * fd[ddim_cfg,8] and fd[agd,8] <= 1.05 * fd[ddim_cfg,16] "
+            "and fd[agd,16] <= 1.05 * fd[ddim_cfg,32] and fd[agd,32] <= 1.05 * fd[ddim_cfg,64] "
+            "and endpoint_error[agd,4..32] < endpoint_error[euler,4..32]",
+            says="in four steps or more as near to the data as as many steps of guidance, which cost twice the evaluations, "
+            "and nearer to its ends than without guidance",
             headline=True,
         ),
         Claim(
-            "endpoint_error[agd,32] < 0.5 * endpoint_error[euler,32]",
-            says="sampling ends less than half as far from the guided ends as the network without adapters",
+            "endpoint_error[agd,2..64] < endpoint_error[ddim_cfg,2..64]",
+            says="for the same evaluations they end nearer to where guidance leads than guidance in half as many steps",
             setting="two minutes of training, and a distance for each path that the paper does not take",
         ),
         Claim(
-            "endpoint_error[agd,2..64] < endpoint_error[agd_noised_data,2..64]",
-            says="trained on the states of guided sampling they follow it better than trained on noised data",
+            "endpoint_error[agd,2..64] < endpoint_error[agd_noised_data,2..64] "
+            "and fd[agd,2..64] < fd[agd_noised_data,2..64]",
+            says="trained on the states of guided sampling they follow it better than trained on noised data, to better images",
         ),
     )
 

@@ -1,0 +1,55 @@
+"""What tests of image methods share: plugins by name, a smoke session, noise, and a flow that is known exactly."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepmark import backbones, plugins
+from stepmark.cell import track_of
+from stepmark.meter.counts import Ledger, watch
+from stepmark.session import Session
+
+DIGITS, GUIDED, POINTS = "class_to_image/digits_flow", "guided/digits_flow", "sampling/mixtures_flow"
+
+
+def module_of(method: str) -> Any:
+    """The module of a plugin, wherever below its track it stands."""
+    path = plugins.methods()[method].path.relative_to(plugins.method_folders()[0])
+    return importlib.import_module(".".join(("stepmark.methods", *path.with_suffix("").parts)))
+
+
+def method_of(method: str) -> Any:
+    """A method or variant, as the harness makes it."""
+    return plugins.load_class(plugins.methods()[method])()
+
+
+def session_of(task: str, method: Any = None, seed: int = 1) -> Session:
+    """A smoke session on a task, with the untrained networks of a method where given, at the start of prepare."""
+    spec, ledger = track_of(task)[1], Ledger()
+    teacher = watch(ledger, "teacher", backbones.load(spec.backbones["teacher"]))
+    session = Session(spec, "smoke", torch.device("cpu"), torch.float32, {"teacher": teacher}, {}, ledger, False)
+    session.begin("prepare", seed)
+    torch.manual_seed(seed)
+    for name, network in (method.networks(session) if method else {}).items():
+        session.networks[name] = watch(ledger, name, network)
+    return session
+
+
+def batch_of(n: int, shape: tuple[int, ...], classes: int, seed: int = 3) -> dict[str, Tensor]:
+    """Noise and balanced conditions."""
+    noise = torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
+    return {"noise": noise, "condition": torch.arange(n) % classes}
+
+
+class Gaussian(nn.Module):
+    """The exact velocity of data N(0, 1/4)."""
+
+    prediction = "flow"
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor, *_: Tensor) -> Tensor:
+        t = t.view(-1, *[1] * (x.dim() - 1))
+        return (t - (1 - t) / 4) / ((1 - t) ** 2 / 4 + t**2) * x
