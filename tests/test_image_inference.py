@@ -373,6 +373,34 @@ def test_guidance_is_scaled_back_to_the_conditional_deviation() -> None:
     torch.testing.assert_close(part, 0.7 * whole + 0.3 * guided)
 
 
+class Named(nn.Module):
+    """v = gain x, another gain for what has no name (-1)."""
+
+    def __init__(self, null: float, conditional: float) -> None:
+        super().__init__()
+        self.null, self.conditional = null, conditional
+
+    def null_condition(self, condition: Tensor) -> Tensor:
+        return torch.full_like(condition, -1)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        return torch.where(condition < 0, self.null, self.conditional).view(-1, 1, 1, 1) * x
+
+
+def test_guidance_leads_away_from_what_has_no_name_and_costs_two_rows() -> None:
+    """Of gains .1 and .3, w = 5 makes 1.1; wholly scaled back it is the conditional one again."""
+    batch, times = batch_of(4, (1, 8, 8), 3), zero_snr.trailing_timesteps(5, 1000)
+    x, kinds = batch["noise"], batch["condition"]
+    signal = zero_snr.signal_of(backbones.load("shades_eps"), True)
+    for share, gain in ((0.0, 1.1), (1.0, 0.3)):
+        guided = zero_snr.sample_v(Named(0.1, 0.3), signal, x, kinds, times, 5.0, share)
+        torch.testing.assert_close(guided, zero_snr.sample_v(Named(0, gain), signal, x, kinds, times, 1.0, 0.0))
+    session = session_of("class_to_image/shades", student=Named(0.1, 0.3))
+    session.begin("run", 1, 5 * 4)
+    plugins.load_class(plugins.methods()["zero_terminal_snr_guided"])().run(session, batch, 5)
+    assert session.spent == 4 * 4
+
+
 class Flat(nn.Module):
     """The exact v of pictures that are flat and of brightness N(0, 1/4), on a given schedule."""
 
