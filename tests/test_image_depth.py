@@ -216,7 +216,9 @@ def test_pairs_from_elsewhere_cost_no_evaluation_and_are_what_they_say() -> None
             assert all(any(torch.equal(one, other) for other in train[source]) for one in found)
             assert len(found.unique(dim=0)) > 20
     real, found = train["x0"], run_of("mirrored_pairs", 40)[0]
-    kept, turned = (sum(any(torch.equal(one, other) for other in pairs) for one in found) for pairs in (real, real.flip(3)))
+    kept, turned = (
+        sum(any(torch.equal(one, other) for other in pairs) for one in found) for pairs in (real, real.flip(3))
+    )
     assert kept + turned == 40 and 8 < kept < 32
     found, spent = run_of("d4d_rgbd", 6, 3)
     assert spent == 3 * 6 and found.shape == (6, 4, 16, 16)

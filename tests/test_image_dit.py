@@ -119,7 +119,9 @@ def test_the_undivided_arm_has_the_same_weights_and_no_z() -> None:
     divided, batch = small_decoupled(), batch_of(4)
     torch.manual_seed(0)
     whole = lively(ddt.UndividedDiT(8, 1, 10, width=24))
-    assert all(torch.equal(a, b) for a, b in zip(divided.state_dict().values(), whole.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(divided.state_dict().values(), whole.state_dict().values(), strict=True)
+    )
     x, label, t = batch["noise"], batch["condition"], torch.full((4,), 0.5)
     given: list[Tensor] = []
     for block in (*whole.encoder, *whole.decoder):
@@ -254,7 +256,9 @@ def test_training_lowers_the_loss_and_aligns_encoder_tokens_to_the_clean_image(m
     assert reached[-1] == [True, True, False, False]  # of four blocks the second is aligned
 
 
-def test_training_sees_noised_images_at_the_paper_s_times_and_aligns_to_clean_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_sees_noised_images_at_the_paper_s_times_and_aligns_to_clean_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     session = ddt_session()
     session.scale = lambda embedded, smoke: 20
     network, train = session.networks["ddt"], session.train["x0"]
@@ -275,4 +279,3 @@ def test_training_sees_noised_images_at_the_paper_s_times_and_aligns_to_clean_on
     assert abs(float(logit.mean())) < 0.1 and float(logit.std()) == pytest.approx(1, abs=0.1)
     noise = (torch.cat([given[0] for given in asked]) - (1 - times).view(-1, 1, 1, 1) * x0) / times.view(-1, 1, 1, 1)
     assert float(noise.mean()) == pytest.approx(0, abs=0.02) and float(noise.std()) == pytest.approx(1, abs=0.02)
-

@@ -189,7 +189,9 @@ def test_the_released_form_shifts_where_steps_end_and_not_what_is_told():
                 end = min(range(after - 40, after + 41), key=lambda tau: abs(float(x.var()) - noise_levels[tau]))
             level = noise_levels[end] if end >= 0 else 0.0
             eps = 0.4 * x
-            x = (1 - level) ** 0.5 * (x - noise_levels[n] ** 0.5 * eps) / (1 - noise_levels[n]) ** 0.5 + level**0.5 * eps
+            x = (1 - level) ** 0.5 * (x - noise_levels[n] ** 0.5 * eps) / (
+                1 - noise_levels[n]
+            ) ** 0.5 + level**0.5 * eps
         torch.testing.assert_close(out, x, rtol=1e-3, atol=1e-4)
 
 

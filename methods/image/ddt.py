@@ -226,8 +226,8 @@ class DDT(Method):
 
     Differs from the paper: learned positions instead of rotary ones and layer norms instead of root mean squares; the
     features r come from a small convolutional network trained to fill in blanked patches, in place of DINOv2; no
-    guidance, hence no class dropped in training; an average of weights over a hundred updates of 900, where the paper's is
-    over ten thousand of millions. A step costs one evaluation of the rung with or without its encoder: what sharing saves shows in FLOPs.
+    guidance, hence no class dropped in training; 900 updates, and weights averaged over the last hundred or so. A step
+    costs one evaluation of the rung with or without its encoder: what sharing saves shows in FLOPs.
 
     What limits it here: images of sixteen tokens have a z that changes so little between steps that it is nearly all the
     same which of them renew it; the cosine of z is then a weak guide to what a stale one costs the image.
