@@ -33,6 +33,9 @@ from stepmark.tracks.image.solvers import Denoiser, euler_step
 
 torch.set_num_threads(1)
 
+for name in ("digits_dit", "shapes16_flow"):
+    backbones.recipe(name).build()  # imports of diffusers are lazy, and fail in threads that begin them at once
+
 T = TypeVar("T")
 SHAPES, DIGITS = "attributes_to_image/shapes16", "class_to_image/digits_flow"
 

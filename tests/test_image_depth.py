@@ -18,13 +18,15 @@ from stepmark.cell import track_of
 from stepmark.meter.counts import Ledger, watch
 from stepmark.session import Session
 from stepmark.task import BadOutput, digest_of, load_split
+from stepmark.tracks.image.schedules import uniform_times
+from stepmark.tracks.image.solvers import Denoiser
 
 torch.set_num_threads(1)
 
 TASK = "training_pairs/scenes16"
 depth = importlib.import_module("stepmark.tracks.image.depth")
 d4d: Any = importlib.import_module("stepmark.methods.image.d4d_rgbd")
-FREE = ("real_pairs_only", "engine_pairs", "augmented_pairs")
+FREE = ("real_pairs_only", "engine_pairs", "augmented_pairs", "mirrored_pairs")
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -182,17 +184,42 @@ def test_samples_of_a_known_model_are_its_data_at_any_number_of_steps() -> None:
         assert network.asked == pytest.approx([1000 * (1 - i / steps) - 1 for i in range(steps)], abs=1e-3)
 
 
+class Linear(nn.Module):
+    """The exact noise prediction of data N(0, 1/4)."""
+
+    prediction = "epsilon"
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        abar = rgbd.alphas_cumprod()[t.round().long()].float().view(-1, 1, 1, 1)
+        return (1 - abar).sqrt() / (abar / 4 + 1 - abar) * x
+
+
+def test_steps_are_those_of_ddim_where_nothing_leaves_the_range_of_the_data() -> None:
+    ddim = importlib.import_module("stepmark.methods.image.baselines.ddim").DDIM
+    noise, wish = torch.randn(5, 4, 16, 16, generator=generator(6)), torch.zeros(5, dtype=torch.int64)
+    for scale, alike in ((0.2, True), (3.0, False)):
+        found = d4d.sample_pairs(Linear(), scale * noise, wish, 5)
+        plain = ddim.solve(Denoiser(Linear(), wish), scale * noise, uniform_times(5))
+        assert torch.allclose(found, plain, atol=1e-5) == alike
+        assert found.abs().max() <= 1
+
+
 # --- methods ---------------------------------------------------------------------------------------------------------------
 
 
 def test_pairs_from_elsewhere_cost_no_evaluation_and_are_what_they_say() -> None:
     train = load_split("scenes16", "train")
-    for method, source in zip(FREE, ("x0", "engine", None), strict=True):
+    for method, source in zip(FREE, ("x0", "engine", None, None), strict=True):
         found, spent = run_of(method, 40)
         assert spent == 0
         if source is not None:
             assert all(any(torch.equal(one, other) for other in train[source]) for one in found)
             assert len(found.unique(dim=0)) > 20
+    real, found = train["x0"], run_of("mirrored_pairs", 40)[0]
+    kept, turned = (
+        sum(any(torch.equal(one, other) for other in pairs) for one in found) for pairs in (real, real.flip(3))
+    )
+    assert kept + turned == 40 and 8 < kept < 32
     found, spent = run_of("d4d_rgbd", 6, 3)
     assert spent == 3 * 6 and found.shape == (6, 4, 16, 16)
 

@@ -96,6 +96,10 @@ def test_a_kept_z_leaves_the_encoder_out_and_changes_nothing_at_the_same_point()
         assert not torch.allclose(network(x, t, label.flip(0))[0], v)
         assert not torch.allclose(network(-x, t, label, z)[0], v)
     calls: list[int] = []
+    ends: list[Tensor] = []
+    network.encoder[-1].register_forward_hook(lambda _, inputs, out: ends.append(out))
+    network(x, t, label)
+    torch.testing.assert_close(z, torch.nn.functional.silu(network.time(ddt.sinusoids(t, 64))[:, None] + ends[0]))
     network.encoder[0].register_forward_hook(lambda *_: calls.append(0))
     network.decoder[0].register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
@@ -109,6 +113,28 @@ def test_a_kept_z_leaves_the_encoder_out_and_changes_nothing_at_the_same_point()
             slow = euler_step(slow, network(slow, torch.full((4,), u), label)[0], u, s)
     assert torch.equal(every, slow)
     assert not torch.allclose(samples, every)
+
+
+def test_the_undivided_arm_has_the_same_weights_and_no_z() -> None:
+    """Every block and the last layer are modulated by time and class, each token alike; a z is not looked at."""
+    divided, batch = small_decoupled(), batch_of(4)
+    torch.manual_seed(0)
+    whole = lively(ddt.UndividedDiT(8, 1, 10, width=24))
+    assert all(
+        torch.equal(a, b) for a, b in zip(divided.state_dict().values(), whole.state_dict().values(), strict=True)
+    )
+    x, label, t = batch["noise"], batch["condition"], torch.full((4,), 0.5)
+    given: list[Tensor] = []
+    for block in (*whole.encoder, *whole.decoder):
+        block.register_forward_hook(lambda _, inputs, out: given.append(inputs[1]))
+    v, last = whole(x, t, label)
+    c = torch.nn.functional.silu(whole.time(ddt.sinusoids(t, 64)) + whole.kind(label))[:, None]
+    assert len(given) == 6 and all(torch.equal(one, c) for one in given)
+    torch.testing.assert_close(v, whole.velocity(last, c, 4))
+    assert torch.equal(whole(x, t, label, last + 1)[0], v)
+    own = {name: plugins.load_class(plugins.methods()[name])() for name in ("ddt_undivided", "ddt_every_step")}
+    kinds = {name: type(method.networks(ddt_session())["ddt"]).__name__ for name, method in own.items()}
+    assert kinds == {"ddt_undivided": "UndividedDiT", "ddt_every_step": "DecoupledDiT"}
 
 
 def test_the_steps_are_the_best_there_are() -> None:
@@ -197,16 +223,16 @@ def test_half_the_encoders_cost_less_than_three_quarters() -> None:
 
 def test_training_lowers_the_loss_and_aligns_encoder_tokens_to_the_clean_image(monkeypatch: pytest.MonkeyPatch) -> None:
     cosines: list[float] = []
-    reached: list[bool] = []
+    reached: list[list[bool]] = []
     networks: list[nn.Module] = []
     cosine = torch.nn.functional.cosine_similarity
 
     def noted(*given: Tensor, **options: int) -> Tensor:
         found = cosine(*given, **options)
         cosines.append(float(found.detach().mean()))
-        weight = networks[-1].encoder[1].mlp[0].weight
-        (slope,) = torch.autograd.grad(found.mean(), weight, retain_graph=True, allow_unused=True)
-        reached.append(slope is not None and bool(slope.any()))
+        weights = [block.mlp[0].weight for block in networks[-1].encoder]
+        slopes = torch.autograd.grad(found.mean(), weights, retain_graph=True, allow_unused=True)
+        reached.append([slope is not None and bool(slope.any()) for slope in slopes])
         return found
 
     monkeypatch.setattr(torch.nn.functional, "cosine_similarity", noted)
@@ -228,4 +254,29 @@ def test_training_lowers_the_loss_and_aligns_encoder_tokens_to_the_clean_image(m
         assert not network.encoder[1]._forward_hooks
     assert errors[1] < 0.9 * errors[0]
     assert alike[1] > alike[0] + 0.2
-    assert reached[-1]
+    assert reached[-1] == [True, True, False, False]  # of four blocks the second is aligned
+
+
+def test_training_sees_noised_images_at_the_paper_s_times_and_aligns_to_clean_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session = ddt_session()
+    session.scale = lambda embedded, smoke: 20
+    network, train = session.networks["ddt"], session.train["x0"]
+    clean: list[Tensor] = []
+    asked: list[tuple[Tensor, ...]] = []
+
+    def features(x: Tensor) -> Tensor:
+        clean.append(x)
+        return torch.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2)
+
+    monkeypatch.setattr(ddt, "masked_features", lambda session: features)
+    network.register_forward_pre_hook(lambda _, given: asked.append(given))
+    ddt.fit_decoupled(session)
+    x0 = torch.cat(clean[1:])  # the first call asks how wide they are
+    assert all((train == one).flatten(1).all(1).any() for one in x0[::50])
+    times = torch.cat([given[1] for given in asked])
+    logit = times.logit()
+    assert abs(float(logit.mean())) < 0.1 and float(logit.std()) == pytest.approx(1, abs=0.1)
+    noise = (torch.cat([given[0] for given in asked]) - (1 - times).view(-1, 1, 1, 1) * x0) / times.view(-1, 1, 1, 1)
+    assert float(noise.mean()) == pytest.approx(0, abs=0.02) and float(noise.std()) == pytest.approx(1, abs=0.02)

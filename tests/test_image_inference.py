@@ -356,9 +356,10 @@ def test_the_rescaled_schedule_is_diffusers_own() -> None:
     assert found[-1] == 0 and float(found[0] ** 2) == pytest.approx(float(teacher.alphas_cumprod[0]))
     assert float(teacher.alphas_cumprod[-1]) > 0.05
     for n in (5, 7, 25):
-        scheduler.config.timestep_spacing = "trailing"
-        scheduler.set_timesteps(n)
-        assert zero_snr.trailing_timesteps(n, 1000) == scheduler.timesteps.tolist()
+        for spacing in ("trailing", "leading"):
+            scheduler.config.timestep_spacing = spacing
+            scheduler.set_timesteps(n)
+            assert getattr(zero_snr, f"{spacing}_timesteps")(n, 1000) == scheduler.timesteps.tolist()
 
 
 def test_guidance_is_scaled_back_to_the_conditional_deviation() -> None:
@@ -370,6 +371,34 @@ def test_guidance_is_scaled_back_to_the_conditional_deviation() -> None:
     torch.testing.assert_close(whole.flatten(1).std(1), conditional.flatten(1).std(1))
     part = zero_snr.rescaled_guidance(null, conditional, 5.0, 0.7)
     torch.testing.assert_close(part, 0.7 * whole + 0.3 * guided)
+
+
+class Named(nn.Module):
+    """v = gain x, another gain for what has no name (-1)."""
+
+    def __init__(self, null: float, conditional: float) -> None:
+        super().__init__()
+        self.null, self.conditional = null, conditional
+
+    def null_condition(self, condition: Tensor) -> Tensor:
+        return torch.full_like(condition, -1)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        return torch.where(condition < 0, self.null, self.conditional).view(-1, 1, 1, 1) * x
+
+
+def test_guidance_leads_away_from_what_has_no_name_and_costs_two_rows() -> None:
+    """Of gains .1 and .3, w = 5 makes 1.1; wholly scaled back it is the conditional one again."""
+    batch, times = batch_of(4, (1, 8, 8), 3), zero_snr.trailing_timesteps(5, 1000)
+    x, kinds = batch["noise"], batch["condition"]
+    signal = zero_snr.signal_of(backbones.load("shades_eps"), True)
+    for share, gain in ((0.0, 1.1), (1.0, 0.3)):
+        guided = zero_snr.sample_v(Named(0.1, 0.3), signal, x, kinds, times, 5.0, share)
+        torch.testing.assert_close(guided, zero_snr.sample_v(Named(0, gain), signal, x, kinds, times, 1.0, 0.0))
+    session = session_of("class_to_image/shades", student=Named(0.1, 0.3))
+    session.begin("run", 1, 5 * 4)
+    plugins.load_class(plugins.methods()["zero_terminal_snr_guided"])().run(session, batch, 5)
+    assert session.spent == 4 * 4
 
 
 class Flat(nn.Module):
@@ -392,9 +421,9 @@ def test_only_a_schedule_that_ends_in_noise_gives_the_brightness_of_the_data() -
     """With exact networks: the flawed schedule narrows the spread of brightness, the fixed one keeps it."""
     teacher = backbones.load("shades_eps")
     flawed, fixed = teacher.alphas_cumprod.sqrt(), zero_snr.signal_of(teacher, True)
-    noise, kinds = batch_of(4000, (1, 8, 8), 3).values()
+    (noise, kinds), steps = batch_of(4000, (1, 8, 8), 3).values(), zero_snr.trailing_timesteps(100, 1000)
     spread = [
-        float(zero_snr.sample_v(Flat(signal), signal, noise, kinds, 100, 1.0, 0.0).mean((1, 2, 3)).std())
+        float(zero_snr.sample_v(Flat(signal), signal, noise, kinds, steps, 1.0, 0.0).mean((1, 2, 3)).std())
         for signal in (flawed, fixed)
     ]
     assert spread[1] == pytest.approx(0.5, rel=0.06)
@@ -427,10 +456,48 @@ def test_the_control_is_trained_alike_but_for_the_schedule(monkeypatch: pytest.M
     assert torch.equal(samples[2], samples[1]) and losses[2] == losses[1]
     assert not torch.allclose(samples[0], samples[1]) and losses[0][0] != losses[1][0]
     assert losses[0][1] == losses[1][1]
+    bare = plugins.load_class(plugins.methods()["leading_finetuned"])
+    both(bare())
+    assert losses[3] == losses[0] and not torch.allclose(samples[3], samples[0])
+    monkeypatch.setattr(bare, "grid", "trailing")
+    both(bare())
+    assert torch.equal(samples[4], samples[0])
+
+
+class Knowing(nn.Module):
+    """The exact v of one picture that is c all over, on a schedule told as sqrt(abar); nothing else has a loss of zero."""
+
+    prediction = "epsilon"
+
+    def __init__(self, signal: Tensor, c: float) -> None:
+        super().__init__()
+        self.signal, self.c, self.weight = signal, c, nn.Parameter(torch.zeros(()))
+
+    def null_condition(self, condition: Tensor) -> Tensor:
+        return condition
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        alpha = self.signal[t.long()].view(-1, 1, 1, 1)
+        sigma = (1 - alpha**2).sqrt()
+        return (alpha * (x.double() - alpha * self.c) / sigma - sigma * self.c).to(x.dtype) + self.weight
+
+
+@pytest.mark.parametrize("repaired", [True, False])
+def test_the_student_learns_v_on_its_schedule(repaired: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, c = backbones.load("shades_eps"), 0.7
+    signal = zero_snr.signal_of(teacher, repaired)
+    session = session_of("class_to_image/shades", teacher, student=Knowing(signal, c))
+    session.begin("prepare", 7)
+    flat = {"x0": torch.full((5, 1, 8, 8), c), "condition": torch.arange(5) % 3}
+    monkeypatch.setattr(Session, "train", property(lambda _: flat))
+    losses: list[Tensor] = []
+    monkeypatch.setattr(zero_snr, "fit", lambda session, network, loss, *_, **options: losses.append(loss()))
+    zero_snr.finetune_v(session, repaired)
+    assert losses[0].item() < 1e-6
 
 
 def test_the_grid_alone_is_ddim_that_begins_below_the_last_timestep() -> None:
-    """The other control: the untouched teacher, told 800, 600 ... 0 where the trailing grid begins at 999."""
+    """The last control: the untouched teacher, told 800, 600 ... 0 where the trailing grid begins at 999."""
     control = plugins.load_class(plugins.methods()["ddim_leading"])()
     network, batch = Gaussian(), batch_of(3, (1, 8, 8), 3)
     session = session_of("class_to_image/shades", network)

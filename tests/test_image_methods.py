@@ -154,6 +154,56 @@ def test_time_shift_changes_only_what_the_network_is_told_and_only_above_the_cut
         assert bool((told != n).any()) == (450 < n < 999)
 
 
+def test_a_state_is_looked_at_after_its_step_and_told_in_the_next():
+    """The timestep told is that of the very state it is told with, over the last step's noise and no other."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    class Keeper(Recorder):
+        def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+            seen.append((x.clone(), t.clone()))
+            return super().forward(x, t, condition)
+
+    module, task = module_of("time_shift_sampler"), "class_to_image/digits_eps"
+    session, batch = session_of(task, teacher=Keeper()), noise_of(task, 12)
+    ran(session, method_of("time_shift_sampler", window=80, cutoff=0), batch, 10)
+    for due, (x, told) in zip(range(899, 0, -100), seen[1:], strict=True):
+        assert torch.equal(told, module.shifted_timesteps(Schedule("epsilon"), x, due, 80).float())
+    assert (seen[0][1] == 999).all()
+
+
+def test_the_released_form_shifts_where_steps_end_and_not_what_is_told():
+    """Against the step written out: abar of the timestep that fits the state before it, from the second step on."""
+    network, rung = Recorder(0.4), 5
+    task = "class_to_image/digits_eps"
+    session, batch = session_of(task, teacher=network), noise_of(task, 12)
+    found, spent = ran(session, method_of("time_shift_released", cutoff=300), batch, rung)
+    assert spent == rung
+    assert [t.unique().tolist() for t in network.times] == [pytest.approx([n]) for n in (999, 799, 599, 399, 199)]
+    schedule = Schedule("epsilon")
+    noise_levels = [schedule.sigma((tau + 1) / 1000) ** 2 for tau in range(1000)]
+    for image, out in zip(batch["noise"].double(), found.double(), strict=True):
+        x = image
+        for step, (n, after) in enumerate(itertools.pairwise([999, 799, 599, 399, 199, -1])):
+            end = after
+            if step > 0 and after > 300:  # a window of 80 timesteps, 0.4 of a step
+                end = min(range(after - 40, after + 41), key=lambda tau: abs(float(x.var()) - noise_levels[tau]))
+            level = noise_levels[end] if end >= 0 else 0.0
+            eps = 0.4 * x
+            x = (1 - level) ** 0.5 * (x - noise_levels[n] ** 0.5 * eps) / (
+                1 - noise_levels[n]
+            ) ** 0.5 + level**0.5 * eps
+        torch.testing.assert_close(out, x, rtol=1e-3, atol=1e-4)
+
+
+def test_the_control_shifts_every_sample_alike():
+    network, task = Recorder(), "class_to_image/digits_eps"
+    session = session_of(task, teacher=network)
+    ran(session, method_of("time_shift_constant"), noise_of(task, 12), 10)
+    assert [t.unique().tolist() for t in network.times] == [
+        pytest.approx([n]) for n in (999, 919, 819, 719, 619, 519, 419, 319, 199, 99)
+    ]
+
+
 # --- AutoDiffusion ------------------------------------------------------------------------------------------
 
 

@@ -58,9 +58,15 @@ class DistriFusion(Method):
     baselines = ("euler", "synchronous_patches")
     claims = (
         Claim(
-            "latency_ms[distrifusion,16] < latency_ms[euler,16] and fd[distrifusion,16] <= 1.05 * fd[euler,16]",
-            says="two devices are faster than one, at no loss of quality",
+            "latency_ms[distrifusion,50] < latency_ms[euler,50] and fd[distrifusion,50] <= 1.05 * fd[euler,50]",
+            says="two devices are faster than one, at no loss of quality, with 50 steps as in the paper",
+            task="class_to_image/digits_flow",
             headline=True,
+            setting="the devices are cores of one machine, which wait for each other in every layer of a network of milliseconds",
+        ),
+        Claim(
+            "latency_ms[distrifusion,16] < latency_ms[euler,16]",
+            says="and with the largest images",
             setting="the devices are cores of one machine, which wait for each other in every layer of a network of milliseconds",
         ),
         Claim(
@@ -70,7 +76,7 @@ class DistriFusion(Method):
         ),
         Claim(
             "fd[distrifusion,50] <= 1.05 * fd[euler,50] and fd[distrifusion,50] < fd[naive_patches,50]",
-            says="the same with 50 steps, as in the paper",
+            says="the same with 50 steps, as in the paper, whatever it takes",
             task="class_to_image/digits_flow",
         ),
         Claim(
@@ -97,7 +103,8 @@ class DistriFusion(Method):
             baselines=("euler",),
             claims=(
                 Claim(
-                    "fd[naive_patches,16] > 1.1 * fd[euler,16]", says="bands that know nothing of each other do not fit"
+                    "fd[naive_patches,4..16] > 1.1 * fd[euler,4..16]",
+                    says="bands that know nothing of each other do not fit",
                 ),
             ),
         ),
