@@ -13,6 +13,7 @@ from stepmark.leaderboard.groups import ALPHA, paired
 from stepmark.leaderboard.rows import Place, Row, cells, from_folders, headline, newest, split
 
 from stepmark import plugins
+from stepmark.names import unknown
 from stepmark.record import Record
 from stepmark.stats import PairedTest, holm
 from stepmark.task import Task
@@ -57,7 +58,7 @@ def comparisons(records: Sequence[Record], a: str, b: str, track: str | None = N
     recorded = sorted({r.method for r in records})
     for name in (a, b):
         if name not in recorded:
-            raise ValueError(f"no records of method {name!r}; recorded: {', '.join(recorded) or 'none'}")
+            raise ValueError(unknown("records of method", name, recorded, "stepmark show"))
     if a == b:
         raise ValueError("give two different methods")
     chosen = [r for r in newest(records) if r.method in {a, b} and (track is None or r.track == track)]
