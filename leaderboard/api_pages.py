@@ -25,7 +25,7 @@ CONTRACT = {
 CALLS = ("inputs", "check", "score", "handles")  # of a module with tasks: what they say of batches, outputs and metrics
 WIDE = 100  # characters of a signature from which on each argument has a line
 SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Yields):(?: (.*))?$")
-OWN = "Harness only"  # how the docstring of a function begins that no plugin calls
+OWN = "Harness only"  # what the docstring of a function says that no plugin calls
 
 Node = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
@@ -97,7 +97,7 @@ def _functions(tree: ast.Module | ast.ClassDef) -> Iterator[Node]:
     for node in tree.body:
         if isinstance(node, Node) and not node.name.startswith("_"):
             doc = ast.get_docstring(node)
-            if doc and not doc.startswith(OWN):
+            if doc and OWN not in doc:
                 yield node
 
 
@@ -227,7 +227,8 @@ def said(doc: str) -> str:
         while lines:
             section = SECTION.match(lines[0])
             if section:
-                size = next((i for i, line in enumerate(lines[1:], 1) if not line.startswith(" ")), len(lines))
+                inside = [SECTION.match(line) is None and (line[:1] == " " or bool(section[2])) for line in lines[1:]]
+                size = inside.index(False) + 1 if False in inside else len(lines)
                 blocks.append(_section(section[1], section[2] or "", lines[1:size]))
             else:
                 kind = _kind(lines[0])
