@@ -18,9 +18,9 @@ from stepmark.plugins import TRACK_CALLS
 from stepmark.syntax import parse
 
 CONTRACT = {
-    "method": ("Method", "Variant", "Paper", "Claim", "skip"),
+    "method": ("Method", "Variant", "Paper", "Claim"),
     "session": ("Session",),
-    "task": ("Task", "Dataset"),
+    "task": ("Task", "Dataset", "skip"),
 }
 CALLS = ("inputs", "check", "score", "handles")  # of a module with tasks: what they say of batches, outputs and metrics
 WIDE = 100  # characters of a signature from which on each argument has a line
@@ -41,9 +41,9 @@ def index(found: Board) -> list[str]:
                 f"back, and has for its methods to share: {tracks}.", "sm-lead"),
     ]  # fmt: skip
     for name, wanted in CONTRACT.items():
-        for node in parse(PACKAGE / f"{name}.py").body:
-            if isinstance(node, Node) and node.name in wanted:
-                parts += _documented(node, "##", f"stepmark.{name}")
+        defined = {node.name: node for node in parse(PACKAGE / f"{name}.py").body if isinstance(node, Node)}
+        for each in wanted:
+            parts += _documented(defined[each], "##", f"stepmark.{name}")
     return parts
 
 
@@ -54,7 +54,7 @@ def track_page(found: Board, track: str) -> list[str]:
     asking = {name: tree for name, tree in modules.items() if _has_tasks(tree)}
     own = f"stepmark.tracks.{track}"
     parts = [
-        crumbs(("index.html", "API"), (f"../tracks/{track}.html", words(track)), (f"{track}.html", "API")),
+        crumbs(("index.html", "API"), (f"{track}.html", words(track))),
         said(ast.get_docstring(modules[own]) or ""),
         "## Tasks",
         _tasks(found, track),
