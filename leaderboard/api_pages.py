@@ -77,6 +77,7 @@ def track_page(found: Board, track: str) -> list[str]:
         if nodes:
             parts.append(f"### {markup.heading(name)} {{ #{name.rpartition('.')[2]} }}")
             parts += [said(ast.get_docstring(modules[name]) or "")] if name not in asking else []
+            parts += [markup.code("\n".join(aliases))] if (aliases := _aliases(modules[name])) else []
             for node in nodes:
                 parts += _documented(node, "####", name)
     return parts
@@ -99,6 +100,16 @@ def _functions(tree: ast.Module | ast.ClassDef) -> Iterator[Node]:
             doc = ast.get_docstring(node)
             if doc and OWN not in doc:
                 yield node
+
+
+def _aliases(tree: ast.Module) -> list[str]:
+    """Names of types that signatures use: `Propose = Callable[...]`."""
+    assigned = [(node.targets[0], node.value) for node in tree.body if isinstance(node, ast.Assign)]
+    return [
+        f"{target.id} = {ast.unparse(value)}"
+        for target, value in assigned
+        if isinstance(target, ast.Name) and isinstance(value, ast.Subscript) and not target.id.isupper()
+    ]
 
 
 def _among(found: Board, ids: Sequence[str] | dict[str, None]) -> str:

@@ -99,6 +99,7 @@ def test_a_page_has_signatures_shapes_and_arguments(board: Any) -> None:
     assert "Decoder(model: nn.Module, capacity: int)" in page
     assert ".rollback(length: int) -&gt; None" in page
     assert ".spent: float" in page
+    assert "Propose = Callable[[list[int], int], tuple[list[int], &#x27;Tensor | None&#x27;]]" in page
     page = "\n\n".join(api_pages.track_page(board, "image"))
     assert "ddim_step(schedule: Schedule, x0: Tensor, eps: Tensor, s: float) -&gt; Tensor" in page
     assert "Denoiser(...)(x: Tensor, t: float) -&gt; tuple[Tensor, Tensor]" in page

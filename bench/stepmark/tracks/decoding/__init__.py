@@ -132,7 +132,7 @@ MAX_NEW_TOKENS = {"sums": 64, "words": 40, "hops": 24, "stories": 96}
 
 
 def inputs(task: Task, n: int, generator: torch.Generator, device: torch.device) -> dict[str, list[Any]]:
-    """`n` distinct prompts of the test split."""
+    """`n` distinct prompts of the test split: {"prompt": lists of ids, "max_new_tokens": ints, "temperature": floats}."""
     from stepmark.backbones.lm import encode
 
     harness_only("the test split")
