@@ -14,6 +14,7 @@ from stepmark.leaderboard.rows import Place, Row, headline, newest, rows_of, spl
 
 from stepmark import plugins
 from stepmark.admission import from_folders, sorted_out
+from stepmark.names import unknown
 from stepmark.record import Record
 from stepmark.stats import PairedTest, holm
 from stepmark.task import Task
@@ -65,8 +66,12 @@ def comparisons(records: Sequence[Record], a: str, b: str, track: str | None = N
     recorded = sorted({r.method for r in taken})
     for name in (a, b):
         if name not in recorded:
-            why = next((f": {each.why}" for each in others if each.record.method == name), "")
-            raise ValueError(f"no records of method {name!r}{why}; recorded: {', '.join(recorded) or 'none'}")
+            why = next((each.why for each in others if each.record.method == name), "")
+            raise ValueError(
+                f"no records of method {name!r}: {why}"
+                if why
+                else unknown("records of method", name, recorded, "stepmark show")
+            )
     if a == b:
         raise ValueError("give two different methods")
     chosen = [r for r in newest(taken) if r.method in {a, b} and (track is None or r.track == track)]

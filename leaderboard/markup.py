@@ -79,7 +79,8 @@ def table(
     """
     hints = hints or {}
     columns = [any(line.cells[i].number for line in lines) for i in range(len(head))]
-    titles = [f'<abbr title="{esc(hints[name])}">{esc(name)}</abbr>' if name in hints else esc(name) for name in head]
+    names = [(name, re.sub("([_/])", r"\1<wbr>", esc(name))) for name in head]  # long names may break
+    titles = [f'<abbr title="{esc(hints[name])}">{text}</abbr>' if name in hints else text for name, text in names]
     top = "".join(f'<th scope="col"{_class(wide)}>{name}</th>' for name, wide in zip(titles, columns, strict=True))
     body = []
     for line in lines:

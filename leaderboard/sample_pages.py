@@ -13,6 +13,7 @@ from stepmark.leaderboard.rows import Row, split
 from stepmark.samples import Mark, Pictures, Points, Sample, SampleFile, Shown, Texts, source_of
 
 SIZE, RANGE = 96, 4.0  # of a scatter plot: pixels, and how far its axes go
+SHORT = 3  # words of a rejected draft that are still shown in the text
 COLOURS = ("#2b8cc4", "#d55e00", "#009e73", "#cc79a7")
 
 
@@ -54,8 +55,8 @@ def section(found: Board, files: Sequence[SampleFile], name: str) -> list[str]:
         )
         if any("<u title=" in part for part in parts):
             note += (
-                " Underlined words were drafted and kept, words struck out were drafted and rejected, those in bold are "
-                "the target's own: one for each time that it was asked."
+                " Underlined words were drafted and kept, words struck out were drafted and rejected (a number in brackets: so "
+                "many of them), those in bold are the target's own: one for each time that it was asked."
             )
         parts = ["## Samples", element("p", note, "sm-note"), *parts]
     return parts
@@ -88,12 +89,19 @@ def _text(text: str, pieces: Sequence[tuple[str, Mark]]) -> str:
     """What was written; of methods that draft with the drafts marked."""
     if not pieces:
         return f"<b>{esc(text)}</b>"
-    shapes = {
-        "kept": '<u title="drafted and kept">{}</u>',
-        "rejected": '<s title="drafted and rejected">{}</s>',
-        "own": "<b>{}</b>",
-    }
-    return " ".join(shapes[mark].format(esc(words)) for words, mark in pieces)
+    return " ".join(_piece(words, mark) for words, mark in pieces)
+
+
+def _piece(words: str, mark: Mark) -> str:
+    """A piece of a text. Of a tree, or a long draft that was rejected, the number of its words: the text is what counts."""
+    if mark == "own":
+        return f"<b>{esc(words)}</b>"
+    if mark == "kept":
+        return f'<u title="drafted and kept">{esc(words)}</u>'
+    count = len(words.split())
+    if count <= SHORT:
+        return f'<s title="drafted and rejected">{esc(words)}</s>'
+    return f'<span class="sm-range" title="drafted and rejected: {esc(words)}">[{count}]</span>'
 
 
 def _scatter(shown: Points, what: str) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stepmark.leaderboard import (
+    api_pages,
     changes,
     claims_page,
     compare_page,
@@ -153,6 +154,9 @@ def write(found: Board, source: Path, root: Path) -> list[str]:
     page("tracks/index.md", "Tracks", track_pages.index(found), toc=True)
     for track in found.tracks():
         page(f"tracks/{track}.md", words(track), track_pages.track_page(found, track, source / DATA))
+    page("api/index.md", "API", api_pages.index(found), toc=True)
+    for track in found.tracks():
+        page(f"api/{track}.md", f"API: {words(track)}", api_pages.track_page(found, track), toc=True)
     page("methods/index.md", "Methods", method_pages.index(found))
     for name in sorted({*found.methods, *found.by_method}):
         page(f"methods/{name}.md", name, method_pages.page(found, name), toc=True)

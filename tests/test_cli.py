@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import os
 import re
+import subprocess
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +17,8 @@ import pytest
 from stepmark import forecast, plugins, run, suite
 from stepmark import record as records
 from stepmark.cell import Cell
-from stepmark.check import check, scaffold, static
-from stepmark.cli import main
-from stepmark.commands.options import missing
+from stepmark.check import static
+from stepmark.cli import EXTRAS, main
 from stepmark.places import results_folder
 from stepmark.verify import compare
 
@@ -48,9 +51,6 @@ def test_every_command_explains_itself(command: list[str], capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (["run", "--method", "nope"], "no method 'nope'; known:"),
-        (["run", "--task", "no/pe"], "no task 'no/pe'; known:"),
-        (["run", "--track", "nope"], "no track 'nope'; known:"),
         (["run", "--method", "ddim", "--task", "sampling/mixtures_flow"], "no cell: ddim does not run on sampling/mix"),
         (
             ["run", "--method", "euler", "--rung", "3", "--rung", "5"],
@@ -61,16 +61,31 @@ def test_every_command_explains_itself(command: list[str], capsys: pytest.Captur
         (["tour", "--workers", "-1"], "--workers -1: this machine offers 1 to"),
         (["run", "--workers", "2", "--engine", "ray"], "--workers is for --engine local"),
         (["run", "--address", "auto"], "add --engine ray"),
+        (["run", "--method", "nope"], "no method 'nope'; see: stepmark list methods"),
+        (["run", "--method", "DDMI"], "no method 'DDMI'; did you mean 'ddim'"),
+        (["run", "--task", "no/pe"], "no task 'no/pe'; see: stepmark list tasks"),
+        (["run", "--task", "digits_flow"], "did you mean 'class_to_image/digits_flow' or 'guided/digits_flow'?"),
+        (["run", "--track", "nope"], "no track 'nope'; known: bayes, decoding"),
+        (["run", "--track", "images"], "no track 'images'; did you mean 'image'?"),
+        (["compare", "ddim", "hen"], "no records of method 'hen'; did you mean 'heun'"),
+        (["tour", "smapler"], "no stop 'smapler'; did you mean 'sampler'?"),
         (["verify", "nowhere.jsonl"], "nowhere.jsonl is not there"),
         (["verify"], "give a record file, FILE:LINE, --sample N, or --slice K/N"),
         (["verify", "--sample", "3", "--results", "nowhere"], "can be run again here"),
-        (["samples", "--method", "nope"], "no method 'nope'; known:"),
-        (["release", "--results", "nowhere"], "no records of suite version"),
+        (["samples", "--method", "nope"], "no method 'nope'; see:"),
+        (["samples", "--results", "nowhere"], "--results nowhere: there is no such folder"),
+        (["site", "--results", "nowhere"], "--results nowhere: there is no such folder"),
+        (["migrate", "--results", "pyproject.toml"], "--results pyproject.toml: there is no such folder"),
+        (["release", "--results", "nowhere"], "no such folder"),
         (["new", "methods/nowhere/foo"], "the folder must be a track"),
         (["new", "methods/image/Foo-Bar"], "is no id"),
         (["new", "methods/image/ddim"], "already"),
         (["backbones", "train"], "name the backbones"),
-        (["backbones", "train", "nope"], "no backbone 'nope'; known:"),
+        (["backbones", "train", "nope"], "no backbone 'nope'; see: stepmark backbones list"),
+        (["backbones", "train", "lm_taget"], "no backbone 'lm_taget'; did you mean 'lm_target'"),
+        (["new", "methods/imgae/foo"], "did you mean 'image'?"),
+        (["new", "methods/image/foo_bar", "--task", "greedy/stories"], "no task 'greedy/stories'"),
+        (["new", "pyproject.toml/image/foo_bar"], "pyproject.toml/image: Not a directory"),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_mend(
@@ -119,86 +134,88 @@ def test_a_forecast_is_the_published_time_of_the_calls_and_of_the_preparation() 
 
 
 @pytest.mark.parametrize(
-    ("module", "command", "extra"),
+    ("command", "words"),
     [
-        ("lm_eval", ["run", "--via", "lm-eval", "--method", "greedy", "--task", "greedy/words"], "lm-eval"),
-        ("mkdocs.commands.build", None, "site"),
-        ("pandas", None, "frame"),
+        (["lst"], "no command 'lst'; did you mean 'list'?"),
+        (["zzz"], "no command 'zzz'; known: backbones, check"),
+        (["list", "task"], "did you mean 'tasks'?"),
+        (["run", "--metod", "ddim"], "'--metod' is not understood; did you mean '--method'?"),
+        (["run", "--tier", "fast"], "invalid choice: 'fast' (choose from 'smoke', 'embedded', 'hub')"),
+        (["compare", "ddim"], "the following arguments are required"),
+        (["show", "ddim"], "'ddim' is not understood"),
     ],
 )
-def test_what_is_not_installed_is_named_with_the_command_that_installs_it(
-    module: str, command: list[str] | None, extra: str, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    if command is None:
-        assert missing(ModuleNotFoundError(f"No module named {module!r}", name=module)).endswith(
-            f"{module.partition('.')[0]} is not installed: pip install 'stepmark[{extra}]'"
-        )
-        return
-    for name in [name for name in sys.modules if name.startswith((module, "stepmark.via_lm_eval"))]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, module, None)
-    assert main(command) == 2
-    assert capsys.readouterr().err == f"stepmark: {module} is not installed: pip install 'stepmark[{extra}]'\n"
+def test_wrong_use_is_one_line_that_names_what_was_meant(
+    command: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(command)
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2
+    assert words in error
+    assert error.count("\n") == 0
+
+
+def test_bare_stepmark_says_what_to_type_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert "stepmark list" in out and "stepmark tour" in out and "stepmark new" in out
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_a_missing_extra_is_named_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "mkdocs", None)
+    monkeypatch.setitem(sys.modules, "mkdocs.commands.build", None)
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr("stepmark.leaderboard.site.build", lambda *_: importlib.import_module("mkdocs.commands.build"))
+    assert main(["site", "--results", str(tmp_path / "results")]) == 2
+    error = capsys.readouterr().err
+    assert "the extra site: pip install -e '.[site]'" in error and error.count("\n") == 1
+    written = tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(EXTRAS.values()) == set(written) - {"dev"}
+
+
+def listed(capsys: pytest.CaptureFixture[str], *what: str) -> list[str]:
+    assert main(["list", *what]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_list_tasks_shows_rungs_seeds_and_which_way_metrics_go(capsys: pytest.CaptureFixture[str]) -> None:
+    head, *lines = listed(capsys, "tasks")
+    assert head.split()[:5] == ["task", "track", "version", "seeds", "rungs"]
+    (line,) = (line for line in lines if line.startswith("attributes_to_image/shapes16 "))
+    for words in ("1 2 4 8 16  ", "  2  ", "NFE", "fd (lower), alignment (higher)", "exact verifier"):
+        assert words in line
+    assert len(lines) == len(plugins.tasks())
+
+
+def test_lists_are_cut_for_a_terminal_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    title = max((m.title for m in plugins.methods().values()), key=len)
+    assert len(title) > 90
+    whole = listed(capsys, "methods")
+    assert any(line.endswith(title) for line in whole)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, listed(capsys, "methods"))) == 80
+
+
+def test_a_reader_that_goes_away_is_no_fault() -> None:
+    code = "from stepmark.cli import main; import sys; sys.exit(main(['list', 'tracks']))"  # fits into a buffer
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, env=os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})  # fmt: skip
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize("info", plugins.methods().values(), ids=lambda info: info.id)
 def test_the_source_of_every_method_keeps_the_contract(info: plugins.MethodInfo) -> None:
     assert list(static(info)) == []
-
-
-@pytest.fixture
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An author's own folder of methods."""
-    monkeypatch.setenv("STEPMARK_METHODS", str(tmp_path))
-    monkeypatch.setenv("STEPMARK_CACHE", str(tmp_path / "cache"))
-    return tmp_path
-
-
-def test_a_scaffold_filled_in_passes_the_check(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["new", str(elsewhere / "image" / "my_sampler")]) == 0
-    path = elsewhere / "image" / "my_sampler.py"
-    findings = check(path)
-    assert any("fill in run" in finding and "my_sampler.py:" in finding for finding in findings), findings
-    text = path.read_text()
-    start = text.index("        raise ValueError")
-    text = text[:start] + (
-        "        denoise = Denoiser(session.networks['teacher'], batch['condition'])\n"
-        "        x = batch['noise']\n"
-        "        for t, s in pairwise(uniform_times(rung)):\n"
-        "            x0, eps = denoise(x, t)\n"
-        "            x = ddim_step(denoise.schedule, x0, eps, s)\n"
-        "        return x\n"
-    )
-    text = text.replace(
-        "from stepmark import Claim",
-        "from itertools import pairwise\nfrom stepmark.tracks.image.schedules import uniform_times\n"
-        "from stepmark.tracks.image.solvers import Denoiser, ddim_step\n"
-        "from stepmark import Claim",
-    )
-    path.write_text(text)
-    assert check(path) == []
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (("import ", "import subprocess\nimport ", 1), "imports subprocess: run must not start processes"),
-        (('tasks = ("', 'tasks = ("nowhere/at_all", "', 1), "tasks: 'nowhere/at_all' is not there"),
-        (('baselines = ("', 'baselines = ("nobody", "', 1), "there is no method 'nobody'"),
-        (("says=", 'task="posterior/gaussian_n1", says=', 1), "does not run on posterior/gaussian_n1"),
-        (("Claim(", 'Claim("fid[ddim,3] < 1", says="x"), Claim(', 1), "not on the ladder"),
-        (("Claim(", 'Claim("__import__(1)", says="x"), Claim(', 1), "claim '__import__(1)'"),
-    ],
-)
-def test_the_check_says_what_is_wrong_in_plain_words(elsewhere: Path, change: tuple[str, str, int], words: str) -> None:
-    path = scaffold(elsewhere / "image" / "other_sampler")
-    head, brk, body = path.read_text().partition("from stepmark import")
-    text = (head + brk + body).replace(*change) if change[0] != "import " else "import subprocess\n" + head + brk + body
-    text = text.replace("from __future__ import annotations\n", "") if change[0] == "import " else text
-    path.write_text(text)
-    findings = check(path, run=False)
-    assert any(words in finding for finding in findings), findings
 
 
 def test_verify_agrees_with_a_true_record_and_not_with_a_forged_one(

@@ -149,8 +149,7 @@ def test_out_of_tree_methods_are_found(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("STEPMARK_METHODS", str(tmp_path))
     assert plugins.methods()["mine"].path == tmp_path / "image" / "mine.py"
     (tmp_path / "image" / "ddim.py").write_text((tmp_path / "image" / "mine.py").read_text())
-    with pytest.raises(plugins.PluginError, match=r"'ddim' stands in .* rename one"):
-        plugins.methods()
+    assert plugins.methods()["ddim"].path.is_relative_to(Path.cwd())  # an id that is taken is left out
     monkeypatch.setenv("STEPMARK_METHODS", str(tmp_path / "nowhere"))
     with pytest.raises(plugins.PluginError, match="which is no folder"):
         plugins.methods()

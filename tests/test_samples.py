@@ -186,7 +186,32 @@ def test_drafts_are_marked_as_the_decoder_judged_them(
     assert set(written) == {1}  # one word of the target's own in each step ...
     assert len(written) <= rung  # ... and one evaluation
     html = sample_pages.picture(shown, "x")
-    assert html.count("<s title=") == sum(mark == "rejected" for _, mark in pieces)
+    rejected = [len(words.split()) for words, mark in pieces if mark == "rejected"]
+    assert html.count("<s title=") == sum(n <= sample_pages.SHORT for n in rejected)
+    assert html.count('title="drafted and rejected') == len(rejected)
+
+
+def test_what_was_drafted_beyond_the_end_is_no_part_of_the_text() -> None:
+    def pieces(steps: list[tuple[list[int], list[int]]], length: int) -> list[tuple[str, list[int]]]:
+        return [(mark, ids) for mark, ids in samples._pieces(steps, length) if ids]
+
+    first = ([5, 6], [5, 7])  # one of two drafted words is kept, and a word of the target's own follows
+    assert pieces([first], 2) == [("kept", [5]), ("rejected", [6]), ("own", [7])]
+    # The text ends inside a kept draft: nothing after it was judged.
+    assert pieces([first, ([8, 1, 9], [8, 1, 9, 4])], 4) == [
+        ("kept", [5]), ("rejected", [6]), ("own", [7]), ("kept", [8, 1]),
+    ]  # fmt: skip
+    # It ends with a whole draft; the target's token after that is beyond.
+    assert pieces([([8, 1], [8, 1, 4]), ([3], [3, 3])], 2) == [("kept", [8, 1])]
+    # It ends with the target's own token.
+    assert pieces([([8, 1], [8, 2]), ([3], [3, 3])], 2) == [("kept", [8]), ("rejected", [1]), ("own", [2])]
+
+
+def test_of_a_tree_the_way_that_was_taken_is_shown_and_how_many_others() -> None:
+    marks = [[("the fox", "kept"), (" ".join("abcdefgh"), "rejected"), ("ran", "own"), ("on it", "rejected")]]
+    html = sample_pages.picture(samples.Texts(pairs=[("q", "the fox ran")], marks=marks), "x")
+    assert 'title="drafted and rejected: a b c d e f g h">[8]</span> <b>ran</b> <s ' in html
+    assert html.count("a b c") == 1
 
 
 def test_a_method_that_drafts_nothing_has_no_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

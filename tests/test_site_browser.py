@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 from rigs.records import few_seeds, whole
-from stepmark.leaderboard import coverage, site
+from stepmark.leaderboard import coverage, markup, site
 from stepmark.leaderboard.comparisons import comparisons, in_a_sentence
-from stepmark.leaderboard.estimates import figure
+from stepmark.leaderboard.estimates import Estimate, figure
 
 from stepmark import plugins
 from stepmark import record as record_files
@@ -412,6 +412,34 @@ def test_pages_fit_and_are_quiet(chromium: Any, origin: str, width: int, scheme:
             page.evaluate("window.scrollTo(0, 0)")
             page.screenshot(path=folder / f"{name}-{width}-{scheme}.png", full_page=True)
     reader.close()
+
+
+def test_the_figures_of_a_method_fit_beside_the_contents(chromium: Any) -> None:
+    """Four metrics with intervals, as of greedy/stories, in what is left of 1280 px beside the table of contents."""
+    head = [
+        "Rung",
+        "accuracy ↑",
+        "exact_match ↑",
+        "first_divergence ↑",
+        "tokens ↑",
+        "NFE/item",
+        "NFE-eq/item",
+        "ms/item",
+    ]
+    e = markup.estimate(Estimate(0.1473, 0.1329, 0.2722))
+    states = markup.Cell(markup.chip("ok", "good") + " " + markup.chip("older source", "open"))
+    cells = [markup.number(96), e, e, e, e, *map(markup.number, (14.67, 179.3)), e, e, markup.number(0.8223), states]
+    made = markup.table([*head, "Speed-up", "Peak MiB", "Status", "Record"], [markup.Line([*cells, markup.text("0123456789")])],
+                        f"Figures on {TASK}")  # fmt: skip
+    style = (site.ASSETS / "stepmark.css").read_text(encoding="utf-8")
+    page = chromium.new_page(viewport={"width": 1280, "height": 800})
+    page.set_content(
+        f"<style>{style} html {{ font: 20px system-ui }}</style>"
+        f'<div class="md-typeset" style="width: 936px; font-size: 0.8rem">{made}</div>'
+    )
+    inner, outer = page.evaluate("(({scrollWidth: a, clientWidth: b}) => [a, b])(document.querySelector('.sm-scroll'))")
+    assert inner <= outer
+    page.close()
 
 
 def test_dark_mode_is_a_click_away(reader: Reader) -> None:

@@ -148,6 +148,6 @@ def test_the_command_measures_says_and_resumes(
 def test_a_stop_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tour", "nowhere"]) == 2
     error = capsys.readouterr().err.strip()
-    assert "no stop 'nowhere'; known: sampler" in error and "\n" not in error
+    assert "no stop 'nowhere'; known: cache" in error and "\n" not in error
     assert main(["tour", "--list", "cache"]) == 0
     assert "kv_int8 against autoregressive" in capsys.readouterr().out

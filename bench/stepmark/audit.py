@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stepmark.syntax import parse
+
 PROCESS_EVENTS = {"subprocess.Popen", "os.system", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "pty.spawn"}
 THREAD_EVENTS = {"_thread.start_new_thread", "_thread.start_joinable_thread"}
 NETWORK_EVENTS = {"socket.connect", "socket.bind", "socket.getaddrinfo"}
@@ -169,7 +171,7 @@ FORBIDDEN = {
 def static_findings(path: Path) -> list[str]:
     """What the source alone shows to be against the contract, as `line N: ...` in plain words."""
     findings: list[str] = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parse(path)):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]

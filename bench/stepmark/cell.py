@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from stepmark import backbones, plugins
+from stepmark.names import unknown
 from stepmark.plugins import MethodInfo
 from stepmark.task import Task, digest_of
 
@@ -48,14 +49,12 @@ def track_of(task: str) -> tuple[ModuleType, Task]:
     """The module that holds a task's inputs, check and score, and the task.
 
     Raises:
-        KeyError: one line that lists the known tasks.
+        KeyError: one line that says what was perhaps meant.
     """
     known = plugins.tasks()
     if task not in known:
-        known_ones = ", ".join(sorted(known))
-        raise KeyError(
-            f"no task {task!r}; if a checkpoint folder makes it, name it by --backbone FOLDER; known: {known_ones}"
-        )
+        said = unknown("task", task, known, "stepmark list tasks")
+        raise KeyError(f"{said}; if a checkpoint folder makes it, name it by --backbone FOLDER")
     return importlib.import_module(plugins.track_module(task)), known[task][1]
 
 

@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,13 +20,21 @@ from typing import TYPE_CHECKING
 from stepmark import plugins
 from stepmark.audit import static_findings
 from stepmark.method import Claim
+from stepmark.names import meant, unknown
 from stepmark.places import results_folder
 from stepmark.plugins import MethodInfo
+from stepmark.syntax import parse as parse_source
 
 if TYPE_CHECKING:
     from stepmark.claims import Verdict
 
 TRIVIAL = 5.0  # a factor by which few methods beat another
+LISTED = "stepmark list methods"
+LEFT_OVER = (  # lines of the template's docstring
+    "one line that says what it does.",
+    "the update rule with the paper's equation or algorithm numbers.",
+    "what, and why (delete this line if nothing does).",
+)
 
 COUNTS = {
     "nfe",
@@ -44,23 +53,38 @@ COUNTS = {
 }
 
 
+def unfilled(info: MethodInfo) -> Iterator[str]:
+    """What still stands there as the template, or nobody, left it."""
+    if info.base is None and info.paper is not None:
+        for name, value in (("title", info.paper.title), ("authors", info.paper.authors), ("id", info.paper.id)):
+            if not value.strip(". \u2026"):
+                yield f"paper: {name}={value!r} says nothing; fill it in, or write paper = None where there is no paper"
+    if any(line in info.doc for line in LEFT_OVER):
+        yield "the docstring is still the template's: say what the method does, and its update rule"
+    for claim in info.claims:
+        if not claim.says.strip(". \u2026"):
+            yield f"claim {claim.check!r}: says={claim.says!r} says nothing; say the same in words"
+
+
 def static(info: MethodInfo) -> Iterator[str]:
     """Faults that the source shows: names that do not exist, claims that cannot be evaluated, forbidden reach."""
     from stepmark.claims import ClaimError, parse
 
     tasks, methods = plugins.tasks(), plugins.methods()
+    yield from unfilled(info)
     if len(info.doc.strip().splitlines()) < 3:
         yield "the docstring says too little: what the method does, its equations with their numbers, what differs and why"
     for task in info.tasks:
         if task not in tasks:
-            yield f"tasks: {task!r} is not there; known in track {info.track}: " + ", ".join(
-                t for t, (track, _) in tasks.items() if track == info.track
-            )
+            of_track = [t for t, (track, _) in tasks.items() if track == info.track]
+            yield f"tasks: {unknown('task', task, of_track, f'stepmark list tasks | grep {info.track}')}"
         elif tasks[task][0] != info.track:
             yield f"tasks: {task!r} belongs to track {tasks[task][0]}; move the file to methods/{tasks[task][0]}/"
     for baseline in info.baselines:
         if baseline not in methods:
-            yield f"baselines: there is no method {baseline!r} (stepmark list methods)"
+            yield f"baselines: {unknown('method', baseline, methods, LISTED)}"
+        elif baseline == info.id:
+            yield f"baselines: {baseline} is the method itself; name what it is compared with"
         elif not set(info.tasks) & set(methods[baseline].tasks):
             yield f"baselines: {baseline} runs on none of this method's tasks"
     reference = info.base is not None or "baselines" in info.path.parts
@@ -69,7 +93,7 @@ def static(info: MethodInfo) -> Iterator[str]:
     for claim in info.claims:
         task_id = claim.task or (info.tasks[0] if info.tasks else "")
         if task_id not in tasks:
-            yield f"claim {claim.check!r}: there is no task {task_id!r}"
+            yield f"claim {claim.check!r}: {unknown('task', task_id, tasks, 'stepmark list tasks')}"
             continue
         problem = tasks[task_id][1]
         try:
@@ -79,7 +103,7 @@ def static(info: MethodInfo) -> Iterator[str]:
             continue
         for metric, method, rungs in references:
             if method not in methods:
-                yield f"claim {claim.check!r}: there is no method {method!r}"
+                yield f"claim {claim.check!r}: {unknown('method', method, methods, LISTED)}"
             elif task_id not in methods[method].tasks:
                 yield f"claim {claim.check!r}: {method} does not run on {task_id}"
             ends = [rungs] if isinstance(rungs, int) else [end for end in (rungs.first, rungs.last) if end is not None]
@@ -87,7 +111,9 @@ def static(info: MethodInfo) -> Iterator[str]:
                 if rung not in problem.rungs:
                     yield f"claim {claim.check!r}: rung {rung} is not on the ladder of {task_id}: {problem.rungs}"
             if metric not in problem.metrics and metric not in COUNTS and not metric.startswith(_handles(task_id)):
-                yield f"claim {claim.check!r}: {task_id} has no metric {metric!r}; it has {', '.join(problem.metrics)}"
+                guess = meant(metric, [*problem.metrics, *COUNTS])
+                said = guess or f"it has {', '.join(problem.metrics)}"
+                yield f"claim {claim.check!r}: {task_id} has no metric {metric!r}; {said}"
     yield from static_findings(info.path)
 
 
@@ -126,13 +152,26 @@ def weak(claim: Claim, verdict: Verdict) -> Iterator[str]:
         yield f"claim {claim.check!r} holds by more than a factor of five: would a dumb control meet it too?"
 
 
+def unlisted(info: MethodInfo) -> Iterator[str]:
+    """A warning of a paper that the catalogue does not hold: it has no page and no headline is asked of it."""
+    from stepmark.leaderboard.coverage import catalogue
+
+    if info.base is None and info.paper is not None and "baselines" not in info.path.parts:
+        known = {entry.id for entry in catalogue()}
+        if info.paper.id not in known:
+            yield (
+                f"paper: there is no {info.paper.id!r} in leaderboard/catalogue.jsonl"
+                + (f"; {guess}" if (guess := meant(info.paper.id, known)) else "; add a line, or take the id of one")
+            )
+
+
 def warnings(info: MethodInfo) -> list[str]:
     """What a reader should look at twice: nothing that keeps a plugin out."""
     from stepmark import admission
     from stepmark.leaderboard.rows import cells
     from stepmark.leaderboard.verdicts import verdicts
 
-    found = list(narrow(info))
+    found = [*unlisted(info), *narrow(info)]
     results = results_folder("embedded")
     if info.claims and results.is_dir():
         rows = cells([r for r in admission.read(results)[0] if r.tier == "embedded"], plugins.tasks())
@@ -146,26 +185,53 @@ def _handles(task: str) -> tuple[str, ...]:
     return tuple(f"{role}_" for role in plugins.tasks()[task][1].backbones) or ("simulator_",)
 
 
-def running(info: MethodInfo, device: str = "cpu", every_task: bool = True, fresh: bool = True) -> Iterator[str]:
-    """Faults that show when the plugin runs at tier smoke: failures, wrong outputs, and what the audit flags."""
+def further_rungs(info: MethodInfo, task_id: str) -> list[int]:
+    """Rungs beyond the smoke ladder that are tried too: the least, the middle and the greatest of the task's, and those
+    that the method's claims on it name."""
+    from stepmark.claims import ClaimError, parse
+
+    task = plugins.tasks()[task_id][1]
+    rungs = {task.rungs[0], task.rungs[len(task.rungs) // 2], task.rungs[-1]}
+    for claim in info.claims:
+        with contextlib.suppress(ClaimError):
+            for _, method, said in parse(claim.check).references():
+                if method == info.id and (claim.task or info.tasks[0]) == task_id:
+                    ends = (said,) if isinstance(said, int) else (said.first, said.last)
+                    rungs |= {end for end in ends if end is not None}
+    return sorted(rungs & set(task.rungs) - set(task.ladder("smoke")))
+
+
+def running(info: MethodInfo, device: str = "cpu", fresh: bool = True) -> Iterator[str]:
+    """Faults that show when the plugin runs at tier smoke: failures, wrong outputs, and what the audit flags.
+
+    Each task at the rungs of the smoke ladder and at `further_rungs`; of a variant, which is the same code, at those on
+    its first task only.
+    """
     from stepmark.cell import Cell
     from stepmark.run import measure
 
-    for task_id in info.tasks if every_task else info.tasks[:1]:
-        task = plugins.tasks()[task_id][1]
-        for rung in task.ladder("smoke"):
+    for number, task_id in enumerate(info.tasks):
+        smoke = plugins.tasks()[task_id][1].ladder("smoke")
+        beyond = further_rungs(info, task_id) if info.base is None or number == 0 else []
+        for rung in (*smoke, *beyond):
             cell = Cell(info.id, task_id, rung, 0, "smoke")
             record = measure(cell, device, timing=False, show_progress=False)
             place = f"{task_id} at rung {rung}"
-            if record.status == "failed":
+            if record.status == "failed" and not (rung in beyond and _unprepared(record.message, rung)):
+                if (record.message or "").startswith("PluginError: "):  # it cannot even be imported, on whichever task
+                    yield (record.message or "").removeprefix("PluginError: ")
+                    return
                 yield f"{place}: {record.message}"
+            if record.status in {"failed", "skipped"} and rung in smoke:
                 break
             yield from (f"{place}: {flag}" for flag in record.flags)
-        else:
-            if fresh and record.status != "skipped" and task_id == info.tasks[0]:
-                other = _fresh_outputs(cell, device)
-                if other != record.outputs:
-                    yield f"{place}: a fresh process gave other outputs ({other}); something is left over between runs"
+            if fresh and (number, rung) == (0, smoke[-1]) and (other := _fresh_outputs(cell, device)) != record.outputs:
+                yield f"{place}: a fresh process gave other outputs ({other}); something is left over between runs"
+
+
+def _unprepared(message: str | None, rung: int) -> bool:
+    """Whether a run failed for want of a state that `prepare` makes for each rung, at tier smoke for those of its ladder."""
+    return re.match(rf"KeyError: '\w*_{rung}'", message or "") is not None
 
 
 def _fresh_outputs(cell: object, device: str) -> str:
@@ -181,21 +247,43 @@ def _fresh_outputs(cell: object, device: str) -> str:
     return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr.strip()[-200:]
 
 
+def folder_of(path: Path) -> Path:
+    """The folder of methods that a plugin lies in: the one that holds its track's folder."""
+    path = path.resolve()
+    track = plugins.track_above(path)
+    return next((parent.parent for parent in path.parents if parent.name == track), path.parent.parent)
+
+
 def check(path: Path, device: str = "cpu", run: bool = True) -> list[str]:
     """Everything wrong with the plugin at `path`, in plain words; [] when it keeps the contract."""
     path = path.resolve()
     if not path.exists():
         return [f"{path} is not there; give the file of a method, methods/<track>/<id>.py"]
-    track = plugins.track_above(path)
-    root = next((parent.parent for parent in path.parents if parent.name == track), path.parent.parent)
-    if root not in plugins.method_folders():
-        folders = [str(root), *filter(None, os.environ.get("STEPMARK_METHODS", "").split(os.pathsep))]
-        os.environ["STEPMARK_METHODS"] = os.pathsep.join(folders)
+    if path.name == "__init__.py":
+        path = path.parent  # a plugin that is a folder
+    if path.suffix != ".py" and not (path / "__init__.py").is_file():
+        return [f"{path} is no plugin; give the file of a method, methods/<track>/<id>.py"]
     try:
+        for source in [path] if path.is_file() else sorted(path.rglob("*.py")):
+            parse_source(source)
         infos = plugins.read_methods(path)
-        plugins.methods()
+        if (track := infos[0].track) not in plugins.tracks():
+            return [
+                f"{path}: the folder above it is its track, and there is {unknown('track', track, plugins.tracks())}"
+            ]
+        root = folder_of(path)
+        if not any(folder.is_dir() and folder.samefile(root) for folder in plugins.method_folders()):
+            folders = [str(root), *filter(None, os.environ.get("STEPMARK_METHODS", "").split(os.pathsep))]
+            os.environ["STEPMARK_METHODS"] = os.pathsep.join(folders)
+        known = plugins.methods()
     except plugins.PluginError as error:
         return [str(error)]
+    for info in infos:
+        other = known.get(info.id)
+        if other is None or not other.path.samefile(info.path):
+            return [
+                next((text for text in plugins.left_out() if str(path) in text), f"{path}: {info.id} is left out"),
+            ]
     findings: list[str] = []
     for info in infos:
         own = [*static(info), *headline(info)]
@@ -234,48 +322,54 @@ class {name}(Method):
     Differs from the paper: what, and why (delete this line if nothing does).
     """
 
+    # The catalogue's id; or paper = None for a reference point that is nobody's paper.
     paper = Paper(id="{id}", title="...", authors="...", year={year}, arxiv=None, code=None)
-    tasks = ("{task}",)
+    tasks = ("{task}",)  # stepmark list tasks
     baselines = ("{baseline}",)
-    claims = (Claim("{metric}[{id},{rung}] {better} {metric}[{baseline},{rung}]", says="better at {rung} {unit}"),)
+    claims = (
+        Claim("{metric}[{id},*] {better} {metric}[{baseline},*]", says="better at every budget", headline=True),
+    )
 
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> {returns}:
         """One call of the track: at most `rung` {unit} per item of `batch`."""
-        raise ValueError("fill in run; the inputs and outputs of the track are described in tracks/{track}/__init__.py")
+        raise ValueError("fill in run; docs/add-a-method.md has examples, stepmark.tracks.{track} says what it gets and returns")
 '''
 
 
-def scaffold(target: Path) -> Path:
-    """Write a new plugin for `methods/<track>/<id>.py` (suffix optional) that passes the check once `run` is filled in.
+def scaffold(target: Path, task_id: str | None = None) -> Path:
+    """Write a new plugin for `methods/<track>/<id>.py` (suffix optional): valid but for what only its author knows.
 
     Raises:
-        ValueError: not such a path, an unknown track, a bad or taken id.
+        ValueError: not such a path, an unknown track, a bad or taken id. KeyError: no such task in this track.
     """
     import datetime
 
     target = target if target.suffix == ".py" else target.with_name(target.name + ".py")
     track, name = plugins.track_above(target.resolve()), target.stem
     if track not in plugins.tracks():
+        guess = meant(track, plugins.tracks())
         raise ValueError(
             f"{target}: the folder must be a track ({', '.join(plugins.tracks())}), such as methods/image/{name}"
+            + (f"; {guess}" if guess else "")
         )
     if not re.fullmatch(r"[a-z][a-z0-9_]{1,63}", name):
         raise ValueError(f"{name!r} is no id: use small letters, digits and _, such as my_sampler")
     if target.exists() or name in plugins.methods():
         raise ValueError(f"there is a method {name!r} already; choose another id")
-    task = next(t for owner, t in plugins.tasks().values() if owner == track)
+    of_track = {t.id: t for owner, t in plugins.tasks().values() if owner == track}
+    if task_id is not None and task_id not in of_track:
+        raise KeyError(f"{unknown('task', task_id, of_track, 'stepmark list tasks')}, in track {track}")
+    task = of_track[task_id or next(iter(of_track))]
     metric, better = next(iter(task.metrics.items()))
-    baseline = next((m.id for m in plugins.methods().values() if m.track == track and task.id in m.tasks), "baseline")
     text = TEMPLATE.format(
         title=name.replace("_", " ").capitalize(),
         name="".join(part.capitalize() for part in name.split("_")),
         id=name,
         year=datetime.date.today().year,
         task=task.id,
-        baseline=baseline,
+        baseline=usual_baseline(task.id),
         metric=metric,
         better="<" if better == "lower" else ">",
-        rung=task.rungs[0],
         unit=task.unit,
         track=track,
         returns={"image": "Tensor", "decoding": "list[list[int]]"}.get(track, "Any"),
@@ -283,5 +377,13 @@ def scaffold(target: Path) -> Path:
     if "-> Tensor" not in text:
         text = text.replace("from torch import Tensor\n\n", "")
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text)
+    target.write_text(text, encoding="utf-8")
     return target
+
+
+def usual_baseline(task_id: str) -> str:
+    """What most methods on a task are compared with, of what runs on it; else a reference point of the task."""
+    there = {m.id: m for m in plugins.methods().values() if task_id in m.tasks}
+    named = Counter(b for m in there.values() if m.base is None for b in m.baselines if b in there)
+    references = [m.id for m in there.values() if not m.baselines]
+    return next((b for b, _ in named.most_common(1)), next(iter(references), next(iter(there), "")))

@@ -4,23 +4,64 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from stepmark import __version__
+from stepmark import __version__, plugins
 from stepmark.commands import catalogue, publish, records
 from stepmark.commands import run as running
 from stepmark.commands import tour as touring
-from stepmark.commands.options import add_checkpoint, add_results, add_selection, missing, ready
+from stepmark.commands.options import add_checkpoint, add_results, add_selection, ready
+from stepmark.names import meant, unknown
+
+START = """\
+Stepmark: how much quality does each inference step, millisecond, megabyte and joule buy?
+
+  stepmark list                               what there is: tracks, methods, tasks, datasets
+  stepmark show                               the published figures
+  stepmark tour                               measure five comparisons yourself, in some minutes
+  stepmark run --quick                        every method once, small
+  stepmark run --method ddim                  one method in full; stop and resume as you like
+  stepmark new methods/image/my_sampler       start a method of your own ...
+  stepmark check methods/image/my_sampler.py  ... and hear what is wrong with it
+  stepmark site                               the leaderboard as a site, from disk
+
+Every command explains itself: stepmark COMMAND --help. All commands: stepmark --help"""
+
+MOST = 5  # plugins that are left out, of which each is named
+
+# Modules that only an extra brings -> the extra.
+EXTRAS = {
+    "ray": "ray",
+    "lm_eval": "lm-eval",
+    "zeus": "energy",
+    "pandas": "frame",
+    "mkdocs": "site",
+    "material": "site",
+    "vl_convert": "site",
+    "pyarrow": "site",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line and names what was perhaps meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with status 2."""
+        self.exit(2, f"{self.prog}: {message} (see: {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit status: 0 fine, 1 something was found wrong, 2 wrong use."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parsed(sys.argv[1:] if argv is None else argv)
     try:
         ready(arguments)
-        return arguments.action(arguments)
+        status = arguments.action(arguments)
+        sys.stdout.flush()  # here, where a reader that has gone is no fault
+        return status
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on where it was", file=sys.stderr)
         return 130
@@ -30,51 +71,96 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _expected(error):
             raise
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        text = missing(error) if isinstance(error, ModuleNotFoundError) else text
-        print(f"stepmark: {' '.join(str(text).split())}", file=sys.stderr)
+        print(f"stepmark: {_said(error)}", file=sys.stderr)
         return 2
+    finally:
+        left_out = [" ".join(text.split()) for text in plugins.left_out()]
+        for text in [*left_out[:MOST], *([f"and {len(left_out) - MOST} more"] if len(left_out) > MOST else [])]:
+            print(f"stepmark: warning, left out: {text}", file=sys.stderr)
+
+
+def _parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments; a word that is not known ends the program with what was perhaps meant."""
+    parser, commands = _parser()
+    if argv and not argv[0].startswith("-") and argv[0] not in commands:
+        parser.error(unknown("command", argv[0], commands))
+    arguments, beyond = parser.parse_known_args(argv)
+    if beyond:
+        asked = commands.get(argv[0], parser)
+        options = re.findall(r"--[a-z-]+", asked.format_help())
+        guess = meant(beyond[0].partition("=")[0], options) if beyond[0].startswith("-") else ""
+        asked.error(f"{beyond[0]!r} is not understood" + (f"; {guess}" if guess else ""))
+    return arguments
+
+
+def _start(arguments: argparse.Namespace) -> int:
+    print(START)
+    return 0
 
 
 def _expected(error: Exception) -> bool:
     """Errors that say in one line what to mend; anything else is a fault of ours and shows its trace."""
-    return type(error).__name__ in {
+    return isinstance(error, (OSError, UnicodeDecodeError)) or type(error).__name__ in {
         "PluginError",
         "RecordError",
         "ClaimError",
         "DeviceBusy",
-        "ChildProcessError",
         "KeyError",
         "ValueError",
-        "FileNotFoundError",
         "ModuleNotFoundError",
     }
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _said(error: Exception) -> str:
+    """An expected error as one line."""
+    if isinstance(error, ModuleNotFoundError) and (extra := EXTRAS.get((error.name or "").partition(".")[0])):
+        mend = (
+            f"pip install -e '.[{extra}]' in the checkout" if plugins.checkout() else f"pip install 'stepmark[{extra}]'"
+        )
+        return f"{error.name} is not installed; it comes with the extra {extra}: {mend}"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(text).split())
+
+
+def _parser() -> tuple[Parser, dict[str, Parser]]:
+    """The parser, and that of each command."""
+    parser = Parser(
         prog="stepmark",
         description="How much quality does each inference step, millisecond, megabyte and joule buy?",
-        epilog="First steps: `stepmark list`, then `stepmark tour`, then `stepmark show`.",
+        epilog="First steps: stepmark list, then stepmark tour, then stepmark show. A method of your own: stepmark new.",
     )
     parser.add_argument("--version", action="version", version=f"stepmark {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    parser.set_defaults(action=_start)
+    commands = parser.add_subparsers(metavar="COMMAND")
+    made: dict[str, Parser] = {}
 
-    def command(
-        name: str, action: Callable[[argparse.Namespace], int], text: str, more: str = ""
-    ) -> argparse.ArgumentParser:
-        made = commands.add_parser(
+    def command(name: str, action: Callable[[argparse.Namespace], int], text: str, more: str = "") -> Parser:
+        found = commands.add_parser(
             name,
             help=text,
-            description=f"{text[0].upper()}{text[1:]}. {more}",
+            description=f"{text[0].upper()}{text[1:]}. {more}".strip(),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        made.set_defaults(action=action)
-        return made
+        found.set_defaults(action=action)
+        made[name] = found
+        return found
 
-    found = command("list", catalogue.list_plugins, "list methods, tasks, datasets, backbones or tracks")
+    found = command(
+        "list",
+        catalogue.list_plugins,
+        "list methods, tasks, datasets, backbones or tracks",
+        "One line for each, so that it can be\nsearched: stepmark list methods | grep decoding\n\n"
+        "  stepmark list            everything, short\n"
+        "  stepmark list tasks      the tasks with their rungs, seeds and metrics, and which way is better",
+    )
     found.add_argument(
-        "what", nargs="?", choices=["all", "methods", "tasks", "datasets", "backbones", "tracks"], default="all"
+        "what",
+        nargs="?",
+        type=_one_of("all", "methods", "tasks", "datasets", "backbones", "tracks"),
+        default="all",
+        help="all (default), methods, tasks, datasets, backbones or tracks",
     )
 
     found = command(
@@ -134,19 +220,39 @@ def _parser() -> argparse.ArgumentParser:
     found.add_argument("--out", type=Path, help="folder of the built site (default build/site)")
     found.add_argument("--results", type=Path, help="folder of the records (default .stepmark/tour)")
 
-    found = command("check", catalogue.check, "check one plugin against the contract and say what is wrong and where")
+    found = command(
+        "check",
+        catalogue.check,
+        "check plugins against the contract and say what is wrong and where",
+        "The source is read first; then\n"
+        "every task of a plugin runs on a few items, at several rungs, audited. A minute or so; exit status 1 when\n"
+        "something is to mend. What is only a warning keeps nobody out.\n\n"
+        "  stepmark check methods/image/my_sampler.py            before a pull request\n"
+        "  stepmark check --no-run methods/image/my_sampler.py   the source only, at once",
+    )
     found.add_argument("path", type=Path, nargs="+", help="methods/<track>/<id>.py")
-    found.add_argument("--device", default="cpu")
+    found.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1 ...")
     found.add_argument("--no-run", action="store_true", help="read the source only")
 
-    found = command("new", catalogue.new, "start a new plugin from a template")
+    found = command(
+        "new",
+        catalogue.new,
+        "start a new plugin from a template",
+        "The folder above the file is its track, the name of\nthe file its id. Any folder will do: STEPMARK_METHODS says where "
+        "yours is.\n\n"
+        "  stepmark new methods/image/my_sampler\n"
+        "  stepmark new methods/decoding/my_drafter --task greedy/stories",
+    )
     found.add_argument("path", type=Path, help="methods/<track>/<id>")
+    found.add_argument("--task", metavar="KIND/NAME", help="which task it starts with (stepmark list tasks)")
 
     found = command(
         "show",
         records.show,
         "print the leaderboard as an aligned table",
-        "Groups are methods that a paired test does\nnot tell apart; variants of a paper's method are indented.",
+        "A table for each task and machine, the published records\nunless --results says others. Groups are methods that a "
+        "paired test does\nnot tell apart; variants of a paper's method are indented.\n\n"
+        "  stepmark show --task class_to_image/digits_flow\n  stepmark show --method ddim --variants",
     )
     add_selection(found)
     found.add_argument(
@@ -157,9 +263,15 @@ def _parser() -> argparse.ArgumentParser:
         help="this metric instead of the first of each task; may be given several times, the first makes the groups",
     )
 
-    found = command("compare", records.compare, "compare two methods by paired tests")
-    found.add_argument("a")
-    found.add_argument("b")
+    found = command(
+        "compare",
+        records.compare,
+        "compare two methods by paired tests",
+        "Wherever both have figures at the same rung; p values are\nHolm's, over all of these tests.\n\n"
+        "  stepmark compare ddim heun\n  stepmark compare medusa speculative --track decoding",
+    )
+    found.add_argument("a", metavar="METHOD", help="a method that has records (stepmark show)")
+    found.add_argument("b", metavar="METHOD", help="another")
     found.add_argument("--track", help="only this track")
     found.add_argument("--tier", choices=["smoke", "embedded", "hub"], default="embedded")
     add_results(found)
@@ -219,7 +331,12 @@ def _parser() -> argparse.ArgumentParser:
     found = command("migrate", publish.migrate, "rewrite records of the first schema as records of the second")
     add_results(found)
 
-    found = command("site", publish.site, "build the static site from the records")
+    found = command(
+        "site",
+        publish.site,
+        "build the static site from the records",
+        "Plain files that work from disk, without a server or a network.",
+    )
     add_results(found)
     found.add_argument("--out", type=Path, help="folder of the built site (default build/site)")
     found.add_argument("--tier", choices=["smoke", "embedded", "hub"], default="embedded")
@@ -227,7 +344,18 @@ def _parser() -> argparse.ArgumentParser:
     found = command("backbones", catalogue.backbones, "list or retrain the embedded reference models")
     found.add_argument("do", choices=["list", "train"], nargs="?", default="list")
     found.add_argument("id", nargs="*", help="with train: which (minutes each on one core)")
-    return parser
+    return parser, made
+
+
+def _one_of(*words: str) -> Callable[[str], str]:
+    """A type of argument: one of these words."""
+
+    def word(text: str) -> str:
+        if text not in words:
+            raise argparse.ArgumentTypeError(unknown("list", text, words))
+        return text
+
+    return word
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from stepmark.task import Dataset, Task
 
 CONSTRUCTORS: dict[str, type] = {"Paper": Paper, "Claim": Claim, "Task": Task, "Dataset": Dataset}
 
+TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "str | None": (str, type(None)), "int": (int,), "bool": (bool,)}
+
 
 @dataclass(frozen=True)
 class MethodInfo:
@@ -72,6 +74,11 @@ def _made(kind: type, node: ast.Call, path: Path) -> Any:
         raise PluginError(f"{path}:{node.lineno}: {kind.__name__} takes {', '.join(names)}")
     arguments = dict(zip(names, (literal(a, path) for a in node.args), strict=False))
     arguments |= {str(k.arg): literal(k.value, path) for k in node.keywords}
+    for each in () if kind is Variant else fields(kind):
+        wanted = TYPES.get(str(each.type))
+        if wanted and each.name in arguments and not isinstance(arguments[each.name], wanted):
+            said = f"{kind.__name__} takes {each.name} as {each.type}, not {arguments[each.name]!r}"
+            raise PluginError(f"{path}:{node.lineno}: {said}")
     try:
         return kind(**arguments)
     except TypeError as error:
@@ -99,7 +106,7 @@ def outline(path: Path) -> ast.Module:
                 line = f"{function[1]}pass" if function else "" if found and line[found.end() - 1] == "@" else line
             kept.append("" if inside else line)
         return ast.parse("\n".join(kept))
-    except (SyntaxError, UnicodeDecodeError):
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):  # `parse` says what is wrong, if anything
         return parse(path)
 
 

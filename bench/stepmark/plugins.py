@@ -9,43 +9,52 @@ every folder in `$STEPMARK_METHODS` and every entry point of group `stepmark.met
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import re
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Protocol
 
-from stepmark import index, literals
+from stepmark import index, literals, names
 from stepmark.digests import code_digest, reach_digest
 from stepmark.literals import MethodInfo
-from stepmark.method import Claim, Method, Variant
+from stepmark.method import Claim, Method, Paper, Variant
 from stepmark.places import PACKAGE, checkout
 from stepmark.syntax import PluginError
 from stepmark.task import Dataset, Task
 
 MOUNTS = ("methods", "datasets", "kernels", "leaderboard")
 NAMED = ("tasks", "baselines", "claims")  # what a variant may name anew, beside the attributes of its class
+ID = r"[a-z0-9][a-z0-9_]{0,63}"
 DIGITS = 16  # of a digest, as records keep it
 TRACK_CALLS = ("handles", "layers", "inputs", "check", "reference_call", "score")  # what the harness asks of a track
 
 
 def method_folders() -> list[Path]:
-    """Every folder that holds `<track>/<id>.py`: in-tree first, then `$STEPMARK_METHODS`, then entry points."""
+    """Every folder that holds `<track>/<id>.py`: in-tree first, then `$STEPMARK_METHODS`, then entry points.
+
+    Raises:
+        PluginError: `$STEPMARK_METHODS` names what is no folder, or one whose plugins lie in no folder of a track.
+    """
     folders = [(checkout() or PACKAGE) / "methods"]
     for item in filter(None, os.environ.get("STEPMARK_METHODS", "").split(os.pathsep)):
-        if not Path(item).is_dir():
-            raise PluginError(
-                f"STEPMARK_METHODS names {item!r}, which is no folder; give folders that hold <track>/<id>.py"
-            )
-        folders.append(Path(item).resolve())
+        path, layout = Path(item).expanduser(), f"lay methods out as <track>/<id>.py; tracks: {', '.join(tracks())}"
+        if not path.is_dir():
+            raise PluginError(f"STEPMARK_METHODS names {item!r}, which is no folder; {layout}")
+        placed = any((path / track).is_dir() for track in tracks())
+        if not placed and next(itertools.chain(path.glob("*.py"), path.glob("*/*.py")), None):
+            raise PluginError(f"STEPMARK_METHODS names {item!r}, which has no folder of a track; {layout}")
+        folders.append(path.resolve())
     return [*folders, *_installed_folders()]
 
 
@@ -66,7 +75,10 @@ def mount() -> None:
     root = checkout() or PACKAGE
     for name in MOUNTS:
         module = types.ModuleType(f"stepmark.{name}", f"Mounted from {name}/ (see stepmark.plugins).")
-        folders = method_folders() if name == "methods" else [root / name]
+        folders = [root / name]
+        if name == "methods":
+            with contextlib.suppress(PluginError):  # an import says nothing of it; whoever asks for methods is told
+                folders = method_folders()
         module.__path__ = [str(folder) for folder in folders]
         sys.modules[module.__name__] = module
         setattr(sys.modules["stepmark"], name, module)
@@ -76,9 +88,15 @@ def read_methods(path: Path) -> tuple[MethodInfo, ...]:
     """Metadata of the one `Method` subclass in a file, and of its variants.
 
     Raises:
-        PluginError: no such class, two of them, or an attribute that is no plain literal.
+        PluginError: no such class, two of them, an attribute that is no plain literal, a name that is no id.
     """
     source = path / "__init__.py" if path.is_dir() else path
+    if not re.fullmatch(ID, path.stem):
+        proper = re.sub("[^a-z0-9_]", "_", path.stem.lower()).lstrip("_")
+        raise PluginError(
+            f"{path}: the name of the file is the method's id, of small letters, digits and _: rename it"
+            + (f" {proper}{path.suffix}" if re.fullmatch(ID, proper) else "")
+        )
     classes = [
         node
         for node in literals.outline(source).body
@@ -109,7 +127,7 @@ def read_methods(path: Path) -> tuple[MethodInfo, ...]:
 
 def _variant(main: MethodInfo, variant: Variant, attributes: set[str]) -> MethodInfo:
     where = f"{main.path}: variant {str(variant.id)[:80]!r}"
-    if not isinstance(variant.id, str) or not re.fullmatch(r"[a-z0-9][a-z0-9_]{0,63}", variant.id):
+    if not isinstance(variant.id, str) or not re.fullmatch(ID, variant.id):
         raise PluginError(f"{where}: an id is made of small letters, digits and _")
     if not isinstance(variant.says, str) or not variant.says.strip():
         raise PluginError(f'{where}: says="..." must say what is different')
@@ -139,6 +157,8 @@ def _check_named(info: MethodInfo, where: str) -> None:
     for name, value in (("tasks", info.tasks), ("baselines", info.baselines)):
         if not isinstance(value, tuple) or not all(isinstance(v, str) for v in value):
             raise PluginError(f"{where}: {name} must be a tuple of strings, such as ('a', 'b') or ('a',)")
+    if info.paper is not None and not isinstance(info.paper, Paper):
+        raise PluginError(f"{where}: paper must be Paper(...) or None")
     if not isinstance(info.claims, tuple) or not all(isinstance(c, Claim) for c in info.claims):
         raise PluginError(f"{where}: claims must be a tuple of Claim(...)")
     if not isinstance(info.unclaimed, str):
@@ -156,37 +176,74 @@ def track_above(path: Path) -> str:
     return next((parent.name for parent in path.parents if parent.name in known), path.parent.name)
 
 
-def _method_files() -> Iterator[Path]:
-    """Every plugin, at any depth below `<folder>/<track>/`; a folder with an __init__.py is one plugin."""
+def _method_files(skipped: dict[Path, str]) -> Iterator[Path]:
+    """Every plugin, at any depth below `<folder>/<track>/`; a folder with an __init__.py is one plugin.
+
+    skipped: gains the folders that cannot be read, or hold plugins and are called like no track.
+    """
+    known = tracks()
     for folder in method_folders():
-        waiting = [Path(entry) for entry in _entries(folder) if entry.is_dir()]
+        waiting = []
+        for entry in _entries(folder, skipped):
+            if entry.name in known:
+                waiting.append(Path(entry))
+            elif _is(entry.is_dir) and next(Path(entry).glob("*.py"), None):
+                skipped[Path(entry)] = f"{entry.path}: {names.unknown('track', entry.name, known)}"
         while waiting:
-            inside = _entries(waiting.pop(0))
-            for entry in inside:
-                if (entry.is_file() and entry.name.endswith(".py")) or (
-                    entry.is_dir() and os.path.exists(os.path.join(entry, "__init__.py"))
+            for entry in _entries(waiting.pop(0), skipped):
+                if (_is(entry.is_file) and entry.name.endswith(".py")) or (
+                    _is(entry.is_dir) and os.path.exists(os.path.join(entry, "__init__.py"))
                 ):
                     yield Path(entry)
-                elif entry.is_dir():
+                elif _is(entry.is_dir):
                     waiting.append(Path(entry))
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as found:
-        return sorted((e for e in found if not e.name.startswith((".", "_"))), key=lambda e: e.name)
+def _entries(folder: Path, skipped: dict[Path, str] | None = None) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as found:
+            return sorted((e for e in found if not e.name.startswith((".", "_"))), key=lambda e: e.name)
+    except OSError as error:
+        if skipped is None:
+            raise
+        skipped[folder] = f"{folder}: cannot be read: {error.strerror}"
+        return []
+
+
+def _is(asked: Callable[[], bool]) -> bool:
+    """False also of what cannot be followed, such as a link to itself."""
+    with contextlib.suppress(OSError):
+        return asked()
+    return False
+
+
+_left_out: dict[Path, str] = {}
+
+
+def left_out() -> list[str]:
+    """What `methods` left out when it was last asked, and why: a line for each file or folder."""
+    return list(_left_out.values())
 
 
 def methods() -> dict[str, MethodInfo]:
-    """Every method and variant by id.
+    """Every method and variant by id. A file that cannot be read, or whose ids another has taken, is `left_out`: what is
+    wrong with one plugin stops no other.
 
     Raises:
-        PluginError: a file that cannot be read, or one id in two places.
+        PluginError: `$STEPMARK_METHODS` leads nowhere.
     """
     found: dict[str, MethodInfo] = {}
-    for info in _read(list(_method_files())):
-        if info.id in found:
-            raise PluginError(f"method id {info.id!r} stands in {found[info.id].path} and {info.path}; rename one")
-        found[info.id] = info
+    skipped: dict[Path, str] = {}
+    for path, infos in _read(_method_files(skipped), skipped):
+        ids = [info.id for info in infos]
+        taken = next((each for each in ids if each in found or ids.count(each) > 1), None)
+        if taken is not None:
+            other = found[taken].path if taken in found else path
+            skipped[path] = f"{path}: method id {taken!r} stands in {other} too; rename one"
+        else:
+            found |= {info.id: info for info in infos}
+    _left_out.clear()
+    _left_out.update(skipped)
     return _with_brought(found)
 
 
@@ -195,19 +252,23 @@ _known: dict[
 ] = {}  # path -> (state of the file, what it says)
 
 
-def _read(paths: list[Path]) -> Iterator[MethodInfo]:
+def _read(paths: Iterable[Path], skipped: dict[Path, str]) -> Iterator[tuple[Path, tuple[MethodInfo, ...]]]:
     """What the files say, each read again only after it has changed: a suite asks several times a cell, and a thousand
-    files take seconds to parse, so that an index of them is kept on disk.
+    files take seconds to parse, so that an index of them is kept on disk. `skipped` gains those that cannot be read.
     """
     if not _known:
         _known.update(index.load())
     changed = False
     for path in paths:
-        state = index.state_of(path / "__init__.py" if path.suffix != ".py" else path)
-        if path not in _known or _known[path][0] != state:
-            _known[path] = (state, read_methods(path))
-            changed = True
-        yield from _known[path][1]
+        try:
+            state = index.state_of(path / "__init__.py" if path.suffix != ".py" else path)
+            if path not in _known or _known[path][0] != state:
+                _known[path] = (state, read_methods(path))
+                changed = True
+        except (PluginError, OSError) as error:
+            skipped[path] = str(error)
+            continue
+        yield path, _known[path][1]
     if changed:
         index.save(_known)
 

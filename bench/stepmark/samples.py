@@ -14,7 +14,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -177,13 +177,21 @@ def marked(shown: Shown | None, worker: Worker, inputs: Mapping[str, Any], rung:
         written, steps = heard
         if decode(written) != text or not any(draft for draft, _ in steps):
             return shown  # another text, where the random stream is shared by a batch; or nothing is drafted
-        pieces: list[tuple[str, Mark]] = []
-        for draft, new in steps:
-            for mark, ids in (("kept", new[:-1]), ("rejected", draft[len(new) - 1 :]), ("own", new[-1:])):
-                if words := decode(ids):
-                    pieces.append((words, mark))  # type: ignore[arg-type]
-        marks.append(pieces)
+        marks.append([(words, mark) for mark, ids in _pieces(steps, len(written)) if (words := decode(ids))])
     return shown.model_copy(update={"marks": marks})
+
+
+def _pieces(steps: Sequence[tuple[list[int], list[int]]], length: int) -> Iterator[tuple[Mark, list[int]]]:
+    """The steps of a text of so many tokens as pieces of it, in order. A step in which the text ends may have checked
+    drafts beyond the end: what follows it is no part of the text and nothing that was judged in it."""
+    for draft, new in steps:
+        kept, own = new[:-1][:length], new[-1:]
+        yield "kept", kept
+        if len(new) > length:
+            return
+        yield "rejected", draft[len(kept) :]
+        yield "own", own
+        length -= len(new)
 
 
 def _pictures(images: NDArray[np.floating[Any]]) -> Pictures:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stepmark import __version__, devices, engine, plugins, samples
+from stepmark import __version__, devices, engine, names, plugins, samples
 from stepmark import record as records
 from stepmark.cell import Cell, digests
 from stepmark.meter import machine
@@ -42,16 +42,16 @@ class Options:
 
 
 def check_selection(selection: Selection) -> None:
-    """Raise `KeyError` with one line that lists what is known, if a name is not."""
+    """Raise `KeyError` with one line that says what was perhaps meant, if a name is not known."""
     known: dict[str, tuple[tuple[str, ...], Collection[str]]] = {
         "method": (selection.methods, plugins.methods()),
         "task": (selection.tasks, plugins.tasks()),
         "track": (selection.tracks, plugins.tracks()),
     }
-    for kind, (names, have) in known.items():
-        for name in names:
+    for kind, (asked, have) in known.items():
+        for name in asked:
             if name not in have:
-                raise KeyError(f"no {kind} {name!r}; known: {', '.join(sorted(have))}")
+                raise KeyError(names.unknown(kind, name, have, f"stepmark list {kind}s"))
 
 
 def most_shared(info: plugins.MethodInfo, tasks: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ from stepmark import plugins
 from stepmark.admission import left_out
 from stepmark.devices import kind_of
 from stepmark.meter.machine import machine_id
+from stepmark.names import unknown
 from stepmark.places import results_folder
 from stepmark.record import Record, read_all
 from stepmark.stats import centred, paired_test
@@ -99,7 +100,7 @@ def chosen(names: Sequence[str]) -> list[Stop]:
     known = [stop.id for stop in COMPARISONS]
     for name in names:
         if name not in known:
-            raise KeyError(f"the tour has no stop {name!r}; known: {', '.join(known)}")
+            raise KeyError(unknown("stop", name, known))
     return [stop for stop in COMPARISONS if not names or stop.id in names]
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 
 from stepmark import plugins
-from stepmark.commands.table import columns
+from stepmark.commands.table import columns, screen
+from stepmark.names import unknown
 
 
 def list_plugins(arguments: argparse.Namespace) -> int:
-    """Tracks, methods, tasks and datasets, aligned."""
-    wanted = arguments.what
+    """Tracks, methods, tasks and datasets, aligned; a terminal gets lines of its own width."""
+    wanted, most = arguments.what, screen()
     methods = plugins.methods() if wanted in {"all", "tracks", "methods"} else {}
     blocks: list[str] = []
     if wanted in {"all", "tracks"}:
@@ -22,7 +24,7 @@ def list_plugins(arguments: argparse.Namespace) -> int:
             )
             for track in plugins.tracks()
         ]
-        blocks.append("tracks\n" + columns(rows))
+        blocks.append("tracks\n" + columns(rows, most=most))
     if wanted in {"all", "methods"} and methods:
         # Reference points first, and a variant below its method.
         heads = {m.id: m if m.base is None else methods[m.base] for m in methods.values()}
@@ -31,13 +33,29 @@ def list_plugins(arguments: argparse.Namespace) -> int:
             key=lambda m: (m.track, bool(heads[m.id].baselines), heads[m.id].id, m.base is not None, m.id),
         )
         indent = {m.id: "  " if m.base else "" for m in order}
-        blocks.append("methods\n" + columns([(indent[m.id] + m.id, m.track, m.title[:90]) for m in order]))
-    if wanted in {"all", "tasks"} and plugins.tasks():
-        rows = [(t.id, track, f"v{t.version}", t.unit, t.summary[:80]) for track, t in plugins.tasks().values()]
-        blocks.append("tasks\n" + columns(rows))
+        rows = [(indent[m.id] + m.id, m.track, m.title) for m in order]
+        blocks.append("methods\n" + columns(rows, most=most))
+    if wanted == "all":
+        rows = [(t.id, track, f"v{t.version}", t.unit, t.summary) for track, t in plugins.tasks().values()]
+        blocks.append("tasks\n" + columns(rows, most=most))
+    if wanted == "tasks":
+        head = ("task", "track", "version", "seeds", "rungs", "in", "metrics, the first ranks; what is asked")
+        rows = [
+            (
+                t.id,
+                track,
+                f"v{t.version}",
+                str(t.seeds),
+                " ".join(map(str, t.rungs)),
+                t.unit,
+                ", ".join(f"{name} ({better})" for name, better in t.metrics.items()) + f"; {t.summary}",
+            )
+            for track, t in plugins.tasks().values()
+        ]
+        blocks.append(columns([head, *rows], "", most))
     if wanted in {"all", "datasets"}:
-        rows = [(d.id, f"v{d.version}", d.summary[:90]) for d in plugins.datasets().values()]
-        blocks.append("datasets\n" + columns(rows))
+        rows = [(d.id, f"v{d.version}", d.summary) for d in plugins.datasets().values()]
+        blocks.append("datasets\n" + columns(rows, most=most))
     if wanted == "backbones":
         return backbones(argparse.Namespace(do="list", id=[]))
     print("\n\n".join(blocks))
@@ -62,10 +80,16 @@ def check(arguments: argparse.Namespace) -> int:
 
 def new(arguments: argparse.Namespace) -> int:
     """A plugin to fill in."""
-    from stepmark.check import scaffold
+    from stepmark.check import folder_of, scaffold
 
-    path = scaffold(arguments.path)
+    path = scaffold(arguments.path, arguments.task)
     print(f"wrote {path}; fill it in, then: stepmark check {path}")
+    folder = folder_of(path)
+    if folder not in plugins.method_folders():
+        print(
+            f"{folder} is none of the folders that stepmark reads methods from. To run this one, say where it is:\n"
+            f"  export STEPMARK_METHODS={shlex.quote(str(folder))}"
+        )
     return 0
 
 
@@ -80,10 +104,13 @@ def backbones(arguments: argparse.Namespace) -> int:
             entry = entries.get(name)
             seconds = f"{entry['seconds']:.0f} s" if entry else ("analytic" if recipe.train is None else "not trained")
             rows.append((name, f"{entry['params']:,}" if entry else "-", seconds, recipe.summary))
-        print(columns(rows, ""))
+        print(columns(rows, "", screen()))
         return 0
     if not arguments.id:
         raise ValueError("name the backbones to train, such as: stepmark backbones train digits_flow_a")
+    for name in arguments.id:
+        if name not in backbones.recipes():
+            raise KeyError(unknown("backbone", name, backbones.recipes(), "stepmark backbones list"))
     for name in arguments.id:
         print(f"{name}: {backbones.train(name)}")
     return 0

@@ -86,19 +86,6 @@ def tier_of(arguments: argparse.Namespace) -> str:
     return str(tier)
 
 
-EXTRAS = {
-    "ray": "ray", "lm_eval": "lm-eval", "zeus": "energy", "pandas": "frame", "pyarrow": "site", "mkdocs": "site",
-    "material": "site", "vl_convert": "site",
-}  # fmt: skip
-
-
-def missing(error: ModuleNotFoundError) -> str:
-    """What is not installed, with the command that installs it where it comes with an extra of ours."""
-    module = (error.name or "").partition(".")[0]
-    extra = EXTRAS.get(module)
-    return f"{module} is not installed: pip install 'stepmark[{extra}]'" if extra else str(error)
-
-
 def ready(arguments: argparse.Namespace) -> None:
     """Of a command that runs methods: is the device there, can the cache be written? On Ray the nodes have the device.
 

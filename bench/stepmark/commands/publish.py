@@ -11,6 +11,17 @@ from stepmark.commands.options import selection_of, tier_of
 from stepmark.places import results_folder
 
 
+def _records(arguments: argparse.Namespace, tier: str = "embedded") -> Path:
+    """The folder of the records that are to be read.
+
+    Raises:
+        FileNotFoundError: the one that was named is not there.
+    """
+    if arguments.results is not None and not arguments.results.is_dir():
+        raise FileNotFoundError(f"--results {arguments.results}: there is no such folder")
+    return arguments.results or results_folder(tier)
+
+
 def samples(arguments: argparse.Namespace) -> int:
     """The pictures and texts of cells that have a record of this machine and no sample."""
     from stepmark import samples, suite
@@ -20,7 +31,7 @@ def samples(arguments: argparse.Namespace) -> int:
     arguments.tier = tier_of(arguments)
     chosen = selection_of(arguments)
     suite.check_selection(chosen)
-    results = arguments.results or results_folder(arguments.tier)
+    results = _records(arguments, arguments.tier)
     records = [
         r
         for r in read_all(results)
@@ -44,7 +55,7 @@ def migrate(arguments: argparse.Namespace) -> int:
     """Records of the first schema become records of the second."""
     from stepmark.migrate import migrate
 
-    results = arguments.results or results_folder("embedded")
+    results = _records(arguments)
     print(f"{results}: {migrate(results)}")
     return 0
 
@@ -53,7 +64,7 @@ def release(arguments: argparse.Namespace) -> int:
     """Freeze the suite version, or check those that are frozen."""
     from stepmark.leaderboard import release
 
-    results = arguments.results or results_folder("embedded")
+    results = _records(arguments)
     if arguments.check:
         faults = release.check_all(results)
         for fault in faults:
@@ -71,7 +82,7 @@ def site(arguments: argparse.Namespace) -> int:
     """The site, as files."""
     from stepmark.leaderboard import site
 
-    results = arguments.results or results_folder(arguments.tier)
+    results = _records(arguments, arguments.tier)
     root = plugins.checkout() or Path.cwd()
     tier = None if arguments.tier == "embedded" else arguments.tier
     page = site.build(results, arguments.out or root / "build" / "site", tier)

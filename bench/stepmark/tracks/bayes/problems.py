@@ -170,7 +170,7 @@ class Problem:
 
 
 def problem(task: Task) -> Problem:
-    """Prior and likelihood of a `posterior/*` task."""
+    """Prior and likelihood of a `posterior/*` task; a method may know the prior, `problem(session.task).prior`."""
     data = importlib.import_module(f"stepmark.datasets.{task.dataset}")
     means = torch.tensor(data.PRIOR_MEANS)
     covariances = data.PRIOR_STD**2 * torch.eye(means.shape[-1]).expand(len(means), -1, -1)

@@ -8,6 +8,12 @@ further forward. Plain decoding gets one token per forward, so the curve over th
 `run` receives {"prompt": lists of token ids, "max_new_tokens": ints, "temperature": floats (0: greedy)} and returns
 one list of new token ids per prompt, at most `max_new_tokens` long, nothing after the end-of-sequence token.
 
+`session.networks["target"]` is a Llama of transformers: `Decoder` in `decoder` drives it (token ids in, logits [T, V] out,
+going back allowed), `speculate` in `speculation` is the loop of drafting and verifying around it. Where a task has one,
+`session.networks["draft"]` is a smaller Llama of the same vocabulary, whose forwards do not count against the rung.
+`session.train` holds lists of texts, "prompt", "target", "answer"; `stepmark.backbones.lm` has `encode`, `decode`,
+`VOCABULARY` and `EOS`, the id of the end of a sequence: one id for each word between blanks.
+
 Beside this module, what methods share: `decoder` (a key/value cache with rollback, forward passes on it, prompt after
 prompt), `speculation` (draft and verify, draws), `held_cache` (caches that evict), `attention` (a layer with its states).
 Tasks of other targets: `targets`; tasks whose inputs or metrics are their own: `chains`, `models`, `moe`, `parallel`, `recall`,
@@ -126,7 +132,7 @@ MAX_NEW_TOKENS = {"sums": 64, "words": 40, "hops": 24, "stories": 96}
 
 
 def inputs(task: Task, n: int, generator: torch.Generator, device: torch.device) -> dict[str, list[Any]]:
-    """`n` distinct prompts of the test split."""
+    """`n` distinct prompts of the test split: {"prompt": lists of ids, "max_new_tokens": ints, "temperature": floats}."""
     from stepmark.backbones.lm import encode
 
     harness_only("the test split")

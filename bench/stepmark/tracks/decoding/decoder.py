@@ -100,7 +100,7 @@ class Decoder:
         return self.layer_calls / len(self.layers)
 
     def embed(self, ids: Sequence[int]) -> Tensor:
-        """Input embeddings [1, T, D]."""
+        """Input embeddings [1, T, D] of T token ids, for `run`. Costs nothing that is counted."""
         return self.inner.embed_tokens(torch.tensor([ids], device=self.device))
 
     def run(
@@ -141,7 +141,7 @@ class Decoder:
         return self.logits(hidden if last is None else hidden[:, -last:])
 
     def rollback(self, length: int) -> None:
-        """Forget all tokens but the first `length`."""
+        """Forget all tokens but the first `length`: the next forward overwrites their slots. Costs nothing."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot roll back from {self.length} to {length} tokens")
         self.length = length
@@ -152,6 +152,8 @@ def write_each(batch: Mapping[str, Any], write: Callable[[list[int], int, float]
 
     Args:
         write: (prompt, most new tokens, temperature) -> new token ids.
+
+    Returns: what `run` of the track returns.
     """
     rows = zip(batch["prompt"], batch["max_new_tokens"], batch["temperature"], strict=True)
     return [write(*row) for row in rows]

@@ -33,7 +33,7 @@ def run_blocks(network: nn.Module, ids: Tensor, start: int, cache: KeyValueCache
 
 
 def new_cache(network: nn.Module) -> KeyValueCache:
-    """An empty cache for one batch of texts."""
+    """An empty key/value cache of all blocks, for one batch of texts of the full length."""
     inner: Any = network.transformer
     return KeyValueCache(len(inner.h), LENGTH)
 

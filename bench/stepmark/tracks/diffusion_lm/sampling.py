@@ -21,7 +21,7 @@ Denoiser = Callable[[Tensor], Tensor]  # from token ids [B, L] to logits [B, L, 
 
 
 def denoiser(network: nn.Module) -> Denoiser:
-    """A masked-diffusion GPT-2 as a function from token ids to logits."""
+    """A masked-diffusion GPT-2, `session.networks["model"]`, as a function from token ids [B, L] to logits [B, L, V]."""
     return partial(logits, network)
 
 
@@ -32,7 +32,7 @@ def masked_texts(batch: Mapping[str, Any], device: torch.device) -> Tensor:
 
 
 def continuations(batch: Mapping[str, Any], x: Tensor) -> list[list[int]]:
-    """What follows the prompts in texts [B, L]."""
+    """What follows the prompts in texts x, int64 [B, L]: what `run` returns."""
     return [row[len(prompt) :] for prompt, row in zip(batch["prompt"], x.tolist(), strict=True)]
 
 
@@ -82,7 +82,7 @@ def fill(denoise: Denoiser, x: Tensor, where: Tensor, u: Tensor, nucleus: float)
 
 
 def times(steps: int) -> list[float]:
-    """1, 1 - 1/steps, ..., 0."""
+    """The grid 1, 1 - 1/steps, ..., 0 of `steps` equal steps: steps + 1 times, from all masked to all visible."""
     return [1 - i / steps for i in range(steps)] + [0.0]
 
 
@@ -149,7 +149,7 @@ Sigma = Callable[[float, float], float]
 def remask(
     denoise: Denoiser, x: Tensor, steps: int, sigma: Sigma, rng: torch.Generator, nucleus: float = 1.0
 ) -> Tensor:
-    """Texts [B, L] after `steps` steps of ReMDM on the time grid of `ancestral`."""
+    """Texts, int64 [B, L], after `steps` steps of ReMDM from texts x with masks, on the time grid of `ancestral`."""
     fixed = x != MASK
     for t, s in pairwise(times(steps)):
         x = remasking_step(denoise, x, 1 - t, 1 - s, sigma(1 - t, 1 - s), fixed, rng, nucleus)

@@ -3,10 +3,14 @@
 A rung is a number of function evaluations (NFE) per item; classifier-free guidance evaluates two rows per item and
 counts twice. `run` receives {"noise": [B, ...], "condition": int64 [B] or [B, slots]} and returns samples shaped like
 the noise: one finite floating tensor. All methods get the same noise for a seed, so that their figures are paired.
+An item is a point [2] (`mixtures`), a digit [1, 8, 8] in [-1, 1] with its class, or a picture [3, 16, 16] in [-1, 1] with
+its shape and colour (`shapes16`, two slots). `session.train` holds the same of the training data: "x0" and "condition".
 
 Time runs from t = 1 (pure noise) to t = 0 (data), x_t = alpha(t) x0 + sigma(t) eps. "flow" networks predict the velocity
-eps - x0 of straight paths, "epsilon" networks the noise of a variance-preserving path. `session.networks["teacher"]` is
-called as network(x, time, condition).
+eps - x0 of straight paths, "epsilon" networks the noise eps of a variance-preserving path; `network.prediction` says which.
+`session.networks["teacher"]` is called as network(x [B, ...], time [B], condition) -> [B, ...], where the time is t of a
+flow and a timestep 0..999 of an epsilon network; `Denoiser` in `solvers` does that for either.
+`network.null_condition(condition)` is the condition of the unguided prediction.
 
 Modules beside this one, in the order in which they build on each other:
 

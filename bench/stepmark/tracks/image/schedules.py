@@ -48,14 +48,14 @@ class Schedule:
         return self.prediction == "flow"
 
     def alpha(self, t: Any) -> Any:
-        """Scale of the signal."""
+        """Scale of the signal at time t: x_t = alpha(t) x0 + sigma(t) eps."""
         if self.flow:
             return 1 - t
         half = 0.5 * self._interpolate(t, self._places, self._log_abar)
         return half.exp() if isinstance(half, Tensor) else math.exp(half)
 
     def sigma(self, t: Any) -> Any:
-        """Scale of the noise."""
+        """Scale of the noise at time t."""
         if self.flow:
             return t
         log_abar = self._interpolate(t, self._places, self._log_abar)
@@ -71,7 +71,7 @@ class Schedule:
         return math.log(alpha) - math.log(sigma)
 
     def time(self, log_snr: Any) -> Any:
-        """The inverse of `log_snr`."""
+        """The time t at which the log-SNR is this: the inverse of `log_snr`."""
         if self.flow:
             return torch.sigmoid(-log_snr) if isinstance(log_snr, Tensor) else 1 / (1 + math.exp(log_snr))
         if isinstance(log_snr, Tensor):
@@ -81,7 +81,7 @@ class Schedule:
         return self._interpolate(log_abar, self._log_abar[::-1], self._places[::-1])
 
     def network_time(self, t: Any) -> Any:
-        """What the network takes as its time argument."""
+        """What the network takes as its time argument at time t: t itself of a flow, else the timestep N t - 1."""
         return t if self.flow else t * self.steps - 1
 
     def _interpolate(self, at: Any, x: NDArray[np.float64], y: NDArray[np.float64]) -> Any:

@@ -47,7 +47,7 @@ class Denoiser:
             self.condition = torch.cat([network.null_condition(condition), condition])
 
     def output(self, x: Tensor, t: float) -> Tensor:
-        """What the network itself predicts (eps or v), guided."""
+        """What the network itself predicts (eps or the velocity), guided: [B, ...] at x [B, ...], t in (0, 1]. One evaluation."""
         rows = x if self.guidance == 1.0 else torch.cat([x, x])
         time = torch.full((len(rows),), self.schedule.network_time(t), dtype=x.dtype, device=x.device)
         out = self.network(rows, time, self.condition)
@@ -81,7 +81,10 @@ def ddim_coefficients(schedule: Schedule, t: float, s: float) -> tuple[float, fl
 
 
 def euler_step(x: Tensor, velocity: Tensor, t: float, s: float) -> Tensor:
-    """x + (s - t) dx/dt; velocity is what a flow network predicts."""
+    """x [B, ...] at time t taken to time s along a straight line: x + (s - t) velocity.
+
+    velocity: dx/dt [B, ...], what a flow network predicts (`denoise.output(x, t)`).
+    """
     return torch.add(x, velocity, alpha=s - t)
 
 
@@ -137,7 +140,7 @@ def dpm_solver_pp_step(
 
 
 def common_grids(schedule: Schedule, n: int) -> dict[str, list[float]]:
-    """The grids of n steps that samplers commonly use, by name."""
+    """The grids of n steps that samplers commonly use, by name: n + 1 times each, from the noise down to 0."""
     return {
         "uniform": uniform_times(n),
         "quadratic": quadratic_times(n),

@@ -1,0 +1,283 @@
+"""An author's files: the scaffold, the check, and that what is wrong with one plugin stops nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from stepmark import plugins
+from stepmark.check import check, folder_of, further_rungs, running, scaffold, usual_baseline, warned
+from stepmark.cli import main
+from stepmark.names import meant
+
+LEAST = """from stepmark import Method
+class Mine(Method):
+    '''One.
+
+    Two.
+    '''
+    tasks = ('sampling/mixtures_flow',)
+"""
+FILLED = """
+        denoise = Denoiser(session.networks['teacher'], batch['condition'])
+        x = batch['noise']
+        for t, s in pairwise(uniform_times(rung)):
+            x0, eps = denoise(x, t)
+            x = ddim_step(denoise.schedule, x0, eps, s)
+        return x
+"""
+IMPORTS = """from itertools import pairwise
+from stepmark.tracks.image.schedules import uniform_times
+from stepmark.tracks.image.solvers import Denoiser, ddim_step
+"""
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An author's own folder of methods."""
+    (tmp_path / "mine" / "image").mkdir(parents=True)
+    monkeypatch.setenv("STEPMARK_METHODS", str(tmp_path / "mine"))
+    monkeypatch.setenv("STEPMARK_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "mine"
+
+
+def written(text: str, run: str = FILLED) -> str:
+    """A scaffold of track image, filled in."""
+    start = text.index("        raise ValueError")
+    text = text[:start] + run.removeprefix("\n")
+    text = text.replace('title="..."', 'title="A title"').replace('authors="..."', 'authors="Somebody"')
+    text = text.replace("one line that says what it does.", "steps.").replace(
+        "the update rule with the paper's equation or algorithm numbers.", "x_s = a x0 + b eps"
+    )
+    text = text.replace("    Differs from the paper: what, and why (delete this line if nothing does).\n", "")
+    return text.replace("from stepmark import Claim", f"{IMPORTS}from stepmark import Claim")
+
+
+# the scaffold -------------------------------------------------------------------------------------
+
+
+def test_a_scaffold_filled_in_passes_the_check(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["new", str(elsewhere / "image" / "my_sampler")]) == 0
+    assert "STEPMARK_METHODS" not in capsys.readouterr().out
+    path = elsewhere / "image" / "my_sampler.py"
+    findings = check(path)
+    for words in ("fill in run", "my_sampler.py:", "title='...' says nothing", "still the template's"):
+        assert any(words in finding for finding in findings), findings
+    path.write_text(written(path.read_text()))
+    assert check(path) == []
+    assert not any("stands at one rung" in text for text in warned(path))
+
+
+def test_the_baseline_of_a_new_file_is_what_most_methods_are_compared_with(elsewhere: Path) -> None:
+    assert usual_baseline("greedy/stories") == "autoregressive"
+    assert usual_baseline("class_to_image/digits_eps") == "ddim"
+    for task, (_, problem) in plugins.tasks().items():
+        baseline = usual_baseline(task)
+        assert task in plugins.methods()[baseline].tasks, problem.id
+    text = scaffold(elsewhere / "decoding" / "my_drafter", "greedy/stories").read_text()
+    assert 'baselines = ("autoregressive",)' in text and 'tasks = ("greedy/stories",)' in text
+    assert '"accuracy[my_drafter,*] > accuracy[autoregressive,*]"' in text
+
+
+def test_a_new_file_outside_the_folders_of_methods_says_how_it_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["new", "methods/image/my_sampler"]) == 0
+    out = capsys.readouterr().out
+    assert f"export STEPMARK_METHODS={tmp_path / 'methods'}" in out
+    assert folder_of(Path("methods/image/family/my_sampler.py")) == tmp_path / "methods"
+
+
+# what is wrong with one plugin stops nothing else -------------------------------------------------
+
+BROKEN = {
+    "syntax.py": (b"class A(:\n", "syntax.py:1: invalid syntax"),
+    "latin.py": ("# caf\xe9\n".encode("latin-1") + LEAST.encode(), "latin.py: not UTF-8 text; save the file as UTF-8"),
+    "nothing.py": (b"x = 1\n", "has 0 subclasses of Method"),
+    "null.py": (b"a\0b\n", "null bytes"),
+    "my-ddim.py": (LEAST.encode(), "rename it my_ddim.py"),
+    "Mine.py": (LEAST.encode(), "rename it mine.py"),
+    "ddim.py": (LEAST.encode(), "method id 'ddim' stands in"),
+    "twice.py": (
+        LEAST.replace("tasks =", "variants = (Variant('twice', says='x'),)\n    tasks =").encode(),
+        "method id 'twice' stands in",
+    ),
+    "numbered.py": (
+        LEAST.encode() + b"    paper = Paper(id=3, title='a', authors='b', year=2020)\n",
+        "takes id as str",
+    ),
+    "said.py": (LEAST.encode() + b"    paper = 'a paper'\n", "paper must be Paper(...)"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_plugin_is_left_out_and_said_once(
+    name: str, elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = elsewhere / "image" / name
+    content, words = BROKEN[name]
+    path.write_bytes(content)
+    (elsewhere / "image" / "good.py").write_text(LEAST)
+    assert {"good", "ddim"} <= set(plugins.methods())
+    assert plugins.methods()["ddim"].path != path
+    assert main(["list", "methods"]) == 0
+    assert capsys.readouterr().err.count(words) == 1
+    (finding,) = check(path, run=False)
+    assert words in finding and "\n" not in finding
+    path.unlink()
+    assert main(["list", "methods"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("head", "tail", "words"),
+    [
+        ("# -*- coding: klingon -*-\n", "", "unknown encoding: klingon"),
+        ("", "    def run(self, session, batch, rung):\n        return (\n", "mine.py:9: '(' was never closed"),
+        (
+            "",
+            "    def run(self, session, batch, rung):\n        x = 1\n      y = 2\n",
+            "mine.py:10: unindent does not match",
+        ),
+    ],
+)
+def test_what_only_a_run_would_stumble_over_is_one_line_of_the_check(
+    head: str, tail: str, words: str, elsewhere: Path
+) -> None:
+    path = elsewhere / "image" / "mine.py"
+    path.write_text(head + LEAST + tail)
+    for run in (False, True):
+        (finding,) = check(path, run=run)
+        assert words in finding and "\n" not in finding
+
+
+def test_no_shipped_plugin_is_left_out() -> None:
+    plugins.methods()
+    assert plugins.left_out() == []
+
+
+def test_what_cannot_be_followed_or_belongs_to_no_track_is_left_out(elsewhere: Path) -> None:
+    (elsewhere / "image" / "loop").symlink_to("loop")
+    (elsewhere / "image" / "gone.py").symlink_to("nowhere")
+    (elsewhere / "imgae").mkdir()
+    (elsewhere / "imgae" / "mine.py").write_text(LEAST)
+    (elsewhere / "notes").mkdir()  # holds no plugin, so that nothing is said
+    assert "mine" not in plugins.methods()
+    assert plugins.left_out() == [f"{elsewhere / 'imgae'}: no track 'imgae'; did you mean 'image'?"]
+    (finding,) = check(elsewhere / "imgae" / "mine.py", run=False)
+    assert "no track 'imgae'; did you mean 'image'?" in finding
+
+
+def test_a_byte_order_mark_is_no_fault(elsewhere: Path) -> None:
+    path = elsewhere / "image" / "marked.py"
+    path.write_bytes(b"\xef\xbb\xbf" + LEAST.encode())
+    assert plugins.methods()["marked"].path == path
+    assert check(path, run=False) == []
+    assert plugins.load_class(plugins.methods()["marked"]).__name__ == "Mine"
+
+
+@pytest.mark.parametrize("layout", ["mine.py", "samplers/mine.py"])
+def test_a_folder_without_tracks_is_one_line(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / layout).parent.mkdir(exist_ok=True)
+    (tmp_path / layout).write_text(LEAST)
+    monkeypatch.setenv("STEPMARK_METHODS", str(tmp_path))
+    assert main(["list", "methods"]) == 2
+    error = capsys.readouterr().err
+    assert "has no folder of a track; lay methods out as <track>/<id>.py" in error and error.count("\n") == 1
+    monkeypatch.setenv("STEPMARK_METHODS", str(tmp_path / "nowhere"))
+    assert main(["list", "methods"]) == 2
+    assert "which is no folder" in capsys.readouterr().err
+    plugins.mount()  # as an import does: it must not stop a program that asks for no methods
+
+
+# the check ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("import ", "import subprocess\nimport ", 1), "imports subprocess: run must not start processes"),
+        (('tasks = ("', 'tasks = ("nowhere/at_all", "', 1), "tasks: no task 'nowhere/at_all'"),
+        (("sampling/mixtures_flow", "sampling/mixture_flow", 1), "did you mean 'sampling/mixtures_flow'"),
+        (('baselines = ("', 'baselines = ("nobody", "', 1), "baselines: no method 'nobody'"),
+        (('baselines = ("euler"', 'baselines = ("eulr"', 1), "baselines: no method 'eulr'; did you mean 'euler'"),
+        (('baselines = ("euler"', 'baselines = ("other_sampler"', 1), "is the method itself"),
+        (("says=", 'task="posterior/gaussian_n1", says=', 1), "does not run on posterior/gaussian_n1"),
+        (("Claim(", 'Claim("sliced_w2[ddim_,3] < 1", says="x"), Claim(', 1), "no method 'ddim_'; did you mean 'ddim'"),
+        (("Claim(", 'Claim("slice_w2[euler,4] < 1", says="x"), Claim(', 1), "did you mean 'sliced_w2'?"),
+        (("Claim(", 'Claim("fid[euler,3] < 1", says="x"), Claim(', 1), "not on the ladder"),
+        (("Claim(", 'Claim("__import__(1)", says="x"), Claim(', 1), "claim '__import__(1)'"),
+        (("better at every budget", "...", 1), "says='...' says nothing"),
+        (('title="..."', 'title=" "', 1), "title=' ' says nothing"),
+    ],
+)
+def test_the_check_says_what_is_wrong_in_plain_words(elsewhere: Path, change: tuple[str, str, int], words: str) -> None:
+    path = scaffold(elsewhere / "image" / "other_sampler")
+    head, brk, body = path.read_text().partition("from stepmark import")
+    text = (head + brk + body).replace(*change) if change[0] != "import " else "import subprocess\n" + head + brk + body
+    text = text.replace("from __future__ import annotations\n", "") if change[0] == "import " else text
+    path.write_text(text)
+    findings = check(path, run=False)
+    assert any(words in finding for finding in findings), findings
+
+
+def test_more_rungs_are_tried_than_the_smoke_ladder_has(elsewhere: Path) -> None:
+    path = scaffold(elsewhere / "image" / "late")
+    path.write_text(
+        written(
+            path.read_text()
+            .replace("sliced_w2[late,*]", "sliced_w2[late,32]")
+            .replace("import Tensor", "import Tensor, rand"),
+            FILLED.replace("        return x\n", "        return x + 0 * (rand(()) if rung >= 16 else 0)\n"),
+        )
+    )
+    info = plugins.methods()["late"]
+    assert plugins.tasks()[info.tasks[0]][1].ladder("smoke") == (4,)
+    assert further_rungs(info, info.tasks[0]) == [1, 8, 32, 64]
+    findings = list(running(info, fresh=False))
+    assert {f.partition(":")[0][-7:] for f in findings} == {"rung 32", "rung 64"}
+    assert all("draws from a global random state" in f for f in findings)
+
+
+def test_a_state_made_for_each_rung_is_asked_for_on_the_smoke_ladder_alone(elsewhere: Path) -> None:
+    path = scaffold(elsewhere / "image" / "prepared")
+    prepare = (
+        "    def prepare(self, session):\n"
+        "        return {f'shift_{n}': session.train['x0'][0, 0] * 0 for n in session.task.smoke_rungs}\n\n"
+    )
+    ending = "        return x + session.state[f'shift_{rung}']\n"
+    text = written(path.read_text(), FILLED.replace("        return x\n", ending))
+    path.write_text(text.replace("    def run(", f"{prepare}    def run("))
+    assert list(running(plugins.methods()["prepared"], fresh=False)) == []
+    path.write_text(path.read_text().replace("session.state[f'shift_{rung}']", "1 / (rung - 1)"))
+    (finding,) = running(plugins.methods()["prepared"], fresh=False)
+    assert "at rung 1: ZeroDivisionError" in finding
+
+
+def test_a_paper_that_the_catalogue_does_not_hold_is_a_warning(elsewhere: Path) -> None:
+    path = scaffold(elsewhere / "image" / "my_sampler")
+    assert any("no 'my_sampler' in leaderboard/catalogue.jsonl; add a line" in text for text in warned(path))
+    path.write_text(path.read_text().replace('id="my_sampler"', 'id="redy"'))
+    assert any("no 'redy' in leaderboard/catalogue.jsonl; did you mean 'redi'" in text for text in warned(path))
+    path.write_text(path.read_text().replace('id="redy"', 'id="redi"'))
+    assert not any("catalogue" in text for text in warned(path))
+
+
+@pytest.mark.parametrize("path", ["methods/image", "docs/quickstart.md", "nowhere.py", "/dev/null"])
+def test_what_is_no_plugin_is_said_so(path: str) -> None:
+    (finding,) = check(Path(path))
+    assert "give the file of a method" in finding
+
+
+def test_names_that_were_meant() -> None:
+    assert meant("DDIM", ["ddim", "euler"]) == "did you mean 'ddim'?"
+    assert meant("my-ddim", ["my_ddim"]) == "did you mean 'my_ddim'?"
+    assert (
+        meant("stories", ["greedy/stories", "sampling/stories"])
+        == "did you mean 'greedy/stories' or 'sampling/stories'?"
+    )
+    assert meant("zzz", ["ddim"]) == meant("", ["ddim"]) == ""
