@@ -157,8 +157,8 @@ def test_a_second_machine_or_a_clean_commit_is_evidence(true: Record) -> None:
 
 
 def test_trust_holds_runs_of_the_newest_sources_against_each_other(true: Record) -> None:
-    old = changed(true, digests={"method": "0" * 16}, created="2026-01-01T00:00:00Z", outputs="cd" * 32)
     name, quality = next(iter(true.quality.items()))
+    old = changed(true, digests={"method": "0" * 16}, created="2026-01-01T00:00:00Z", counts={"nfe": 1.0})
     other = changed(elsewhere(true), created="2031-01-02T00:00:00Z")
     wild = changed(other, quality=true.quality | {name: Quality(value=quality.value * 9, resamples=quality.resamples)})
 

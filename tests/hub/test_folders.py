@@ -212,7 +212,7 @@ def test_two_folders_of_one_name_are_two_checkpoints(made: Path, tmp_path: Path,
 
 
 def test_all_that_was_brought_is_in_the_digest(made: Path, tmp_path: Path, alone: None) -> None:
-    """Guidance, length of the texts, draft and weights; not what is asked of them: items and rungs."""
+    """Guidance, length of the texts, draft, weights and how many items, which are paired; not the rungs."""
 
     def brought(name: str, **options: Any) -> tuple[str, str]:
         task = tasks.made_from(Choice(str(made / name), **options)).task
@@ -222,7 +222,8 @@ def test_all_that_was_brought_is_in_the_digest(made: Path, tmp_path: Path, alone
     texts = [brought("llama"), brought("llama", new_tokens=16), brought("llama", draft=str(made / "draft"))]
     images = [brought("dit"), brought("dit", guidance=2.0), brought("dit", guidance=1e20)]
     assert len({checkpoint for checkpoint, _ in texts + images}) == 6
-    assert texts[0] == brought("llama", items=3, rungs=(2,)) == brought("llama", new_tokens=64)
+    assert texts[0] == brought("llama", rungs=(2,)) == brought("llama", new_tokens=64)
+    assert texts[0][0] != brought("llama", items=3)[0]
     assert [name for _, name in texts + images] == [
         "checkpoint/llama", "checkpoint/llama_t16", "checkpoint/llama",
         "checkpoint/dit", "checkpoint/dit_w2", "checkpoint/dit_w1e20",
