@@ -493,6 +493,14 @@ LIES: dict[str, dict[str, Lie]] = {
         ),
     },
     "against the contract": {
+        "a report that is no number": Lie(
+            "BadOutput|no account",
+            """
+            def run(self, session, batch, rung):
+                session.report(nfe=float("nan"))
+                return euler(session.networks["teacher"], batch, rung)
+            """,
+        ),
         "run trains": Lie(
             "Sealed",
             """

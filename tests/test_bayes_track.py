@@ -296,6 +296,21 @@ def test_calibrated_on_average(name: str) -> None:
         assert torch.allclose(found.mT.cov(), expected, atol=0.05)
 
 
+def test_estimators_stand_in_an_order_of_their_own_for_every_model() -> None:
+    """Whoever answers by the place of a column is right by chance only, and the score puts columns back in their places."""
+    task = TASKS["coverage/linear_gaussian"]
+    batch = bayes.inputs(task, 200, generator(), CPU)
+    places = linear.kinds(batch["estimators"])
+    assert torch.equal(places.sort(1).values, torch.arange(6).expand(200, 6))
+    assert all(0.05 < float((places[:, 0] == k).double().mean()) < 0.3 for k in range(6))
+    right = {"statistic": places.double(), "p_value": (places == 0).double()}
+    by_place = {"statistic": places.double(), "p_value": torch.eye(6)[0].expand(200, 6)}
+    rows = np.arange(200)[None]
+    assert bayes.score(task, batch, right, {}, rows)["power"].value == 1.0
+    assert bayes.score(task, batch, right, {}, rows)["false_alarm"].value == 0.0
+    assert bayes.score(task, batch, by_place, {}, rows)["false_alarm"].value > 0.7
+
+
 def test_only_the_exact_estimator_is_uncorrelated_with_its_mean() -> None:
     """The bias of `blind`: what is left of theta still depends on what the estimator said."""
     data = simulated(20_000)

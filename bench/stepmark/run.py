@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from stepmark import __version__, devices, passes, plugins, record, remote, samples
 from stepmark.cell import Cell, digests, track_of
@@ -60,7 +61,13 @@ def measured(
         found = {"status": "failed", "message": _one_line(f"{type(error).__name__}: {error}")}
     except Exception as error:
         found = {"status": "failed", "message": _one_line(f"{type(error).__name__}: {error}")}
-    return record.Record(**fields, **found), shown
+    try:
+        return record.Record(**fields, **found), shown
+    except ValidationError as error:  # figures that a plugin reports may be no figures
+        fault = error.errors(include_url=False)[0]
+        place = ".".join(map(str, fault["loc"]))
+        message = _one_line(f"BadOutput: {place} of this cell's record: {fault['msg']}")
+        return record.Record(**fields, status="failed", message=message), None
 
 
 def _walk(cell: Cell, mine: Worker, timing: bool) -> tuple[dict[str, Any], samples.Shown | None, dict[str, str]]:

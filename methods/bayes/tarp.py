@@ -89,7 +89,7 @@ class TARP(Method):
         reference = low + width * torch.rand(theta.shape, generator=session.rng, device=theta.device)
         if prediction is not None:
             reference = reference + self.pull * prediction
-        return ball_test(session.simulators, session.rng, theta, x, design, reference, width, self.draws)
+        return ball_test(session.simulators, session.rng, theta, x, batch, reference, width, self.draws)
 
 
 def fit_linear(theta: Tensor, x: Tensor) -> Callable[[Tensor], Tensor]:
@@ -115,19 +115,19 @@ def ball_test(
     generator: torch.Generator,
     theta: Tensor,
     x: Tensor,
-    design: Tensor,
+    batch: Mapping[str, Tensor],
     reference: Tensor,
     width: Tensor,
     draws: int,
 ) -> dict[str, Tensor]:
-    """Test every estimator by the mass of balls around reference [B, N, d] that reach to theta [B, N, d] (see `TARP`).
+    """Test every estimator of a batch by the mass of balls around reference [B, N, d] that reach to theta [B, N, d] (see `TARP`).
 
-    Distances are Euclidean in units of width [d]. Returns statistic and p-value [B, len(linear.ESTIMATORS)].
+    Distances are Euclidean in units of width [d]. Returns statistic and p-value [B, E].
     """
     radius = ((theta - reference) / width).norm(dim=-1, keepdim=True)
     statistics, p_values = [], []
-    for name in linear.ESTIMATORS:
-        samples = simulators["estimator"](x, design, name, draws, generator)
+    for which in batch["estimators"].unbind(1):
+        samples = simulators["estimator"](x, batch["design"], which, draws, generator)
         inside = (((samples - reference[:, :, None]) / width).norm(dim=-1) < radius).sum(-1)
         jitter = torch.rand(inside.shape, generator=generator, device=theta.device)
         statistic, p_value = metrics.uniformity((inside + jitter) / (draws + 1))

@@ -29,10 +29,10 @@ class HPDCoverage(Method):
         design = batch["design"]
         theta, x = linear.simulate_pairs(session.simulators, session.rng, design, rung)
         statistics, p_values = [], []
-        for name in linear.ESTIMATORS:
-            samples = session.simulators["estimator"](x, design, name, self.draws, session.rng)
+        for which in batch["estimators"].unbind(1):
+            samples = session.simulators["estimator"](x, design, which, self.draws, session.rng)
             both = torch.cat([theta[:, :, None], samples], dim=2)
-            density = session.simulators["log_density"](both, x, design, name)
+            density = session.simulators["log_density"](both, x, design, which)
             denser = (density[..., 1:] > density[..., :1]).sum(-1)
             jitter = torch.rand(denser.shape, generator=session.rng, device=theta.device)
             statistic, p_value = metrics.uniformity((denser + jitter) / (self.draws + 1))

@@ -29,8 +29,8 @@ class SBC(Method):
         design = batch["design"]
         theta, x = linear.simulate_pairs(session.simulators, session.rng, design, rung)
         statistics, p_values = [], []
-        for name in linear.ESTIMATORS:
-            samples = session.simulators["estimator"](x, design, name, self.draws, session.rng)
+        for which in batch["estimators"].unbind(1):
+            samples = session.simulators["estimator"](x, design, which, self.draws, session.rng)
             rank = (samples < theta[:, :, None]).sum(2)
             jitter = torch.rand(rank.shape, generator=session.rng, device=theta.device)
             statistic, p_value = metrics.uniformity(((rank + jitter) / (self.draws + 1)).mT)

@@ -7,8 +7,10 @@ Three kinds of task:
   counted handles `log_likelihood(theta [R, d], x [R, D]) -> [R]` and `simulator(theta [R, d], generator) -> [R, D]`; one
   row is one observation. Amortised methods learn offline from one layout of `session.train` (all layouts hold the same
   number of simulator calls) and call their sampling network `score`; one row of it is one evaluation.
-* `coverage/*`: a batch is `design` [B, 6, 4], linear-Gaussian models; a method tests every estimator of `ESTIMATORS` on
-  every model from `rung` simulations and returns `statistic` and `p_value`, float [B, len(ESTIMATORS)].
+* `coverage/*`: a batch is `design` [B, 6, 4], linear-Gaussian models, and `estimators` int64 [B, E], numbers that stand for
+  the estimators of `ESTIMATORS` in an order of their own for each model; a method tests every one of them, column by
+  column, from `rung` simulations and returns `statistic` and `p_value`, float [B, E] in the order of the numbers. Draws
+  of those in column k are `session.simulators["estimator"](x, design, estimators[:, k], draws, generator)`.
 * `effect/*`: a batch is `treatment` and `outcome` [B, T], daily series of B people, and `person` int64 [B]; a method
   returns `effect`, `low` and `high` (float [B]): the recurring effect and a 95 % interval, from `rung` virtual trials.
 
@@ -41,8 +43,10 @@ from stepmark.task import BadOutput, Score, Task, harness_only, load_split
 from stepmark.tracks.bayes.linear import (
     DRAWS,
     ESTIMATORS,
+    coded,
     estimator_draws,
     estimator_log_density,
+    kinds,
     linear_prior,
     linear_simulator,
 )
@@ -151,7 +155,7 @@ TASKS = (
     ),
     Task(
         id="coverage/linear_gaussian",
-        version=1,
+        version=2,
         summary="Tell an exact posterior estimator from five wrong ones, two of them with perfect HPD coverage",
         dataset="linear_gaussian",
         bounded=("simulator",),
@@ -215,7 +219,7 @@ def inputs(task: Task, n: int, generator: torch.Generator, device: torch.device)
     if task.id.startswith("posterior/"):
         return {"x": data["x"][index, : observations(task)].to(device)}
     if task.id.startswith("coverage/"):
-        return {"design": data["design"][index].to(device)}
+        return {"design": data["design"][index].to(device), "estimators": coded(n, generator).to(device)}
     # The effect itself stays behind: `score` looks it up under the person's number.
     return {
         "treatment": data["treatment"][index, : days(task)].to(device),
@@ -275,8 +279,9 @@ def score(
         posterior = problem(task).posterior(batch["x"].cpu())
         return _posterior_scores(posterior, outputs.detach().cpu().double(), resample)
     if task.id.startswith("coverage/"):
-        statistic = outputs["statistic"].detach().cpu().double().numpy()
-        rejected = (outputs["p_value"].detach().cpu().double().numpy() <= 0.05).astype(np.float64)
+        column = kinds(batch["estimators"].cpu()).argsort(1)  # of each estimator, by model
+        statistic = outputs["statistic"].detach().cpu().double().gather(1, column).numpy()
+        rejected = (outputs["p_value"].detach().cpu().double().gather(1, column).numpy() <= 0.05).astype(np.float64)
         found = {"power": _mean_score(rejected[:, 1:].mean(1), resample)}
         for k, name in enumerate(ESTIMATORS):
             found["false_alarm" if name == "exact" else f"power_{name}"] = _mean_score(rejected[:, k], resample)
