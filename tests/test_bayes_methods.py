@@ -347,8 +347,8 @@ def test_reference_points_are_uniform_on_the_box_around_a_share_of_the_posterior
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(plugin.run.__globals__, "ball_test", lambda *arguments: given.append(arguments))
         plugin.run(session("coverage/linear_gaussian"), batch, 2000)
-    x, design, reference, width = given[0][3:7]
-    mean = x @ linear._estimator(design, "exact")[0].mT
+    x, _, reference, width = given[0][3:7]
+    mean = x @ linear._estimator(batch["design"], "exact")[0].mT
     centred = (mean - mean.mean(1, keepdim=True)).flatten()
     assert float(centred @ reference.flatten() / (centred @ centred)) == pytest.approx(pull, abs=0.1)
     free = reference - pull * mean
