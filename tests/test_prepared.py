@@ -111,7 +111,7 @@ def test_once_for_two_variants_and_the_cost_is_both_ones(plugin: Plugin, tmp_pat
     assert torch.equal(first["w"], second["w"])
     assert one.offline.evaluations == two.offline.evaluations == {"teacher": 3}
     (path,) = (tmp_path / "cache" / "once").glob("*.safetensors")
-    cost = prepared._read(path).own.seconds
+    cost = prepared.read(path).own.seconds
     assert cost > 0
     assert min(one.offline.seconds, two.offline.seconds) >= cost
     again, three = state_of(plugin(USES, "toy_variant"))
@@ -207,6 +207,18 @@ def test_first_weights_of_new_networks_count_as_drawn_and_records_name_the_seed(
     assert not torch.equal(*weights)
     found = [measure(Cell("toy", TASK, 2, seed, "smoke"), timing=False, show_progress=False) for seed in (0, 1)]
     assert [each.offline and each.offline.seed for each in found] == [0, 1]
+
+
+def test_evaluations_of_a_copy_that_is_made_in_prepare_are_part_of_the_cost(plugin: Plugin) -> None:
+    made = state_of(
+        plugin("""
+    def prepare(self, session):
+        net, x = session.clone("teacher"), session.train["x0"][:6]
+        net(x, torch.zeros(6), session.train["condition"][:6])
+        return {}
+    """)
+    )[1]
+    assert made.offline.evaluations == {"teacher": 6.0}
 
 
 def test_networks_are_afterwards_as_they_were(plugin: Plugin) -> None:

@@ -232,12 +232,13 @@ class Session:
         return self._ledger.limit
 
     def clone(self, name: str) -> nn.Module:
-        """A trainable, uncounted copy of one of the networks, for `Method.networks` to return as a student."""
+        """A trainable copy of one of the networks, for `Method.networks` to return as a student. One that is made in
+        `prepare` counts as the network that it is a copy of."""
         if self.task.untrained:  # said before a network of somebody's is copied for nothing
             skip(f"trains a network of its own: {self.task.untrained}")
         copy = deepcopy(self.networks[name])
-        for part in copy.modules():
-            part.__dict__.pop("forward", None)  # the counter of the original
+        for part in copy.modules() if self._stage != "prepare" else ():
+            part.__dict__.pop("forward", None)  # the counter of the original: the copy gets one of its own
         return copy.requires_grad_(True)
 
     def scale(self, embedded: T, smoke: T) -> T:
