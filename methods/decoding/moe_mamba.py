@@ -24,9 +24,10 @@ class MoeMamba(Method):
     """Every second Mamba block gives way to a switch layer, of which a token uses one expert.
 
     x + Mamba(norm x), then x + Switch(norm x), and so on (section 3 of the paper, its figure 1). An expert is a ReLU
-    network of inner width 3 d, 6 d^2 weights like the Mamba block in its place, so that a token meets no more parameters
-    than in `mamba_lm` (a Mamba block has a fifth more in its small parts, at this width). Routing is top-1 with capacity factor 1 and a balance loss of weight 0.01. A Mamba block holds a
-    state of constant size, a switch layer none.
+    network of inner width 3 d, 6 d^2 weights like the Mamba block in its place, so that a token meets no more
+    parameters than in `mamba_lm` (a Mamba block has a fifth more in its small parts, at this width). Routing is top-1
+    with capacity factor 1 and a balance loss of weight 0.01. A Mamba block holds a state of constant size, a switch
+    layer none.
 
     Differs from the paper: width 32, 4 blocks and 16 experts for 512, 16 and 32; state size 4; 1600 training steps, AdamW at
     one rate for all arms. Gates are plain softmax and experts ReLU networks, as in Switch; no noise, no dropout. While it
