@@ -194,9 +194,9 @@ def test_training_keeps_the_weights_of_every_rung() -> None:
     before = {name: network.embed.weight.detach().clone() for name, network in session.networks.items()}
     plugin.prepare(session)
     after = {name: network.embed.weight.detach() for name, network in session.networks.items()}
-    assert list(after) == ["after_400", "after_800", "after_1600"]
+    assert list(after) == ["after_400", "after_800", "after_1200", "after_1600"]
     moved = [float((after[name] - before["after_1600"]).norm()) for name in after]
-    assert 0 < moved[0] < moved[1] < moved[2]
+    assert 0 < moved[0] < moved[1] < moved[2] < moved[3]
 
 
 def test_next_words_are_those_of_the_model_without_states() -> None:
