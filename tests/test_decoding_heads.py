@@ -63,7 +63,7 @@ def test_harp_mixes_clean_logits_with_those_of_the_dropped_embeddings() -> None:
     for seed in range(4):
         model, prompt, _ = truth_of(seed)
         session = session_of(model, seed)
-        got = run(harp(theta=1.5 / math.log(2)), session, [prompt], 20, 1000)[0]
+        got = run(harp(theta=1.5 / math.log(2), beta=0.3), session, [prompt], 20, 1000)[0]
         rng, tokens = torch.Generator().manual_seed(seed), list(prompt)
         with torch.no_grad():
             for token in got:
@@ -73,7 +73,7 @@ def test_harp_mixes_clean_logits_with_those_of_the_dropped_embeddings() -> None:
                     embedded = model.model.embed_tokens(torch.tensor([tokens]))
                     kept = torch.rand(embedded.shape, generator=rng) >= 0.2
                     other = model(inputs_embeds=embedded * kept, use_cache=False).logits[0, -1]
-                    logits, hesitated = (logits + other) / 2, hesitated + 1
+                    logits, hesitated = 0.3 * logits + 0.7 * other, hesitated + 1
                 assert token == int(logits.argmax())
                 tokens.append(token)
     assert hesitated > 5

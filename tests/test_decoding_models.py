@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from stepmark.methods.decoding import relu_strikes_back
@@ -17,6 +19,8 @@ from stepmark import plugins
 from stepmark.backbones import lm
 from stepmark.meter.counts import Ledger, watch
 from stepmark.meter.flops import count_flops
+from stepmark.task import load_split
+from stepmark.tracks.decoding import converted
 from stepmark.tracks.decoding import models as decoding_models
 from stepmark.tracks.decoding.decoder import Decoder
 from stepmark.tracks.decoding.models import write_greedily
@@ -115,6 +119,20 @@ def test_a_shut_gate_costs_nothing() -> None:
     torch.testing.assert_close(found.flatten(), wanted, rtol=1e-4, atol=1e-4)
 
 
+def session_of(target: Any, rungs: tuple[int, ...] = (150, 450)) -> Any:
+    """What preparing for some training steps sees."""
+    session: Any = SimpleNamespace(
+        networks={"target": target},
+        task=SimpleNamespace(rungs=rungs),
+        train={"prompt": ["1 <cot>"] * 9, "target": ["2"] * 9},
+        seed=0,
+        progress=None,
+    )
+    session.clone = lambda role: deepcopy(session.networks[role])
+    session.scale = lambda embedded, smoke: embedded
+    return session
+
+
 def test_the_stages_of_relufication_come_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms are plain while the gates alone are new, and rectified in the second stage and for good."""
     seen = []
@@ -126,32 +144,62 @@ def test_the_stages_of_relufication_come_in_turn(monkeypatch: pytest.MonkeyPatch
         seen.append((bool((layer.input_layernorm(x) < 0).any()), kwargs["steps"]))
 
     monkeypatch.setattr(relu_strikes_back, "fit", fit)
-    student = rectify(tiny())
-    session: Any = SimpleNamespace(
-        networks={"student": student}, train={"prompt": ["1 <cot>"] * 9, "target": ["2"] * 9}, seed=0, progress=None
-    )
-    session.scale = lambda embedded, smoke: embedded
-    relu_strikes_back.ReluStrikesBack().prepare(session)
-    assert seen == [(True, 150), (False, 300)]
+    session, method = session_of(tiny()), relu_strikes_back.ReluStrikesBack()
+    session.networks |= method.networks(session)
+    method.prepare(session)
+    assert seen == [(True, 50), (False, 100), (True, 150), (False, 300)]
 
 
 def test_the_controls_of_relufication_take_as_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tuned controls are trained on for as long, and through the activations that they run with."""
-    steps: dict[str, list[int]] = {}
-    for name in ("silu_tuned", "topk_tuned", "topk_activations"):
-        method, taken = plugins.load_class(plugins.methods()[name])(), steps.setdefault(name, [])
+    kinds = {
+        "silu_tuned": "LlamaMLP",
+        "narrow_tuned": "NarrowMlp",
+        "topk_tuned": "TopkMlp",
+        "topk_activations": "TopkMlp",
+    }
+    for name, kind in kinds.items():
+        method, taken = plugins.load_class(plugins.methods()[name])(), list[int]()
         used = type(method).prepare.__globals__
         monkeypatch.setitem(used, "fit", lambda *_, taken=taken, **given: taken.append(given["steps"]))
-        session: Any = SimpleNamespace(
-            networks={"target": tiny()}, train={"prompt": ["1 <cot>"] * 9, "target": ["2"] * 9}, seed=0, progress=None
-        )
-        session.clone = lambda role, session=session: deepcopy(session.networks[role])
-        session.scale = lambda embedded, smoke: embedded
+        session = session_of(tiny())
         session.networks |= method.networks(session)
         method.prepare(session)
-        kind = type(session.networks["student"].model.layers[0].mlp).__name__
-        assert (kind == "TopkMlp") == name.startswith("topk")
-    assert steps == {"silu_tuned": [150, 300], "topk_tuned": [150, 300], "topk_activations": []}
+        for rung in (150, 450):
+            assert type(session.networks[f"after_{rung}"].model.layers[0].mlp).__name__ == kind
+        assert taken == ([] if name == "topk_activations" else [50, 100, 150, 300])
+
+
+def test_contexts_are_read_token_after_token() -> None:
+    """The answers are those of one pass over the whole context, and every token is paid for by itself."""
+    model = rectify(tiny())
+    session: Any = SimpleNamespace(networks={"after_150": model})
+    contexts, widths = [[5, 9, 20, 7], [30, 8]], []
+    hook = model.model.layers[0].mlp.register_forward_pre_hook(lambda _, given: widths.append(given[0].shape[1]))
+    with torch.no_grad():
+        found = relu_strikes_back.ReluStrikesBack().run(session, {"context": contexts}, 150)
+    hook.remove()
+    assert widths == [1] * 6
+    with torch.no_grad():
+        for row, context in zip(found, contexts, strict=True):
+            wanted = model(torch.tensor([context])).logits[0, -1].log_softmax(-1)
+            torch.testing.assert_close(row, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_a_narrow_block_is_the_dense_one_without_its_idle_neurons() -> None:
+    """Where all but two fifths of the neurons write nothing, leaving them out changes nothing, and they are those left out."""
+    own, target = module_of("narrow_tuned"), tiny()
+    for layer in target.model.layers:
+        wide = layer.mlp.down_proj.weight.shape[1]
+        idle = torch.randperm(wide, generator=torch.Generator().manual_seed(wide))[: wide - round(own.KEPT * wide)]
+        layer.mlp.down_proj.weight[:, idle] = 0.0
+    student = deepcopy(target)
+    for layer in student.model.layers:
+        layer.mlp = own.NarrowMlp(layer.mlp)
+    own.narrow(student, target, [[5, 9, 20], [7, 8]])
+    ids = torch.tensor([[4, 9, 33, 12]])
+    with torch.no_grad():
+        torch.testing.assert_close(student(ids).logits, target(ids).logits, rtol=1e-3, atol=1e-3)
 
 
 def test_topk_keeps_the_greatest() -> None:
@@ -281,3 +329,31 @@ def test_the_tasks_count_a_student_as_the_target() -> None:
     for task in decoding_models.TASKS:
         if "target" in task.backbones:
             assert task.bounded == ("target", "student")
+
+
+def test_the_blend_scored_by_its_own_answers_has_no_excess() -> None:
+    """The true next word of every kind of text, with the odds of the grammar in stories; another word costs its loss."""
+    task = converted.TASKS[0]
+    batch: dict[str, Any] = converted.inputs(task, 40, torch.Generator().manual_seed(0), torch.device("cpu"))
+    number, kinds = {word: i for i, word in enumerate(lm.VOCABULARY)}, set()
+    rows = torch.full((40, len(number)), 1e-9)
+    data = load_split("blend", "test")
+    for row, context in zip(rows, batch["context"], strict=True):
+        text = lm.decode(context)
+        whole, kind = next(
+            (f"{prompt} {target} <eos>", kind)
+            for prompt, target, kind in zip(data["prompt"], data["target"], data["kind"], strict=True)
+            if f"{prompt} {target} <eos>".startswith(f"{text} ")
+        )
+        kinds.add(kind)
+        expected = converted.following(task, context)
+        assert whole[len(text) :].split()[0] in expected
+        assert kind == "stories" or len(expected) == 1
+        for word, p in expected.items():
+            row[number[word]] = p
+    assert len(kinds) == 4
+    resample = np.arange(40)[None]
+    found = converted.score(task, batch, (rows / rows.sum(1, keepdim=True)).log(), {}, resample)
+    assert found["excess"].value == pytest.approx(0.0, abs=1e-5)
+    even = torch.full((40, len(number)), -math.log(len(number)))
+    assert converted.score(task, batch, even, {}, resample)["loss"].value == pytest.approx(math.log(len(number)))

@@ -208,7 +208,18 @@ def test_nucleus_drafts_share_the_first_pass_and_the_budget() -> None:
         session.ledger.reset()
         for draft in drafts:
             for i, token in enumerate(draft):
-                assert nucleus(plain_logits(model, [*prompt, *draft[:i]]).softmax(-1), 0.9)[token] > 0
+                assert nucleus((plain_logits(model, [*prompt, *draft[:i]]) / 0.6).softmax(-1), 0.9)[token] > 0
+
+
+def test_nucleus_drafts_are_drawn_at_the_papers_temperature() -> None:
+    """First words of many drafts: their shares are those of the nucleus at 0.6, and not those at 1."""
+    model, prompt = tiny(1, spread=0.2), words_of(1, 6)
+    method, session = load("nucleus_drafts"), session_of(model)
+    batch = {"prompt": [prompt], "max_new_tokens": [1], "drafts": [2000]}
+    found = torch.bincount(torch.tensor(run(method, session, batch, 1)[0]), minlength=13) / 2000
+    session.ledger.reset()
+    cool, plain = (nucleus((plain_logits(model, prompt) / t).softmax(-1), 0.9) for t in (0.6, 1.0))
+    assert (found - cool / cool.sum()).abs().sum() < 0.1 < 0.2 < (found - plain / plain.sum()).abs().sum()
 
 
 # -- linear alignment -------------------------------------------------------------------------------------------------

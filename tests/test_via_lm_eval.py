@@ -81,7 +81,7 @@ def test_stop_strings_and_lengths_are_kept(tmp_path: object, monkeypatch: pytest
         ("nucleus_drafts", "drafts/stories"),
         ("wish_prompting", "preference/colours"),
         ("single_worker", "parallel/friend_lists"),
-        ("transformer_moe", "learning/stories"),
+        ("transformer_moe", "learning/tongues"),
         ("random_expansion", "bilingual/stories"),
         ("char_tokens", "tokenisation/dialects"),
         ("dlm_confidence", "completion/stories64"),

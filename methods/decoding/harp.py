@@ -26,7 +26,8 @@ class HARP(Method):
     Its control `harp_always` takes the second pass at every word; `beam_search` is what the paper sets its time against.
 
     The second pass runs over the whole text with a cache of its own, so that the clean keys and values stay clean. It
-    counts as one forward, as the prefill does; its positions show in the FLOPs. A rung that is used up ends the text.
+    counts as one forward, as the prefill does; its positions show in the FLOPs. A rung that is used up ends the text, whose last
+    word then takes no second pass.
 
     What limits it here: these models were trained without dropout and have 64 or 128 entries to a word, so that words
     with a fifth of them gone are words they never met; numbers and names cannot be told apart by context, as the words

@@ -47,18 +47,20 @@ class LongGen(Method):
     baselines = ("full_attention_trained", "autoregressive", "sink_window_trained", "sink_window")
     claims = (
         Claim(
-            "kv_bytes[longgen,*] <= 0.45 * kv_bytes[full_attention_trained,*] "
+            "kv_bytes[longgen,*] <= 0.4 * kv_bytes[full_attention_trained,*] "
             "and 1.67 * latency_ms[longgen,1] <= latency_ms[full_attention_trained,1] "
-            "and accuracy[longgen,16] >= accuracy[full_attention_trained,16] - 0.05",
-            says="the cache shrinks by 55 % (the paper's 62 %), the prefill is 1.67 times as fast, recall stays that of "
-            "full attention after as much training",
+            "and 1.41 * (latency_ms[longgen,16] - latency_ms[longgen,1]) "
+            "<= latency_ms[full_attention_trained,16] - latency_ms[full_attention_trained,1] "
+            "and accuracy[longgen,*] >= accuracy[full_attention_trained,*] - 0.05",
+            says="the cache shrinks by 60 % (the paper's 62 %), the prefill is 1.67 times as fast and what follows it 1.41 "
+            "times, recall stays that of full attention after as much training",
             headline=True,
             setting="attention is two fifths of a prefill of 1000 words, and nearly all of one of the paper's 128 000",
         ),
         Claim(
-            "kv_bytes[longgen,*] <= 0.45 * kv_bytes[full_attention_trained,*] "
-            "and accuracy[longgen,16] >= accuracy[full_attention_trained,16] - 0.05",
-            says="the cache shrinks by 55 % or more, recall stays that of full attention after as much training",
+            "kv_bytes[longgen,*] <= 0.4 * kv_bytes[full_attention_trained,*] "
+            "and accuracy[longgen,*] >= accuracy[full_attention_trained,*] - 0.05",
+            says="the cache shrinks by 60 % or more, recall stays that of full attention after as much training",
         ),
         Claim(
             "accuracy[longgen,16] >= accuracy[sink_window_trained,16] + 0.2 "

@@ -19,7 +19,7 @@ from stepmark.tracks.decoding.texts import nucleus
 # and what a draft loses for which the n-grams know no way on.
 TEMPERATURE, TOP, PENALTY = 0.06, 9, 200.0
 WEIGHTS = (0.01, 0.04, 0.15, 0.18, 0.12)
-TOP_P = 0.9  # of `nucleus_drafts`
+TOP_P, COOLED = 0.9, 0.6  # of `nucleus_drafts`: mass and temperature, as in the official comparison
 
 Tables = Mapping[str, Tensor]
 
@@ -78,11 +78,12 @@ class SuperposedDecoding(Method):
     train split. A draft that ends is put aside, and its place goes to the next best; in the end the k drafts of the
     best score per token are taken of those that go on and the k best that ended, as in the official code.
 
-    Its controls: `nucleus_drafts` (Holtzman et al., ICLR 2020) shows what several drafts cost without superposition: the
-    prompt is read once and gives the first token of every draft; then each draft takes a forward per token. Tokens are
-    drawn from the fewest likeliest ones that hold 0.9 of the distribution. A rung is shared out evenly, so that only at the
-    last rung its drafts are whole. `superposed_alone` leaves the n-grams out (alpha = 0), `ngram_drafts` the model: the k
-    likeliest texts of the n-grams alone, in no forward at all.
+    Its controls: `nucleus_drafts` (Holtzman et al., ICLR 2020) shows what several drafts cost without superposition:
+    the prompt is read once and gives the first token of every draft; then each draft takes a forward per token. Tokens
+    are drawn at temperature 0.6 from the fewest likeliest ones that hold 0.9 of the distribution, as in the official
+    comparison. A rung is shared out evenly, so that only at the last rung its drafts are whole. `superposed_alone`
+    leaves the n-grams out (alpha = 0), `ngram_drafts` the model: the k likeliest texts of the n-grams alone, in no
+    forward at all.
 
     Differs from the paper: the model has four layers and 150 words rather than 32 and 32,000, and n-grams are of texts
     of the task rather than of the web. Several drafts of one prompt can also share a pass under a tree mask, whose
@@ -219,7 +220,7 @@ def sample_drafts(target: Decoder, prompt: Sequence[int], length: int, k: int, r
         logits, draft = first, []
         while True:
             u = float(torch.rand((), generator=rng, device=target.device))
-            draft.append(draw(nucleus(logits.softmax(-1), TOP_P), u))
+            draft.append(draw(nucleus((logits / COOLED).softmax(-1), TOP_P), u))
             if draft[-1] == target.eos or len(draft) >= length:
                 break
             logits = target.forward(draft[-1:])[0]

@@ -33,8 +33,6 @@ class Autoregressive(Method):
         "sampling/stories",
         "recall/needles",
         "forced/stories",
-        "converted/words",
-        "converted/stories",
         "outliers/words",
     )
 

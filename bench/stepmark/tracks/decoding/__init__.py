@@ -16,8 +16,8 @@ going back allowed), `speculate` in `speculation` is the loop of drafting and ve
 
 Beside this module, what methods share: `decoder` (a key/value cache with rollback, forward passes on it, prompt after
 prompt), `speculation` (draft and verify, draws), `held_cache` (caches that evict), `attention` (a layer with its states).
-Tasks of other targets: `targets`; tasks whose inputs or metrics are their own: `chains`, `models`, `moe`, `parallel`, `recall`,
-`texts`, `tokens`, `vocab`.
+Tasks of other targets: `targets`; tasks whose inputs or metrics are their own: `chains`, `converted`, `forced`, `models`,
+`moe`, `parallel`, `recall`, `texts`, `tokens`, `vocab`.
 """
 
 from __future__ import annotations

@@ -9,18 +9,19 @@ evicts is gone. No method sees the word that it tells; the score is the exact ex
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from stepmark.task import Task
+from stepmark.task import BadOutput, Score, Task, harness_only, load_split
 from stepmark.tracks.decoding import handles as handles
 from stepmark.tracks.decoding import layers as layers
-from stepmark.tracks.decoding.moe import check as check
-from stepmark.tracks.decoding.moe import inputs as inputs
-from stepmark.tracks.decoding.moe import score as score
+from stepmark.tracks.decoding.texts import story_walk
 
 TASKS = (
     Task(
@@ -42,6 +43,70 @@ TASKS = (
         probe=1,
     ),
 )
+
+
+def inputs(task: Task, n: int, generator: torch.Generator, device: torch.device) -> dict[str, list[Any]]:
+    """Beginnings of `n` stories of the test split, each cut before any of its words or before its end."""
+    from stepmark.backbones.lm import encode
+
+    harness_only("the test split")
+    data = load_split(task.dataset, "test")
+    contexts = []
+    for i in torch.randperm(len(data["prompt"]), generator=generator)[:n].tolist():
+        words = data["target"][i].split()
+        cut = int(torch.randint(len(words) + 1, (), generator=generator))
+        contexts.append(encode(" ".join([data["prompt"][i], *words[:cut]])))
+    return {"context": contexts}
+
+
+def check(task: Task, batch: Mapping[str, Any], outputs: Any) -> None:
+    """Normalised log-probabilities [B, V]."""
+    from stepmark.backbones.lm import VOCABULARY
+
+    shape = (len(batch["context"]), len(VOCABULARY))
+    if not isinstance(outputs, Tensor) or tuple(outputs.shape) != shape or not outputs.is_floating_point():
+        raise BadOutput(f"run must return a float tensor of shape {shape}")
+    if not bool(torch.isfinite(outputs).all()):
+        raise BadOutput("a log-probability is not finite")
+    if not torch.allclose(
+        outputs.double().logsumexp(1), torch.zeros(len(outputs)).double().to(outputs.device), atol=1e-3
+    ):
+        raise BadOutput("the probabilities of the next word do not add up to 1")
+
+
+def score(
+    task: Task,
+    batch: Mapping[str, Any],
+    outputs: Tensor,
+    networks: Mapping[str, nn.Module],
+    resample: NDArray[np.int64],
+) -> dict[str, Score]:
+    """Metrics over all contexts, from the log-probabilities and the grammar alone.
+
+    loss: expected -log q of the next word in nats, the word drawn from the grammar. excess: loss minus the grammar's own
+    entropy, the least possible. copies: probability given to the word where the grammar allows only one.
+    """
+    from stepmark.backbones.lm import VOCABULARY, decode
+
+    harness_only("scoring")
+    number = {word: i for i, word in enumerate(VOCABULARY)}
+    rows = []
+    for context, log_q in zip(batch["context"], outputs.double().cpu().tolist(), strict=True):
+        opening, _, told = decode(list(context)).partition(" <story>")
+        walk = story_walk(opening)
+        expected = next(walk)
+        for word in told.split():
+            expected = walk.send(word)
+        loss = -sum(p * log_q[number[word]] for word, p in expected.items())
+        entropy = -sum(p * math.log(p) for p in expected.values())
+        only = len(expected) == 1
+        rows.append((loss, loss - entropy, math.exp(-loss) if only else 0.0, float(only)))
+    values = np.array(rows)
+    means = values[resample].mean(axis=1)
+    found = {name: Score(float(values[:, i].mean()), means[:, i].tolist()) for i, name in enumerate(("loss", "excess"))}
+    certain = values[:, 3].sum()
+    ratios = means[:, 2] / np.maximum(means[:, 3], 1e-12)
+    return found | {"copies": Score(float(values[:, 2].sum() / max(certain, 1)), ratios.tolist())}
 
 
 def reference_call(task: Task, networks: Mapping[str, nn.Module], batch: Mapping[str, Any]) -> int:

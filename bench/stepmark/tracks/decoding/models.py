@@ -1,9 +1,9 @@
 """Track decoding, tasks of other models: how much cheaper may the model itself become, and what does it still write?
 
-Tasks `converted/...` and `outliers/...` give a target that a method turns into a cheaper one of its own (sparse
-activations, integers): networks called `student` count against the rung as the target does. Inputs, outputs and metrics
-are those of the track, so that `exact_match` says how often the cheaper model writes what the target would have written.
-In `outliers/...` a few channels of the normalised hidden states are far greater than the others, as in large models.
+Tasks `outliers/...` give a target that a method turns into a cheaper one of its own (integers): networks called
+`student` count against the rung as the target does. Inputs, outputs and metrics are those of the track, so that
+`exact_match` says how often the cheaper model writes what the target would have written. A few channels of the
+normalised hidden states are far greater than the others, as in large models.
 """
 
 from __future__ import annotations
@@ -25,24 +25,6 @@ from stepmark.tracks.decoding.speculation import write_plainly
 
 TASKS = (
     Task(
-        id="converted/words",
-        version=1,
-        summary="Greedy decoding of word problems by a model made from a 4-layer target",
-        dataset="words",
-        backbones={"target": "lm_target"},
-        reference="target",
-        bounded=("target", "student"),
-        unit="target forwards",
-        rungs=(16, 40),
-        metrics={"accuracy": "higher", "exact_match": "higher", "first_divergence": "higher", "tokens": "higher"},
-        n=64,
-        batch=4,
-        seeds=1,
-        smoke_n=2,
-        smoke_rungs=(8,),
-        probe=1,
-    ),
-    Task(
         id="outliers/words",
         version=1,
         summary="Greedy decoding of word problems, 4-layer target whose normalised states have outlier channels",
@@ -54,24 +36,6 @@ TASKS = (
         rungs=(16, 40),
         metrics={"accuracy": "higher", "exact_match": "higher", "first_divergence": "higher", "tokens": "higher"},
         n=64,
-        batch=4,
-        seeds=1,
-        smoke_n=2,
-        smoke_rungs=(8,),
-        probe=1,
-    ),
-    Task(
-        id="converted/stories",
-        version=1,
-        summary="Greedy decoding of stories with a refrain by a model made from a 4-layer target",
-        dataset="stories",
-        backbones={"target": "lm_target"},
-        reference="target",
-        bounded=("target", "student"),
-        unit="target forwards",
-        rungs=(32, 96),
-        metrics={"accuracy": "higher", "exact_match": "higher", "first_divergence": "higher", "tokens": "higher"},
-        n=48,
         batch=4,
         seeds=1,
         smoke_n=2,
