@@ -21,9 +21,9 @@ from stepmark.cell import Cell
 from stepmark.method import Method
 from stepmark.task import load_split
 from stepmark.tracks import bayes
-from stepmark.tracks.bayes import linear, noising, problems, trials
+from stepmark.tracks.bayes import coverage, linear, noising, problems, trials
 
-TASKS = {task.id: task for task in bayes.TASKS}
+TASKS = {task.id: task for task in (*bayes.TASKS, *coverage.TASKS)}
 CPU = torch.device("cpu")
 composed: Any = importlib.import_module("stepmark.methods.bayes.compositional_score_sbi")
 METHODS = {name: info for name, info in plugins.methods().items() if info.track == "bayes"}
@@ -54,7 +54,7 @@ def session(task: str, seed: int = 0, **networks: nn.Module) -> Any:
         seed=seed,
         device=CPU,
         networks=networks,
-        simulators=bayes.handles(TASKS[task], CPU),
+        simulators=(coverage if task.startswith("coverage/") else bayes).handles(TASKS[task], CPU),
     )
 
 
@@ -286,10 +286,10 @@ def test_abc_narrows_with_the_budget() -> None:
 
 def rejections(name: str, simulations: int, models: int, seed: int = 0) -> dict[str, float]:
     task = "coverage/linear_gaussian"
-    batch = bayes.inputs(TASKS[task], models, generator(seed), CPU)
+    batch = coverage.inputs(TASKS[task], models, generator(seed), CPU)
     outputs = method(name).run(session(task, seed), batch, simulations)
-    bayes.check(TASKS[task], batch, outputs)
-    found = outputs["p_value"].gather(1, linear.kinds(batch["estimators"]).argsort(1))
+    coverage.check(TASKS[task], batch, outputs)
+    found = outputs["p_value"].gather(1, coverage.kinds(batch["estimators"]).argsort(1))
     return dict(zip(linear.ESTIMATORS, (found <= 0.05).double().mean(0).tolist(), strict=True))
 
 
@@ -304,12 +304,12 @@ REFERENCES: dict[str, Callable[[Tensor, Tensor, torch.Generator], Tensor]] = {
 def p_values(reference_of: Callable[[Tensor, Tensor, torch.Generator], Tensor], seed: int = 0) -> Tensor:
     """TARP's p-values [64, E] for 200 simulations each."""
     task = TASKS["coverage/linear_gaussian"]
-    rng, calls = generator(seed), bayes.handles(task, CPU)
-    batch = bayes.inputs(task, 64, rng, CPU)
+    rng, calls = generator(seed), coverage.handles(task, CPU)
+    batch = coverage.inputs(task, 64, rng, CPU)
     theta, x = linear.simulate_pairs(calls, rng, batch["design"], 200)
     reference = reference_of(theta, x, rng)
     found = module("tarp").ball_test(calls, rng, theta, x, batch, reference, torch.ones(4), 49)["p_value"]
-    return found.gather(1, linear.kinds(batch["estimators"]).argsort(1))
+    return found.gather(1, coverage.kinds(batch["estimators"]).argsort(1))
 
 
 @pytest.mark.parametrize("name", list(REFERENCES))
@@ -342,7 +342,7 @@ def test_only_references_that_depend_on_x_find_an_estimator_that_ignores_x() -> 
 
 @pytest.mark.parametrize(("name", "pull"), [("tarp", 0.5), ("tarp_uniform", 0.0)])
 def test_reference_points_are_uniform_on_the_box_around_a_share_of_the_posterior_mean(name: str, pull: float) -> None:
-    batch, given = bayes.inputs(TASKS["coverage/linear_gaussian"], 2, generator(), CPU), []
+    batch, given = coverage.inputs(TASKS["coverage/linear_gaussian"], 2, generator(), CPU), []
     plugin = method(name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(plugin.run.__globals__, "ball_test", lambda *arguments: given.append(arguments))
@@ -362,7 +362,7 @@ def test_tarp_spends_its_pilot_from_the_rung() -> None:
     context = session("coverage/linear_gaussian")
     plain = context.simulators["simulator"]
     context.simulators["simulator"] = lambda theta, *rest: spent.append(len(theta)) or plain(theta, *rest)
-    batch = bayes.inputs(TASKS["coverage/linear_gaussian"], 3, generator(), CPU)
+    batch = coverage.inputs(TASKS["coverage/linear_gaussian"], 3, generator(), CPU)
     method("tarp").run(context, batch, 60)
     assert sum(spent) == 180
 

@@ -17,10 +17,10 @@ from stepmark import plugins
 from stepmark.meter.counts import BudgetExceeded, Ledger, watch_function
 from stepmark.task import BadOutput, Sealed, load_split, sealed
 from stepmark.tracks import bayes
-from stepmark.tracks.bayes import linear, metrics, noising, problems, trials
+from stepmark.tracks.bayes import coverage, linear, metrics, noising, problems, trials
 from stepmark.tracks.bayes.problems import GaussianMixture
 
-TASKS = {task.id: task for task in bayes.TASKS}
+TASKS = {task.id: task for task in (*bayes.TASKS, *coverage.TASKS)}
 POSTERIORS = [name for name in TASKS if name.startswith("posterior/")]
 CPU = torch.device("cpu")
 
@@ -38,7 +38,8 @@ def test_tasks_are_literals_whose_metrics_score_returns() -> None:
     read = {name: task for name, (track, task) in plugins.tasks().items() if track == "bayes"}
     assert read == TASKS
     for task in TASKS.values():
-        batch = bayes.inputs(task, 4, generator(), CPU)
+        track = coverage if task.id.startswith("coverage/") else bayes
+        batch = track.inputs(task, 4, generator(), CPU)
         if task.id.startswith("posterior/"):
             outputs: object = torch.randn(4, linear.DRAWS, batch["x"].shape[-1], generator=generator())
         elif task.id.startswith("coverage/"):
@@ -47,8 +48,8 @@ def test_tasks_are_literals_whose_metrics_score_returns() -> None:
             }
         else:
             outputs = {k: torch.full((4,), v) for k, v in (("effect", 0.2), ("low", 0.0), ("high", 0.4))}
-        bayes.check(task, batch, outputs)
-        found = bayes.score(task, batch, outputs, {}, np.array([[0, 1, 2, 3], [0, 0, 1, 1]]))
+        track.check(task, batch, outputs)
+        found = track.score(task, batch, outputs, {}, np.array([[0, 1, 2, 3], [0, 0, 1, 1]]))
         assert list(found) == list(task.metrics)
         for value in found.values():
             assert math.isfinite(value.value) and len(value.resamples) == 2
@@ -281,7 +282,7 @@ def test_likelihood_and_simulator_agree() -> None:
 
 def simulated(count: int, models: int = 4, seed: int = 0) -> SimpleNamespace:
     rng = generator(seed)
-    design = bayes.inputs(TASKS["coverage/linear_gaussian"], models, rng, CPU)["design"]
+    design = coverage.inputs(TASKS["coverage/linear_gaussian"], models, rng, CPU)["design"]
     theta, x = linear.simulate_pairs(bayes.handles(TASKS["coverage/linear_gaussian"], CPU), rng, design, count)
     return SimpleNamespace(design=design, theta=theta, x=x, rng=rng)
 
@@ -299,16 +300,16 @@ def test_calibrated_on_average(name: str) -> None:
 def test_estimators_stand_in_an_order_of_their_own_for_every_model() -> None:
     """Whoever answers by the place of a column is right by chance only, and the score puts columns back in their places."""
     task = TASKS["coverage/linear_gaussian"]
-    batch = bayes.inputs(task, 200, generator(), CPU)
-    places = linear.kinds(batch["estimators"])
+    batch = coverage.inputs(task, 200, generator(), CPU)
+    places = coverage.kinds(batch["estimators"])
     assert torch.equal(places.sort(1).values, torch.arange(6).expand(200, 6))
     assert all(0.05 < float((places[:, 0] == k).double().mean()) < 0.3 for k in range(6))
     right = {"statistic": places.double(), "p_value": (places == 0).double()}
     by_place = {"statistic": places.double(), "p_value": torch.eye(6)[0].expand(200, 6)}
     rows = np.arange(200)[None]
-    assert bayes.score(task, batch, right, {}, rows)["power"].value == 1.0
-    assert bayes.score(task, batch, right, {}, rows)["false_alarm"].value == 0.0
-    assert bayes.score(task, batch, by_place, {}, rows)["false_alarm"].value > 0.7
+    assert coverage.score(task, batch, right, {}, rows)["power"].value == 1.0
+    assert coverage.score(task, batch, right, {}, rows)["false_alarm"].value == 0.0
+    assert coverage.score(task, batch, by_place, {}, rows)["false_alarm"].value > 0.7
 
 
 def test_only_the_exact_estimator_is_uncorrelated_with_its_mean() -> None:

@@ -7,10 +7,8 @@ Three kinds of task:
   counted handles `log_likelihood(theta [R, d], x [R, D]) -> [R]` and `simulator(theta [R, d], generator) -> [R, D]`; one
   row is one observation. Amortised methods learn offline from one layout of `session.train` (all layouts hold the same
   number of simulator calls) and call their sampling network `score`; one row of it is one evaluation.
-* `coverage/*`: a batch is `design` [B, 6, 4], linear-Gaussian models, and `estimators` int64 [B, E], numbers that stand for
-  the estimators of `ESTIMATORS` in an order of their own for each model; a method tests every one of them, column by
-  column, from `rung` simulations and returns `statistic` and `p_value`, float [B, E] in the order of the numbers. Draws
-  of those in column k are `session.simulators["estimator"](x, design, estimators[:, k], draws, generator)`.
+* `coverage/*` (in `coverage.py`): a batch is `design` [B, 6, 4], linear-Gaussian models; a method tests every estimator of
+  `ESTIMATORS` on every model from `rung` simulations and returns `statistic` and `p_value`, float [B, len(ESTIMATORS)].
 * `effect/*`: a batch is `treatment` and `outcome` [B, T], daily series of B people, and `person` int64 [B]; a method
   returns `effect`, `low` and `high` (float [B]): the recurring effect and a 95 % interval, from `rung` virtual trials.
 
@@ -43,10 +41,8 @@ from stepmark.task import BadOutput, Score, Task, harness_only, load_split
 from stepmark.tracks.bayes.linear import (
     DRAWS,
     ESTIMATORS,
-    coded,
     estimator_draws,
     estimator_log_density,
-    kinds,
     linear_prior,
     linear_simulator,
 )
@@ -154,32 +150,6 @@ TASKS = (
         smoke_rungs=(9_600,),
     ),
     Task(
-        id="coverage/linear_gaussian",
-        version=2,
-        summary="Tell an exact posterior estimator from five wrong ones, two of them with perfect HPD coverage",
-        dataset="linear_gaussian",
-        bounded=("simulator",),
-        unit="simulations",
-        rungs=(50, 200, 500, 2_000),
-        metrics={
-            "power": "higher",
-            "false_alarm": "lower",
-            "power_overconfident": "higher",
-            "power_underconfident": "higher",
-            "power_shifted": "higher",
-            "power_blind": "higher",
-            "power_prior": "higher",
-            "deviation_exact": "lower",
-            "deviation_overconfident": "higher",
-            "deviation_blind": "higher",
-            "deviation_prior": "higher",
-        },
-        n=96,
-        batch=8,
-        smoke_n=8,
-        smoke_rungs=(50,),
-    ),
-    Task(
         id="effect/wearable",
         version=2,
         summary="Recurring effect of an active day on sleep from 222 confounded days of one person; bends and an interaction",
@@ -219,7 +189,7 @@ def inputs(task: Task, n: int, generator: torch.Generator, device: torch.device)
     if task.id.startswith("posterior/"):
         return {"x": data["x"][index, : observations(task)].to(device)}
     if task.id.startswith("coverage/"):
-        return {"design": data["design"][index].to(device), "estimators": coded(n, generator).to(device)}
+        return {"design": data["design"][index].to(device)}
     # The effect itself stays behind: `score` looks it up under the person's number.
     return {
         "treatment": data["treatment"][index, : days(task)].to(device),
@@ -279,9 +249,8 @@ def score(
         posterior = problem(task).posterior(batch["x"].cpu())
         return _posterior_scores(posterior, outputs.detach().cpu().double(), resample)
     if task.id.startswith("coverage/"):
-        column = kinds(batch["estimators"].cpu()).argsort(1)  # of each estimator, by model
-        statistic = outputs["statistic"].detach().cpu().double().gather(1, column).numpy()
-        rejected = (outputs["p_value"].detach().cpu().double().gather(1, column).numpy() <= 0.05).astype(np.float64)
+        statistic = outputs["statistic"].detach().cpu().double().numpy()
+        rejected = (outputs["p_value"].detach().cpu().double().numpy() <= 0.05).astype(np.float64)
         found = {"power": _mean_score(rejected[:, 1:].mean(1), resample)}
         for k, name in enumerate(ESTIMATORS):
             found["false_alarm" if name == "exact" else f"power_{name}"] = _mean_score(rejected[:, k], resample)

@@ -36,31 +36,7 @@ def simulate_pairs(
     return theta, x.unflatten(0, (len(design), count))
 
 
-def coded(items: int, generator: torch.Generator) -> Tensor:
-    """Numbers int64 [items, 6] that stand for the estimators, each once, in an order of its own for every model. Which
-    stands for which the harness alone looks up (`kinds`), so that answers must come from draws."""
-    codes = torch.randint(2**62, (items, 400), generator=generator)
-    found = kinds(codes)
-    first = torch.stack([(found == kind).int().argmax(1) for kind in range(len(ESTIMATORS))], 1)
-    order = torch.rand(items, len(ESTIMATORS), generator=generator).argsort(1)
-    return codes.gather(1, first.gather(1, order))
-
-
-def kinds(codes: Tensor) -> Tensor:
-    """Places in `ESTIMATORS` of what the numbers stand for: a mixing of their bits (Steele and Vigna 2021)."""
-    return (((codes * 6364136223846793005 + 1442695040888963407) >> 33) & 0x7FFFFFFF) % len(ESTIMATORS)
-
-
-def _estimator(design: Tensor, which: str | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_named`, of one estimator for all models, or of the one that a number [B] stands for."""
-    if isinstance(which, str):
-        return _named(design, which)
-    rows, kind = torch.arange(len(design), device=design.device), kinds(which)
-    gain, shift, covariance = zip(*(_named(design, name) for name in ESTIMATORS), strict=True)
-    return torch.stack(gain)[kind, rows], torch.stack(shift)[kind, rows], torch.stack(covariance)[kind, rows]
-
-
-def _named(design: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
+def _estimator(design: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """Gain [B, 4, 6], shift [B, 4] and covariance [B, 4, 4] of the estimator N(gain x + shift, covariance).
 
     With C the exact posterior covariance, m(x) the exact mean and M = I - C the prior covariance of m(x):
@@ -88,18 +64,17 @@ def _named(design: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
     return gain, shift, covariance
 
 
-def estimator_draws(x: Tensor, design: Tensor, which: str | Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """Draws [B, N, draws, 4] of an estimator, by its name or by a number for each model [B], given x [B, N, 6] of the models
-    design [B, 6, 4]."""
-    gain, shift, covariance = _estimator(design, which)
+def estimator_draws(x: Tensor, design: Tensor, name: str, draws: int, generator: torch.Generator) -> Tensor:
+    """Draws [B, N, draws, 4] of the named estimator given x [B, N, 6] of the models design [B, 6, 4]."""
+    gain, shift, covariance = _estimator(design, name)
     mean = x @ gain.mT + shift[:, None]
     noise = torch.randn(*mean.shape[:2], draws, mean.shape[-1], generator=generator, device=x.device, dtype=x.dtype)
     return mean[:, :, None] + noise @ torch.linalg.cholesky(covariance).mT[:, None]
 
 
-def estimator_log_density(theta: Tensor, x: Tensor, design: Tensor, which: str | Tensor) -> Tensor:
-    """Log density [B, N, S] of an estimator, by name or number, at theta [B, N, S, 4] given x [B, N, 6]."""
-    gain, shift, covariance = _estimator(design, which)
+def estimator_log_density(theta: Tensor, x: Tensor, design: Tensor, name: str) -> Tensor:
+    """Log density [B, N, S] of the named estimator at theta [B, N, S, 4] given x [B, N, 6]."""
+    gain, shift, covariance = _estimator(design, name)
     residual = theta - (x @ gain.mT + shift[:, None])[:, :, None]
     quadratic = ((residual @ torch.linalg.inv(covariance)[:, None]) * residual).sum(-1)
     return -0.5 * (quadratic + torch.logdet(2 * math.pi * covariance)[:, None, None])
