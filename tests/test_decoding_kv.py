@@ -332,6 +332,21 @@ def test_longgen_with_all_layers_full_is_plain_decoding() -> None:
     assert written["sink_window_trained"] != plain
 
 
+def test_longgen_trains_with_what_its_cache_will_hold() -> None:
+    """The loss of the first step is that of the held caches, token by token; the full layers are the middle third."""
+    own, model, ids = plugins.load_class(plugins.methods()["longgen"])(), tiny(5, layers=6), text(5)
+    full = own.full_layers(model)
+    assert list(full) == [2, 3]
+    decoder = HeldDecoder(model, 99, BandCache(6, 2, 7, full=full))
+    with torch.no_grad():
+        logits = torch.cat([decoder.forward([token]) for token in ids[:-1]])[19:]
+        wanted = float(nn.functional.cross_entropy(logits, torch.tensor(ids[20:])))
+    train = own.run.__globals__["train_band"]
+    with torch.enable_grad():
+        found = train(tiny(5, layers=6).requires_grad_(True), [(ids[:20], ids[20:])], full, 2, 7, 1, 0, lambda r, _: r)
+    assert found == pytest.approx(wanted, rel=1e-3)
+
+
 def test_a_band_without_rotation_is_full_attention_under_a_mask() -> None:
     """Layers of both kinds against the model's own attention with a mask, read at once and token by token."""
     model, ids, full = tiny(1, layers=3), text(1), (1,)

@@ -546,6 +546,19 @@ def test_early_exit_cache_equals_one_pass(target: nn.Module) -> None:
         assert torch.allclose(decoder.exit_logits(tail[0]), whole([*held, tail[0]]), atol=1e-4)
 
 
+def test_an_adapter_adds_attention_to_what_the_shallow_layers_say(target: nn.Module) -> None:
+    """norm(h + attention(norm h)): without attention the second norm alone, which starts as the target's last."""
+    adapter: Any = adapter_of(target)
+    inner: Any = target.model
+    hidden = torch.randn(1, 5, 128, generator=torch.Generator().manual_seed(0))
+    rotary = inner.rotary_emb(hidden, torch.arange(5)[None])
+    with torch.no_grad():
+        attended, _ = adapter.attention(adapter.input_norm(hidden), position_embeddings=rotary, attention_mask=None)
+        torch.testing.assert_close(adapter(hidden, rotary), inner.norm(hidden + attended))
+        adapter.attention.o_proj.weight.zero_()
+        torch.testing.assert_close(adapter(hidden, rotary), inner.norm(hidden))
+
+
 def test_adapter_learns_the_targets_distribution(target: nn.Module) -> None:
     data = load_split("sums", "train")
     rows = [
