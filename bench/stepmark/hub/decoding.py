@@ -1,6 +1,6 @@
 """Track decoding, tasks of checkpoint folders: greedy decoding of a language model that somebody brings.
 
-Prompts are lines of a file, or random tokens. Nobody knows right answers: what can be judged is whether a text is the
+Prompts are those of a file, our own, or random tokens. Nobody knows right answers: what can be judged is whether a text is the
 one that plain greedy decoding of the same network writes, and how much of it a budget of target forwards buys.
 """
 
@@ -14,22 +14,23 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from stepmark.hub.prompts import spread
 from stepmark.hub.source import current
-from stepmark.hub.text_tasks import RANDOM_PROMPT, end, prompts, vocabulary
+from stepmark.hub.text_tasks import RANDOM_PROMPT, encoded, end, scored, vocabulary
 from stepmark.task import BadOutput, Score, Task, harness_only
 from stepmark.tracks.decoding import handles as handles
-from stepmark.tracks.decoding import layers as layers
 from stepmark.tracks.decoding import reference_call as reference_call
 from stepmark.tracks.decoding.metrics import agreement
 
 
 def inputs(task: Task, n: int, generator: torch.Generator, device: torch.device) -> dict[str, list[Any]]:
-    """`n` of the prompts in random order, or as many of random tokens."""
+    """`n` of the prompts, of every kind as many as can be, or as many of random tokens."""
     harness_only("the prompts")
     made = current()
-    given = prompts(made)
+    given = scored(made.choice)
     if given:
-        chosen = [given[i] for i in torch.randperm(len(given), generator=generator)[:n].tolist()]
+        order = spread([prompt.kind for prompt in given], torch.randperm(len(given), generator=generator).tolist(), n)
+        chosen = [encoded(made, given[i]) for i in order]
     else:
         chosen = torch.randint(vocabulary(made), (n, RANDOM_PROMPT), generator=generator).tolist()
         stop = end(made.parts["target"])
@@ -51,6 +52,11 @@ def check(task: Task, batch: Mapping[str, Any], outputs: Any) -> None:
             raise BadOutput(f"an output has {len(ids)} tokens; allowed are 1 to {limit}")
         if stop in ids[:-1]:
             raise BadOutput("an output goes on after its end-of-sequence token")
+
+
+def layers(task: Task, role: str, network: nn.Module) -> list[nn.Module]:
+    """The layers of the model itself, or all of it: run once, it is an evaluation, whoever calls it."""
+    return list(getattr(network, "counted", []))
 
 
 def score(
