@@ -153,3 +153,33 @@ def test_a_prompt_file_needs_the_tokenizer_of_the_folder(made: Path, tmp_path: P
         batch = decoding.inputs(target.task, 9, torch.Generator().manual_seed(0), torch.device("cpu"))
     assert sorted(batch["prompt"]) == [[2, 3], [3, 4, 5], [4, 5]]
     assert target.task.n == 3
+
+
+def test_ties_are_as_wide_as_the_model_rounds(opened: Callable[..., hub.Made]) -> None:
+    """In float32 next to nothing; in bfloat16 what passes on a cache differ by, in which greedy decoding stays greedy."""
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        target = opened("llama", items=2, new_tokens=12, rungs=(12,), dtype=dtype)
+        assert source.load("checkpoint/target").own.dtype == getattr(torch, dtype)
+        cell = measured("autoregressive", target.task.id, 12, 1)
+        assert (cell.status, cell.message, cell.quality["exact_match"].value) == ("ok", None, 1.0)
+        found[dtype] = cell.quality["tie"].value
+        ids = target.task.id
+    assert found["float32"] == decoding.TIE
+    assert 0.005 < found["bfloat16"] < 1
+    assert ids.endswith("_bfloat16")
+
+
+def test_a_wrong_text_is_no_tie_in_bfloat16(opened: Callable[..., hub.Made]) -> None:
+    target = opened("llama", items=2, new_tokens=12, rungs=(12,), dtype="bfloat16")
+    judge = Judge(target.task.id)
+    inputs = judge.inputs(2, 0)
+    runner = Runner(plugins.methods()["autoregressive"], target.task.id, "smoke", show_progress=False)
+    outputs = runner.run(inputs, 12, 0).outputs
+    least = judge.networks()["target"]
+    with torch.no_grad():
+        ids = torch.tensor([[*inputs["prompt"][0], *outputs[0][:5]]])
+        outputs[0][5] = int(least(ids).logits[0, -1].argmin())
+    found = judge.score(inputs, outputs, 0)
+    assert found["exact_match"].value == 0.5
+    assert found["first_divergence"].value == (5 + len(outputs[1])) / 2

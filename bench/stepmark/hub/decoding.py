@@ -6,7 +6,7 @@ one that plain greedy decoding of the same network writes, and how much of it a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,10 @@ from stepmark.hub.text_tasks import RANDOM_PROMPT, encoded, end, scored, vocabul
 from stepmark.task import BadOutput, Score, Task, harness_only
 from stepmark.tracks.decoding import handles as handles
 from stepmark.tracks.decoding import reference_call as reference_call
-from stepmark.tracks.decoding.metrics import agreement
+from stepmark.tracks.decoding import steps_of as steps_of
+from stepmark.tracks.decoding.metrics import TIE
+
+TRIED, LISTENED, LIKELY = 4, 48, 8  # texts, their tokens and the likeliest next ones that rounding is measured on
 
 
 def inputs(task: Task, n: int, generator: torch.Generator, device: torch.device) -> dict[str, list[Any]]:
@@ -70,12 +73,15 @@ def score(
 
     first_divergence: mean number of leading tokens that are plain greedy decoding's, which a faster method writes more of
     in the same budget. exact_match: share of outputs that are, as a prefix where the budget ended. tokens: mean number
-    of new tokens.
+    of new tokens. tie: logits less than this apart count as equal, being what rounding alone moves them by (`tolerance`).
     """
     harness_only("scoring")
     lengths = np.array([len(ids) for ids in outputs], dtype=float)
-    pairs = zip(batch["prompt"], outputs, strict=True)
-    agreeing = np.array([agreement(networks["target"], prompt, ids) for prompt, ids in pairs], dtype=float)
+    network: Any = networks["target"]
+    tie = tolerance(network, [tuple(prompt[:LISTENED]) for prompt in batch["prompt"][:TRIED]])
+    agreeing = np.array(
+        [agreement(network, prompt, ids, tie) for prompt, ids in zip(batch["prompt"], outputs, strict=True)], dtype=float
+    )
 
     def mean(values: NDArray[np.float64]) -> Score:
         return Score(float(values.mean()), values[resample].mean(axis=1).tolist())
@@ -84,4 +90,40 @@ def score(
         "first_divergence": mean(agreeing),
         "exact_match": mean((agreeing == lengths).astype(float)),
         "tokens": mean(lengths),
+        "tie": mean(np.full(len(lengths), tie)),
     }
+
+
+def tolerance(network: Any, texts: Sequence[Sequence[int]]) -> float:
+    """How far apart two logits must be for their order to mean something.
+
+    Twice the most by which the distance of a likely token from the likeliest one differs between a forward over a whole
+    text and passes on a cache, which round otherwise: no fixed number serves float32, where that is 1e-4, and bfloat16.
+    """
+    from stepmark.hub.text_networks import in_passes
+
+    most = 0.0
+    for text in texts:
+        with torch.no_grad():
+            whole, parts = (
+                logits.double() for logits in (network(torch.tensor([list(text)], device=network.device)).logits[0],
+                                               in_passes(network, list(text)))
+            )  # fmt: skip
+        likely = whole.topk(min(LIKELY, whole.shape[1]), dim=1).indices
+        apart = [logits.gather(1, likely) - logits.gather(1, likely[:, :1]) for logits in (whole, parts)]
+        most = max(most, float((apart[0] - apart[1]).nan_to_num(0.0).abs().max()))
+    return max(TIE, 2 * most)
+
+
+def agreement(network: Any, prompt: Sequence[int], output: Sequence[int], tie: float) -> int:
+    """How many leading tokens of `output` are those of plain greedy decoding, logits less than `tie` apart being equal.
+
+    One forward over prompt and output, without a cache: token i is greedy if it has the greatest logit after all
+    tokens before it, and by induction the prefix up to the first other token is the greedy continuation.
+    """
+    with torch.no_grad():
+        ids = torch.tensor([[*prompt, *output[:-1]]], device=network.device)
+        logits = network(ids).logits[0, len(prompt) - 1 :].float()
+    taken = logits.gather(1, torch.tensor(output, device=network.device)[:, None])[:, 0]
+    wrong = (taken < logits.amax(1) - tie).nonzero()
+    return int(wrong[0]) if len(wrong) else len(output)

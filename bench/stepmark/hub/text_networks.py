@@ -136,7 +136,7 @@ def deviates(network: Presented, own: Any, single: bool = False) -> str | None:
     noise = _distance(_in_parts(own, network, ids, single), expected) / unit
     if not noise <= allowed:
         return f"its own forward on its own cache is {noise:.2g} standard deviations of a logit off its forward without"
-    driven = _one_by_one(network, ids) if single else _driven(network, ids)
+    driven = in_passes(network, ids) if single else _driven(network, ids)
     found = _distance(driven, expected) / unit
     if not found <= max(4 * noise, allowed / 8):
         return f"driven on a cache its logits are {found:.2g} of their standard deviations off its own forward's"
@@ -156,10 +156,11 @@ def _finite(logits: Tensor) -> Tensor:
     return logits.float().masked_fill(logits == float("-inf"), 0.0)
 
 
-def _one_by_one(network: Presented, ids: list[int]) -> Tensor:
-    """Logits [T, V] by a `Decoder`, token after token behind the first five."""
-    decoder = Decoder(network, len(ids))
-    return torch.cat([decoder.forward(ids[:5]), *(decoder.forward([token]) for token in ids[5:])])
+@torch.no_grad()
+def in_passes(network: Presented, ids: list[int]) -> Tensor:
+    """Logits [T, V] of a text by a `Decoder` on its cache: half of it at once, the rest token after token."""
+    decoder, half = Decoder(network, len(ids)), max(1, len(ids) // 2)
+    return torch.cat([decoder.forward(ids[:half]), *(decoder.forward([token]) for token in ids[half:])])
 
 
 def _driven(network: Presented, ids: list[int]) -> Tensor:
@@ -188,7 +189,8 @@ def _in_parts(own: Any, network: Presented, ids: list[int], single: bool) -> Ten
     from transformers import DynamicCache
 
     cache, found = DynamicCache(config=own.config), []
-    ends = [5, *range(6, len(ids) + 1)] if single else [5, 11, len(ids)]
+    half = len(ids) // 2
+    ends = [*range(half, len(ids) + 1)] if single else [5, 11, len(ids)]
     for start, stop in zip([0, *ends], ends, strict=False):
         part = torch.tensor([ids[start:stop]], device=network.device)
         found.append(own(input_ids=part, past_key_values=cache, use_cache=True).logits[0])
