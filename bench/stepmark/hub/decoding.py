@@ -7,22 +7,23 @@ one that plain greedy decoding of the same network writes, and how much of it a 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from stepmark.hub.prompts import spread
+from stepmark.hub.prompts import decode, has_tokenizer, spread
 from stepmark.hub.source import current
-from stepmark.hub.text_tasks import RANDOM_PROMPT, encoded, end, scored, vocabulary
-from stepmark.task import BadOutput, Score, Task, harness_only
+from stepmark.hub.text_tasks import RANDOM_PROMPT, calibration, encoded, end, scored, vocabulary
+from stepmark.task import BadOutput, Score, Task, harness_only, skip
 from stepmark.tracks.decoding import handles as handles
 from stepmark.tracks.decoding import reference_call as reference_call
 from stepmark.tracks.decoding import steps_of as steps_of
 from stepmark.tracks.decoding.metrics import TIE
 
+TEXTS_KEPT = 20  # texts of a cell that are kept to look at
 TRIED, LISTENED, LIKELY = 4, 48, 8  # texts, their tokens and the likeliest next ones that rounding is measured on
 
 
@@ -57,6 +58,25 @@ def check(task: Task, batch: Mapping[str, Any], outputs: Any) -> None:
             raise BadOutput("an output goes on after its end-of-sequence token")
 
 
+class Looked(dict[str, list[str]]):
+    """Prompts to look at beforehand. A method that asks for more is skipped."""
+
+    def __missing__(self, key: str) -> NoReturn:
+        skip(current().task.untrained)
+
+
+def train(task: Task) -> Mapping[str, Any]:
+    """What a method may look at beforehand: prompts of the checkpoint that are never scored, as texts for `lm.encode`."""
+    found = calibration(current().choice)
+    return Looked(prompt=[prompt.text for prompt in found]) if found else skip(task.untrained)
+
+
+def text_of(ids: Sequence[int]) -> str:
+    """The text of token ids; the ids themselves where the folder has no tokenizer."""
+    folder = current().parts["target"].folder
+    return decode(folder, ids) if has_tokenizer(folder) else " ".join(map(str, ids))
+
+
 def layers(task: Task, role: str, network: nn.Module) -> list[nn.Module]:
     """The layers of the model itself, or all of it: run once, it is an evaluation, whoever calls it."""
     return list(getattr(network, "counted", []))
@@ -80,7 +100,8 @@ def score(
     network: Any = networks["target"]
     tie = tolerance(network, [tuple(prompt[:LISTENED]) for prompt in batch["prompt"][:TRIED]])
     agreeing = np.array(
-        [agreement(network, prompt, ids, tie) for prompt, ids in zip(batch["prompt"], outputs, strict=True)], dtype=float
+        [agreement(network, prompt, ids, tie) for prompt, ids in zip(batch["prompt"], outputs, strict=True)],
+        dtype=float,
     )
 
     def mean(values: NDArray[np.float64]) -> Score:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from stepmark import plugins
 from stepmark.hub.choice import DTYPES, Made
+from stepmark.hub.prompts import OWN
 from stepmark.hub.text_tasks import prompts_of
 
 TOKENIZER = ("tokenizer*.json", "tokenizer.model", "chat_template*")
@@ -37,7 +38,7 @@ def of_prompts(made: Made) -> str:
     sha = hashlib.sha256(f"{made.new_tokens}{' chat' if made.choice.chat else ''}".encode())
     file = prompts_of(made.choice)
     if file is not None:
-        sha.update(_of_file(file).encode())
+        sha.update(_of_file(file).encode() + _of_file(OWN).encode())  # of our own some are looked at beforehand
         inside = [p for name in ENCODERS for p in sorted((made.folder / name).glob("*")) if p.is_file()]
         for path in [*inside, *sorted(p for name in TOKENIZER for p in made.folder.glob(name))]:
             sha.update(f"{path.name} {_of_file(path)}".encode())

@@ -305,7 +305,9 @@ def ask_cache(
     except RuntimeError:
         if queries.dtype == torch.float32:
             raise
-        skip(f"attends by itself over its cache, in float32; this model is in {str(queries.dtype).removeprefix('torch.')}")
+        skip(
+            f"attends by itself over its cache, in float32; this model is in {str(queries.dtype).removeprefix('torch.')}"
+        )
     return outputs.transpose(0, 1)[None], None
 
 
