@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -71,23 +70,6 @@ def test_items_are_spread_over_the_kinds() -> None:
     kinds = ["a"] * 6 + ["b"] * 2 + ["c"]
     assert Counter(kinds[i] for i in prompts.spread(kinds, range(9), 6)) == {"a": 3, "b": 2, "c": 1}
     assert prompts.spread(kinds, [5, 6, 0], 2) == [5, 6]
-
-
-@pytest.fixture
-def reader(made: Path, tmp_path: Path, alone: None) -> Path:
-    """The folder of a model with a tokenizer that appends an end-of-sequence token, and a chat template."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    letters = ["<pad>", "<s>", "</s>", "<unk>", *map(chr, range(33, 124))]
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(letters)}, "<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    words.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
-    made_one = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    made_one.chat_template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[a]"
-    shutil.copytree(made / "llama", tmp_path / "model")
-    made_one.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
 
 
 def test_a_prompt_does_not_end_a_text(reader: Path) -> None:

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from stepmark.hub.prompts import decode, has_tokenizer, spread
+from stepmark.hub.prompts import decode, encode, has_tokenizer, spread
 from stepmark.hub.source import current
-from stepmark.hub.text_tasks import RANDOM_PROMPT, calibration, encoded, end, scored, vocabulary
+from stepmark.hub.text_tasks import RANDOM_PROMPT, calibration, encoded, end, longest, scored, vocabulary
 from stepmark.task import BadOutput, Score, Task, harness_only, skip
 from stepmark.tracks.decoding import handles as handles
 from stepmark.tracks.decoding import reference_call as reference_call
@@ -75,6 +75,18 @@ def text_of(ids: Sequence[int]) -> str:
     """The text of token ids; the ids themselves where the folder has no tokenizer."""
     folder = current().parts["target"].folder
     return decode(folder, ids) if has_tokenizer(folder) else " ".join(map(str, ids))
+
+
+def ids_of(text: str, room: int) -> list[int]:
+    """Token ids of a text, the last ones where it and `room` new tokens are more than the models see."""
+    made = current()
+    ids = encode(made.parts["target"].folder, text, made.choice.chat)
+    return ids[-(min(map(longest, made.parts.values())) - room) :]
+
+
+def new_tokens() -> int:
+    """Tokens written to a prompt at most."""
+    return current().new_tokens
 
 
 def layers(task: Task, role: str, network: nn.Module) -> list[nn.Module]:
