@@ -154,8 +154,9 @@ def made_from(choice: Choice, part: Part) -> Made:
         bounded=("target",),
         rungs=rungs,
         n=items,
-        batch=min(items, 8),
+        batch=min(items, 4),
         probe=1,
+        rounds=3,  # a real model takes seconds for a text
         seeds=1,
         smoke_n=min(items, 2),
         smoke_rungs=rungs[:1],
