@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from stepmark.leaderboard import pace
 from stepmark.leaderboard.comparisons import comparisons, in_a_sentence
 from stepmark.leaderboard.estimates import figure, with_interval
 from stepmark.leaderboard.groups import grouped
@@ -29,6 +30,8 @@ def show(records: Sequence[Record]) -> str:
 
         better = f"{metric} ({task.metrics[metric]} is better)"
         head = ("rung", "group", "method", better, "NFE", "NFE-eq", "ms/item", "speed-up", "peak MiB", "status")
+        texts = pace.shown(mine)  # on a checkpoint: what a token costs stands beside
+        head = (*head[:-1], *(pace.HEAD if texts else ()), head[-1])
         body = [
             (
                 str(row.rung),
@@ -40,11 +43,12 @@ def show(records: Sequence[Record]) -> str:
                 figure(row.latency_ms.value if row.latency_ms else None),
                 f"{figure(row.speedup.value)}x" if row.speedup else "-",
                 figure(row.memory_mib),
+                *(pace.cells(pace.pace(row, mine)) if texts else ()),
                 _printable(row.status + (f": {row.notes[0][:80]}" if row.notes else "")),
             )
             for row in sorted(mine, key=order)
         ]
-        lines = _aligned(head, body, (1, 2, 9))
+        lines = _aligned(head, body, (1, 2, len(head) - 1))
         title = f"{task_id} v{task.version} on {place}; rungs in {task.unit}"
         if task.origin:
             title += f"\n{_printable(task.origin)}"

@@ -183,3 +183,29 @@ def test_a_wrong_text_is_no_tie_in_bfloat16(opened: Callable[..., hub.Made]) -> 
     found = judge.score(inputs, outputs, 0)
     assert found["exact_match"].value == 0.5
     assert found["first_divergence"].value == (5 + len(outputs[1])) / 2
+
+
+def test_a_table_of_texts_says_what_a_token_costs(made: Path, opened: Callable[..., hub.Made]) -> None:
+    """Speed-up per token sets a longer text against its baseline's; the prefill alone is the time to the first token."""
+    from stepmark.leaderboard import pace, tables
+    from stepmark.leaderboard.rows import cells, from_folders
+
+    target = opened("llama", draft=str(made / "draft"), items=2, new_tokens=8, rungs=(1, 4))
+    found = [
+        run.measure(Cell(method, target.task.id, rung, 0, "smoke"), show_progress=False)
+        for method in ("autoregressive", "prompt_lookup")
+        for rung in (1, 4)
+    ]
+    table = {(r.method, r.rung): r for r in cells(found, from_folders(found))}
+    mine, base = table["prompt_lookup", 4], table["autoregressive", 4]
+    got = pace.pace(mine, table.values())
+    tokens = mine.quality["tokens"].value
+    assert got.tokens_per_forward == pytest.approx(tokens / mine.nfe)  # type: ignore[operator]
+    assert mine.latency_ms is not None
+    assert mine.speedup is not None
+    assert got.ms_per_token == pytest.approx(mine.latency_ms.value / tokens)
+    assert got.speedup == pytest.approx(mine.speedup.value * tokens / base.quality["tokens"].value)
+    assert got.first_ms == table["prompt_lookup", 1].latency_ms.value  # type: ignore[union-attr]
+    assert pace.pace(base, table.values()).tokens_per_forward == 1
+    head = tables.show(found).splitlines()[2]
+    assert all(name in head for name in pace.HEAD)
