@@ -175,9 +175,9 @@ def test_a_forward_that_is_driven_wrongly_is_never_used(monkeypatch: pytest.Monk
     """Layers that give other logits are left alone; a model whose own cache errs is refused."""
     own = tiny("qwen3")
     assert text_networks.presented(own, 96, 2, [2]).kinds.layers == ""
-    monkeypatch.setattr("stepmark.hub.presented.Layer.forward", lambda self, hidden, **_: hidden * 1.01)
+    monkeypatch.setattr("stepmark.hub.layers.Layer.forward", lambda self, hidden, **_: hidden * 1.01)
     assert "other logits" in text_networks.presented(own, 96, 2, [2]).kinds.layers
-    monkeypatch.setattr("stepmark.hub.presented.Whole.forward", lambda self, hidden, **_: hidden * 1.01)
+    monkeypatch.setattr("stepmark.hub.whole.Whole.forward", lambda self, hidden, **_: hidden * 1.01)
     with pytest.raises(text_networks.Unfit, match="standard deviations off its own forward's"):
         text_networks.presented(own, 96, 2, [2])
 

@@ -80,7 +80,7 @@ def _object(path: Path, number: int, line: str) -> Prompt:
 def spread(kinds: Sequence[str], order: Sequence[int], n: int) -> list[int]:
     """`n` of the items in `order`, as evenly over their kinds as can be: the first of every kind, then the second ..."""
     seen: dict[str, int] = {}
-    ranks = []
+    ranks: list[tuple[int, int, int]] = []
     for item in order:
         ranks.append((seen.setdefault(kinds[item], 0), len(ranks), item))
         seen[kinds[item]] += 1

@@ -71,7 +71,8 @@ def switch(made: Made | None) -> None:
     """Close the checkpoint that is open, let go of its networks, and open another (None: none)."""
     global _open, _words
     if _words is not None:
-        importlib.import_module(LM).tokenizer, _words = _words, None
+        before: Any = importlib.import_module(LM)
+        before.tokenizer, _words = _words, None
     if _open is not None:
         plugins.remove_source(_open)
         backbones.remove_source(PREFIX)

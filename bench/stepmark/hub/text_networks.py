@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from stepmark.hub.choice import Made, Part
-from stepmark.hub.presented import Kinds, Presented, Unfit
+from stepmark.hub.layers import Kinds
+from stepmark.hub.presented import Presented
 from stepmark.hub.pretrained import first_line, opened, whole
+from stepmark.hub.stage import Unfit
 from stepmark.hub.text_tasks import end, ends, vocabulary
 from stepmark.task import Skip
 from stepmark.tracks.decoding.decoder import Decoder
@@ -66,7 +68,7 @@ def decided(part: Part) -> Any:
         raise ValueError(
             f"{said}: its weights are quantised; load it where it is trusted, dequantize(), save_pretrained"
         )
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if kind is None or getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{said}: to transformers it is no decoder that goes on with a text")
     asked = inspect.signature(kind.forward).parameters
