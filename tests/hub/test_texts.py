@@ -209,3 +209,11 @@ def test_a_table_of_texts_says_what_a_token_costs(made: Path, opened: Callable[.
     assert pace.pace(base, table.values()).tokens_per_forward == 1
     head = tables.show(found).splitlines()[2]
     assert all(name in head for name in pace.HEAD)
+
+
+@pytest.mark.parametrize("method", ["h2o", "sink_window"])
+def test_a_share_of_a_short_prompt_is_no_cache_of_two_tokens(opened: Callable[..., hub.Made], method: str) -> None:
+    """Of a prompt of 24 tokens nothing is evicted yet: the text is greedy decoding's."""
+    target = opened("llama", items=2, new_tokens=8, rungs=(8,))
+    found = measured(method, target.task.id, 8, 1)
+    assert (found.status, found.quality["exact_match"].value) == ("ok", 1)
