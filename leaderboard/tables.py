@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from stepmark.leaderboard import pace
 from stepmark.leaderboard.comparisons import comparisons, in_a_sentence
 from stepmark.leaderboard.estimates import figure, with_interval
 from stepmark.leaderboard.groups import assign_groups
@@ -46,6 +47,8 @@ def show(records: Sequence[Record], metrics: Sequence[str] = (), seeds: int | No
 
         better = [f"{metric} ({task.metrics[metric]} is better)" for metric in shown]
         head = ("rung", "group", "method", *better, "NFE", "NFE-eq", "ms/item", "speed-up", "peak MiB", "status")
+        texts = pace.shown(mine)  # on a checkpoint: what a token costs stands beside
+        head = (*head[:-1], *(pace.HEAD if texts else ()), head[-1])
         body = [
             (
                 str(row.rung),
@@ -57,6 +60,7 @@ def show(records: Sequence[Record], metrics: Sequence[str] = (), seeds: int | No
                 figure(row.latency_ms.value if row.latency_ms else None),
                 f"{figure(row.speedup.value)}x" if row.speedup else "-",
                 figure(row.memory_mib),
+                *(pace.cells(pace.pace(row, mine)) if texts else ()),
                 _printable(row.status + (f": {row.notes[0][:80]}" if row.notes else "")),
             )
             for row in sorted(mine, key=order)

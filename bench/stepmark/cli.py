@@ -194,9 +194,17 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     found.add_argument("--no-timing", action="store_true", help="skip latency, memory and energy")
     found.add_argument("--again", action="store_true", help="run also what has a record already")
     found.add_argument(
-        "--via", choices=["lm-eval"], help="run language methods under lm-eval on the same tasks instead"
+        "--via",
+        choices=["lm-eval"],
+        help="run language methods under lm-eval on the same tasks instead, or on tasks of its own with --backbone",
     )
     found.add_argument("--limit", type=int, default=None, help="with --via: items per task")
+    found.add_argument(
+        "--lm-tasks",
+        metavar="FOLDER",
+        help="with --via lm-eval and --backbone: a folder of lm-eval's task files (*.yaml) with data on this machine; "
+        "--task NAME chooses some. Without it --task names tasks that lm-eval itself brings",
+    )
     found.add_argument("--quiet", action="store_true", help="no table at the end")
 
     found = command(

@@ -95,7 +95,7 @@ def _walk(cell: Cell, mine: Worker, timing: bool) -> tuple[dict[str, Any], sampl
     beside = {"processes": str(mine.ranks), "cores": str(machine.usable_cores())} if mine.ranks > 1 else {}
     if cell.seed or not judge.task.shown:
         return found, None, beside
-    shown = samples.of_outputs(answers.inputs, answers.outputs)
+    shown = samples.of_outputs(answers.inputs, answers.outputs, judge.track)
     return found, samples.marked(shown, mine, answers.inputs, cell.rung, cell.seed), beside
 
 

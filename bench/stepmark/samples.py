@@ -139,15 +139,21 @@ def source_of(digests: Mapping[str, str]) -> str:
 # making -----------------------------------------------------------------------------------------
 
 
-def of_outputs(inputs: Mapping[str, Any], outputs: Any) -> Shown | None:
-    """The first items of a quality pass; None where there is nothing to look at."""
+def _decoder(track: Any) -> Callable[[list[int]], str]:
+    """What makes texts of token ids: the track's own `text_of` where it has another vocabulary."""
+    from stepmark.backbones.lm import decode
+
+    return getattr(track, "text_of", decode)
+
+
+def of_outputs(inputs: Mapping[str, Any], outputs: Any, track: Any = None) -> Shown | None:
+    """The first items of a quality pass; None where there is nothing to look at. `track`: the module of the task."""
     noise, prompts = inputs.get("noise"), inputs.get("prompt")
     if prompts is not None and isinstance(outputs, list):
-        from stepmark.backbones.lm import decode
-
+        decode, most = _decoder(track), getattr(track, "TEXTS_KEPT", TEXTS)
         texts = [found[0] if isinstance(found[0], list) else found for found in outputs]  # of several, the first
         pairs = [(decode(list(prompt)), decode(list(ids))) for prompt, ids in zip(prompts, texts, strict=True)]
-        return Texts(pairs=[(prompt[:5000], text[:5000]) for prompt, text in pairs[:TEXTS]])
+        return Texts(pairs=[(prompt[:5000], text[:5000]) for prompt, text in pairs[:most]])
     if noise is None or getattr(outputs, "shape", None) != noise.shape:
         return None
     if outputs.ndim == 4 and outputs.shape[1] in {1, 3}:
@@ -164,18 +170,18 @@ def of_outputs(inputs: Mapping[str, Any], outputs: Any) -> Shown | None:
 
 def marked(shown: Shown | None, worker: Worker, inputs: Mapping[str, Any], rung: int, seed: int) -> Shown | None:
     """Texts with their drafts marked, where the method drafts: its first items are decoded once more and listened to."""
-    from stepmark.backbones.lm import decode
     from stepmark.cell import cut
 
     if not isinstance(shown, Texts):
         return shown
+    decode = _decoder(worker.template.track)
     marks: list[list[tuple[str, Mark]]] = []
-    for i, (_, text) in enumerate(shown.pairs):
+    for i, (_, text) in enumerate(shown.pairs[:TEXTS]):
         heard = worker.drafts(cut(inputs, i, i + 1), rung, seed)
         if heard is None:
             return shown
         written, steps = heard
-        if decode(written) != text or not any(draft for draft, _ in steps):
+        if decode(written)[:5000] != text or not any(draft for draft, _ in steps):
             return shown  # another text, where the random stream is shared by a batch; or nothing is drafted
         marks.append([(words, mark) for mark, ids in _pieces(steps, len(written)) if (words := decode(ids))])
     return shown.model_copy(update={"marks": marks})
@@ -371,7 +377,7 @@ def remake(record: Record, device: str = "cpu", prepare: bool = False) -> Shown 
         inputs = cell.cut(judge.inputs(task.items(record.tier), record.seed), 0, task.batch)
         outputs = worker.run(inputs, record.rung, record.seed).outputs
         judge.check(inputs, outputs)
-        shown = of_outputs(inputs, outputs)
+        shown = of_outputs(inputs, outputs, judge.track)
         return marked(shown, worker, inputs, record.rung, record.seed) or "there is nothing to look at"
     finally:
         worker.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import inspect
 import random
 import time
@@ -137,6 +138,10 @@ class Session:
         """The dataset's train split. Only `prepare` may look at it."""
         if self._stage not in ("networks", "prepare"):
             raise Sealed("session.train is for prepare; run gets its inputs as batch and its state as session.state")
+        if self.task.module:
+            brought = getattr(importlib.import_module(self.task.module), "train", None)
+            if brought is not None:
+                return brought(self.task)
         if self.task.untrained:
             skip(self.task.untrained)
         return load_split(self.task.dataset, "train")

@@ -19,7 +19,7 @@ SCORED: dict[str, dict[str, Any]] = {
     "image": {"unit": "NFE", "metrics": {"endpoint_error": "lower", "reference_error": "lower"}},
     "decoding": {
         "unit": "target forwards",
-        "metrics": {"first_divergence": "higher", "exact_match": "higher", "tokens": "higher"},
+        "metrics": {"first_divergence": "higher", "exact_match": "higher", "tokens": "higher", "tie": "lower"},
     },
 }
 

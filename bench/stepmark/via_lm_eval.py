@@ -7,11 +7,14 @@ The tasks are built from Stepmark's own datasets in memory: no task files, no do
 an ordinary lm-eval task, with exact match. Of other tasks the method gets the harness's own items, and lm-eval shows the
 metrics of the track; models that only tell the next word, or the likelihood of a text, are asked for those. Outputs are
 the same as through the harness, which also counts here: `StepmarkLM.counts` holds the evaluations of every network.
+
+On a checkpoint that is open the tasks are lm-eval's own (`evaluate_own`): what a faster method costs in right answers.
 Needs the extra `stepmark[lm-eval]`.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -31,7 +34,8 @@ ANSWERED = ("sums", "words", "hops")  # datasets whose texts end in an answer
 
 
 class StepmarkLM(LM):
-    """A prepared method at one rung. Text in and out is space-separated words of Stepmark's vocabulary.
+    """A prepared method at one rung. Text in and out is space-separated words of Stepmark's vocabulary; on a checkpoint
+    any text, in the tokens of its folder.
 
     items: the inputs of the harness; a request whose document has an "item" is answered for that one of them.
     """
@@ -42,6 +46,8 @@ class StepmarkLM(LM):
         self.judge = Judge(runner.task.id, runner.device)
         self.counts: dict[str, float] = {}
         self.outputs: dict[int, list[int]] = {}
+        self.seconds = self.tokens = 0.0  # of the calls, and written in them
+        self.most = MAX_NEW_TOKENS.get(runner.task.dataset) or runner.track.new_tokens()
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Continuations of the contexts, up to the first stop string of each request."""
@@ -54,26 +60,39 @@ class StepmarkLM(LM):
             if self.items:
                 batch = {key: [values[i] for i in chosen] for key, values in self.items.items()}
             else:
-                most = MAX_NEW_TOKENS[self.runner.task.dataset]
+                lengths = [min(self.most, options.get("max_gen_toks") or self.most) for _, options in arguments]
                 batch = {
-                    "prompt": [encode(context) for context, _ in arguments],
-                    "max_new_tokens": [min(most, options.get("max_gen_toks") or most) for _, options in arguments],
-                    "temperature": [float(options.get("temperature") or 0.0) for _, options in arguments],
+                    "prompt": [self._prompt(asked[0], n) for asked, n in zip(arguments, lengths, strict=True)],
+                    "max_new_tokens": lengths,
+                    "temperature": [temperature_of(options) for _, options in arguments],
                 }
             outputs = self._run(batch, index)
             self.outputs |= dict(zip(chosen, outputs, strict=bool(chosen)))
-            for ids, (_, options) in zip(outputs, arguments, strict=True):
-                text = decode(ids)
-                for stop in options.get("until") or []:
-                    text = text.partition(stop)[0] if stop else text
-                texts.append(text)
+            for prompt, ids, (_, options) in zip(batch["prompt"], outputs, arguments, strict=True):
+                texts.append(until(self._text(prompt, ids), options.get("until")))
         return texts
 
+    def _prompt(self, text: str, room: int) -> list[int]:
+        """Token ids of a context; on a checkpoint its last ones, as many as the model sees before `room` new ones."""
+        track = self.runner.track
+        return track.ids_of(text, room) if hasattr(track, "ids_of") else encode(text)
+
+    def _text(self, prompt: list[int], ids: list[int]) -> str:
+        """What was written after a prompt, with the space that it begins with."""
+        if not hasattr(self.runner.track, "text_of"):
+            return decode(ids)
+        before, whole = (self.runner.track.text_of(each) for each in (prompt, [*prompt, *ids]))
+        return str(whole[len(before) :] if whole.startswith(before) else self.runner.track.text_of(ids))
+
     def _run(self, batch: dict[str, Any], index: int) -> Any:
+        start = time.perf_counter()
         call = self.runner.run(batch, self.rung, self.seed, index)
+        self.seconds += time.perf_counter() - start
         self.judge.check(batch, call.outputs)
         for name, figures in call.handles.items():
             self.counts[name] = self.counts.get(name, 0.0) + figures["evaluations"]
+        if "max_new_tokens" in batch:
+            self.tokens += sum(len(ids) for ids in call.outputs)
         return call.outputs
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -83,14 +102,27 @@ class StepmarkLM(LM):
             return [self._next_words(index, *request.args) for index, request in enumerate(requests)]
         if self.items:
             return self._choices(requests)
-        return [self._loglikelihood(encode(request.args[0]), encode(request.args[1])) for request in requests]
+        return [self._loglikelihood(*self._pair(*request.args)) for request in requests]
+
+    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Token ids of a context and of what goes on: spaces between them belong to what goes on, and tokens that stand
+        across the border too."""
+        track = self.runner.track
+        if not hasattr(track, "ids_of"):
+            return encode(context), encode(continuation)
+        bare = context.rstrip()
+        before, whole = track.ids_of(bare, 0) if bare else [], track.ids_of(context + continuation, 0)
+        before = before or whole[:1]
+        shared = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
+        start = min(max(shared, 1), len(whole) - 1)
+        return whole[:start], whole[start:]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """log p(text): where the method bounds likelihoods, the bound; else the target's, from its second word on, as the
         vocabulary has no start token."""
         found = []
         for index, request in enumerate(requests):
-            ids = encode(request.args[0])
+            ids = self._prompt(request.args[0], 0)
             if self.runner.task.id.startswith("likelihood/"):
                 tokens = torch.tensor([ids], device=self.runner.device)
                 found.append(-float(self._run({"tokens": tokens}, index)[0]))
@@ -126,6 +158,18 @@ class StepmarkLM(LM):
             logp = target(ids[:, :-1], use_cache=False).logits[0, -len(continuation) :].double().log_softmax(-1)
         taken = logp.gather(1, ids[0, -len(continuation) :, None])[:, 0]
         return float(taken.sum()), bool((taken == logp.amax(1)).all())
+
+
+def until(text: str, stops: str | Sequence[str] | None) -> str:
+    """A text up to the first of the stop strings."""
+    for stop in [stops] if isinstance(stops, str) else stops or []:
+        text = text.partition(stop)[0] if stop else text
+    return text
+
+
+def temperature_of(options: Mapping[str, Any]) -> float:
+    """0 where no sampling is asked for, whatever temperature stands beside."""
+    return 0.0 if options.get("do_sample") is False else float(options.get("temperature") or 0.0)
 
 
 def local_task(dataset: str, n: int) -> dict[str, Any]:
@@ -267,3 +311,41 @@ def evaluate(
         log_samples=True,
     )
     return dict(found or {}) | {"counts": model.counts}
+
+
+def own_tasks(folder: str | None) -> Any:
+    """lm-eval's task manager: of the task files in a folder, else of all that lm-eval brings (this takes seconds)."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=folder, include_defaults=False) if folder else TaskManager()
+
+
+def evaluate_own(
+    method: str, task: str, tasks: Sequence[str], manager: Any, rung: int, n: int | None, device: str, tier: str
+) -> dict[str, Any]:
+    """`lm_eval.simple_evaluate` of a method on a checkpoint that is open, on lm-eval's own tasks; adds "counts" and
+    "ms_per_token".
+
+    Args:
+        task: id of the checkpoint's task. tasks: names that `manager` knows. rung: target forwards a text may take.
+        n: documents of each task at most; None: all.
+
+    Raises:
+        ValueError: a task cannot be loaded. One line.
+    """
+    import lm_eval
+
+    runner = Runner(plugins.methods()[method], task, tier, device, show_progress=False)
+    model = StepmarkLM(runner, rung)
+    try:
+        found = lm_eval.simple_evaluate(
+            model=model, tasks=list(tasks), task_manager=manager, limit=n, bootstrap_iters=0, log_samples=False
+        )
+    except (OSError, ConnectionError) as error:
+        line = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"the data of {', '.join(tasks)} are not on this machine ({line}); give task files with local data_files by "
+            "--lm-tasks FOLDER"
+        ) from error
+    speed = 1000 * model.seconds / model.tokens if model.tokens else None
+    return dict(found or {}) | {"counts": model.counts, "ms_per_token": speed}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -119,3 +120,20 @@ def opened(made: Path) -> Iterator[Callable[..., hub.Made]]:
 
     yield switch
     close()
+
+
+@pytest.fixture
+def reader(made: Path, tmp_path: Path, alone: None) -> Path:
+    """The folder of a model with a tokenizer that appends an end-of-sequence token, and a chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<pad>", "<s>", "</s>", "<unk>", *map(chr, range(33, 124))]
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(letters)}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    words.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    made_one = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    made_one.chat_template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[a]"
+    shutil.copytree(made / "llama", tmp_path / "model")
+    made_one.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from stepmark import hub, plugins, record, run, suite
 from stepmark.cell import Cell
 from stepmark.hub import Choice, image, source
+from stepmark.judge import Judge
 from stepmark.method import Method
 from stepmark.tracks.image.schedules import schedule_of, uniform_times
 from stepmark.tracks.image.solvers import Denoiser, ddim_step, euler_step
@@ -215,3 +216,18 @@ def test_prompts_are_encoded_by_the_pipeline_itself(made: Path, tmp_path: Path) 
     with hub.using(Choice(str(tmp_path / "pipe"), prompts=str(prompts), guidance=2.0, items=3)) as target:
         again = plugins.source_digests(plugins.methods()["ddim"], target.task)
     assert {name for name in again if again[name] != first[1][name]} == {"dataset"}
+
+
+@pytest.mark.parametrize("name", ["unet_text", "dit", "dit_flow", "pixart"])
+def test_a_network_in_bfloat16_is_sampled_in_float32(opened: Callable[..., hub.Made], name: str) -> None:
+    """Its own solution is what it is held against, and is near the one in full precision."""
+    ends, inputs = {}, {}
+    for dtype in ("float32", "bfloat16"):
+        target = opened(name, items=2, guidance=2.0, dtype=dtype)
+        network = source.load("checkpoint/teacher")
+        assert next(network.model.parameters()).dtype == getattr(torch, dtype)
+        inputs = inputs or Judge(target.task.id).inputs(2, 0)
+        ends[dtype] = image.solution(network, inputs["noise"], inputs["condition"], 8)
+        assert ends[dtype].dtype == torch.float32
+    apart = (ends["bfloat16"] - ends["float32"]).square().mean().sqrt()
+    assert 0 < apart < 0.1 * ends["float32"].square().mean().sqrt()

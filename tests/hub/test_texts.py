@@ -153,3 +153,67 @@ def test_a_prompt_file_needs_the_tokenizer_of_the_folder(made: Path, tmp_path: P
         batch = decoding.inputs(target.task, 9, torch.Generator().manual_seed(0), torch.device("cpu"))
     assert sorted(batch["prompt"]) == [[2, 3], [3, 4, 5], [4, 5]]
     assert target.task.n == 3
+
+
+def test_ties_are_as_wide_as_the_model_rounds(opened: Callable[..., hub.Made]) -> None:
+    """In float32 next to nothing; in bfloat16 what passes on a cache differ by, in which greedy decoding stays greedy."""
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        target = opened("llama", items=2, new_tokens=12, rungs=(12,), dtype=dtype)
+        assert source.load("checkpoint/target").own.dtype == getattr(torch, dtype)
+        cell = measured("autoregressive", target.task.id, 12, 1)
+        assert (cell.status, cell.message, cell.quality["exact_match"].value) == ("ok", None, 1.0)
+        found[dtype] = cell.quality["tie"].value
+        ids = target.task.id
+    assert found["float32"] == decoding.TIE
+    assert 0.005 < found["bfloat16"] < 1
+    assert ids.endswith("_bfloat16")
+
+
+def test_a_wrong_text_is_no_tie_in_bfloat16(opened: Callable[..., hub.Made]) -> None:
+    target = opened("llama", items=2, new_tokens=12, rungs=(12,), dtype="bfloat16")
+    judge = Judge(target.task.id)
+    inputs = judge.inputs(2, 0)
+    runner = Runner(plugins.methods()["autoregressive"], target.task.id, "smoke", show_progress=False)
+    outputs = runner.run(inputs, 12, 0).outputs
+    least = judge.networks()["target"]
+    with torch.no_grad():
+        ids = torch.tensor([[*inputs["prompt"][0], *outputs[0][:5]]])
+        outputs[0][5] = int(least(ids).logits[0, -1].argmin())
+    found = judge.score(inputs, outputs, 0)
+    assert found["exact_match"].value == 0.5
+    assert found["first_divergence"].value == (5 + len(outputs[1])) / 2
+
+
+def test_a_table_of_texts_says_what_a_token_costs(made: Path, opened: Callable[..., hub.Made]) -> None:
+    """Speed-up per token sets a longer text against its baseline's; the prefill alone is the time to the first token."""
+    from stepmark.leaderboard import pace, tables
+    from stepmark.leaderboard.rows import cells, from_folders
+
+    target = opened("llama", draft=str(made / "draft"), items=2, new_tokens=8, rungs=(1, 4))
+    found = [
+        run.measure(Cell(method, target.task.id, rung, 0, "smoke"), show_progress=False)
+        for method in ("autoregressive", "prompt_lookup")
+        for rung in (1, 4)
+    ]
+    table = {(r.method, r.rung): r for r in cells(found, from_folders(found))}
+    mine, base = table["prompt_lookup", 4], table["autoregressive", 4]
+    got = pace.pace(mine, table.values())
+    tokens = mine.quality["tokens"].value
+    assert got.tokens_per_forward == pytest.approx(tokens / mine.nfe)  # type: ignore[operator]
+    assert mine.latency_ms is not None
+    assert mine.speedup is not None
+    assert got.ms_per_token == pytest.approx(mine.latency_ms.value / tokens)
+    assert got.speedup == pytest.approx(mine.speedup.value * tokens / base.quality["tokens"].value)
+    assert got.first_ms == table["prompt_lookup", 1].latency_ms.value  # type: ignore[union-attr]
+    assert pace.pace(base, table.values()).tokens_per_forward == 1
+    head = tables.show(found).splitlines()[2]
+    assert all(name in head for name in pace.HEAD)
+
+
+@pytest.mark.parametrize("method", ["h2o", "sink_window"])
+def test_a_share_of_a_short_prompt_is_no_cache_of_two_tokens(opened: Callable[..., hub.Made], method: str) -> None:
+    """Of a prompt of 24 tokens nothing is evicted yet: the text is greedy decoding's."""
+    target = opened("llama", items=2, new_tokens=8, rungs=(8,))
+    found = measured(method, target.task.id, 8, 1)
+    assert (found.status, found.quality["exact_match"].value) == ("ok", 1)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stepmark import devices, plugins
+from stepmark.hub.choice import DTYPES
 from stepmark.places import writable_cache
 
 if TYPE_CHECKING:
@@ -44,9 +45,9 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         "A folder in one of Hugging Face's formats, with weights in safetensors; nothing is downloaded and no code of\n"
         "the folder is run. Image networks (UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel,\n"
         "PixArtTransformer2DModel, alone with a scheduler_config.json or as a whole pipeline) are followed to where their\n"
-        "own ODE leads: endpoint_error is the distance from there. Language models (Llama, Mistral, Qwen2, Qwen3 ...)\n"
-        "write greedily: first_divergence is how many tokens of plain greedy decoding a budget buys. Methods that need\n"
-        "training data are skipped.",
+        "own ODE leads: endpoint_error is the distance from there. Language models, every decoder of transformers whose\n"
+        "cache is one of its own, write greedily: first_divergence is how many tokens of plain greedy decoding a budget\n"
+        "buys. Methods that need training data are skipped.",
     )
     group.add_argument(
         "--backbone", metavar="FOLDER", help="the checkpoint; may be the unet/ or transformer/ of a pipeline"
@@ -62,9 +63,14 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prompts",
         metavar="FILE",
-        help="one prompt a line, read by the tokenizer (and text encoder) of the folder. Without it: made-up embeddings "
-        "for images, random tokens for texts",
+        help='one prompt a line, or JSON lines such as {"prompt": "Once", "kind": "story"}, read by the tokenizer (and '
+        "text encoder) of the folder. Without it: made-up embeddings for images; for texts prompts of our own, or random "
+        "tokens where the folder has no tokenizer",
     )
+    group.add_argument(
+        "--chat", action="store_true", help="texts: each prompt is a user's message in the folder's chat template"
+    )
+    group.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of the weights and of what is computed")
     group.add_argument("--draft", metavar="FOLDER", help="texts: a small model of the same vocabulary, for speculative")
     group.add_argument(
         "--items", type=int, metavar="N", help="samples or prompts that are scored (default 16, or all prompts)"
@@ -116,6 +122,8 @@ def choice_of(arguments: argparse.Namespace) -> Choice | None:
         names = ("prompts", "draft", "items", "new_tokens")
         said = ["--" + name.replace("_", "-") for name in names if getattr(arguments, name) is not None]
         said += ["--guidance"] if arguments.guidance != 1 else []
+        said += ["--chat"] if arguments.chat else []
+        said += ["--dtype"] if arguments.dtype != DTYPES[0] else []
         if said:
             raise ValueError(f"{said[0]} is for a checkpoint of your own: add --backbone FOLDER")
         return None
@@ -134,6 +142,8 @@ def choice_of(arguments: argparse.Namespace) -> Choice | None:
         items=arguments.items,
         new_tokens=arguments.new_tokens,
         rungs=rungs,
+        dtype=arguments.dtype,
+        chat=arguments.chat,
     )
 
 

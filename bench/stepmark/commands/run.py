@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from stepmark import plugins
 from stepmark.commands.options import choice_of, selection_of, tier_of, workers_of
@@ -11,20 +12,31 @@ from stepmark.commands.records import show
 from stepmark.commands.table import columns
 from stepmark.places import results_folder
 
+if TYPE_CHECKING:
+    from stepmark.hub import Made
+
 
 def run(arguments: argparse.Namespace) -> int:
     """Cells of the suite; `--backbone` and `--via` say of what and by whom."""
     arguments.tier = tier_of(arguments)
     choice = choice_of(arguments)
+    if arguments.limit is not None and not arguments.via:
+        raise ValueError("--limit is for --via lm-eval; a checkpoint's items are --items N")
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ValueError("--limit is at least 1")
+    if arguments.lm_tasks and not (arguments.via and choice):
+        raise ValueError(
+            "--lm-tasks is for --via lm-eval on a checkpoint of your own: add --via lm-eval --backbone FOLDER"
+        )
     if choice is None:
         if arguments.tier == "hub":
             raise ValueError("tier hub measures a checkpoint of yours: add --backbone FOLDER")
         return _run_lm_eval(arguments) if arguments.via == "lm-eval" else _run_cells(arguments)
-    if arguments.via:
-        raise ValueError("--via lm-eval runs Stepmark's own tasks; leave out --backbone")
     from stepmark import hub
 
     with hub.using(choice) as made:
+        if arguments.via:
+            return _run_lm_eval_own(arguments, made)
         if any(task != made.task.id for task in arguments.task):
             raise ValueError(f"--backbone makes one task, {made.task.id}; leave out --task")
         arguments.task = [made.task.id]
@@ -123,5 +135,51 @@ def _run_lm_eval(arguments: argparse.Namespace) -> int:
                 )
                 forwards = "; ".join(f"{key} {count / n:.1f}" for key, count in found["counts"].items() if count)
                 rows.append((task, name, str(rung), metric, f"{value:.3f}", f"{forwards} an item", str(n)))
+    print(columns(rows, ""))
+    return 0
+
+
+def _run_lm_eval_own(arguments: argparse.Namespace, made: Made) -> int:
+    """lm-eval's own tasks on a checkpoint."""
+    from stepmark.hub.prompts import has_tokenizer
+    from stepmark.method import Skip
+
+    if made.track != "decoding":
+        raise ValueError(f"lm-eval is for texts, and {made.folder} makes images")
+    if not has_tokenizer(made.parts["target"].folder):
+        raise ValueError(f"--via lm-eval reads texts, and {made.folder} has no tokenizer.json; add it")
+    from stepmark.via_lm_eval import evaluate_own, own_tasks
+
+    if not arguments.task and not arguments.lm_tasks:
+        raise ValueError(
+            "which of lm-eval's tasks? Give --task NAME, or --lm-tasks FOLDER with task files of yours (*.yaml)"
+        )
+    manager = own_tasks(arguments.lm_tasks)
+    tasks = arguments.task or sorted(manager.all_tasks)
+    if unknown := [task for task in tasks if task not in manager.all_tasks]:
+        raise ValueError(f"lm-eval knows no task {unknown[0]!r}; see: lm-eval ls tasks, or give --lm-tasks FOLDER")
+    if not tasks:
+        raise ValueError(f"--lm-tasks {arguments.lm_tasks} holds no task file (*.yaml)")
+    suited = [i.id for i in plugins.methods().values() if made.task.id in i.tasks]
+    rows: list[tuple[str, ...]] = [("task", "method", "metric", "value", "evaluations", "ms a token")]
+    for name in arguments.method or suited:
+        if name not in suited:
+            raise ValueError(f"{name} does not apply to {made.task.id}")
+        for task in tasks:
+            for rung in arguments.rung or [made.new_tokens]:
+                try:
+                    found = evaluate_own(
+                        name, made.task.id, [task], manager, rung, arguments.limit, arguments.device, arguments.tier
+                    )
+                except Skip as reason:
+                    rows.append((task, name, "skipped", str(reason), "", ""))
+                    continue
+                n = sum(each["effective"] for each in found["n-samples"].values())
+                forwards = "; ".join(f"{key} {count / n:.1f}" for key, count in found["counts"].items() if count)
+                speed = "" if found["ms_per_token"] is None else f"{found['ms_per_token']:.1f}"
+                for key, figure in next(iter(found["results"].values())).items():
+                    if isinstance(figure, float) and "stderr" not in key:
+                        cost = f"{forwards} an item" if forwards else "none: likelihoods are the target's"
+                        rows.append((task, name, key.removesuffix(",none"), f"{figure:.3f}", cost, speed))
     print(columns(rows, ""))
     return 0

@@ -2,15 +2,17 @@
 
 The folder is one of Hugging Face's formats, already on this machine: nothing is downloaded, no code of the folder is
 run, weights are read from safetensors only. Images: diffusers' UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel
-and PixArtTransformer2DModel, alone or in a pipeline. Texts: causal language models of transformers whose layers are
-called like Llama's.
+and PixArtTransformer2DModel, alone or in a pipeline. Texts: causal language models of transformers with a cache of
+its own kind.
 
 Nothing else in Stepmark knows of folders. While one is open, its task stands among the others, and what is different
 about it stands in the fields of `Task`: its module, its words on the command line, the price of a row, what it lacks.
 
     choice.py, folders.py      what was chosen; what lies in a folder
     image_tasks.py, text_tasks.py, tasks.py, digests.py      the task that is made of it, from configurations alone
+    prompts.py                 texts to go on with, and their tokens
     image_networks.py, text_networks.py, pretrained.py       the networks
+    presented.py, stage.py, layers.py, whole.py              a language model as the track drives one
     image.py, decoding.py      inputs, check and score of the tasks, as a track has them
     source.py                  the one that is open
 """
@@ -45,10 +47,16 @@ def using(choice: Choice) -> Iterator[Made]:
     try:
         os.environ[VARIABLE] = json.dumps(asdict(choice))
         source.switch(made)
-        for backbone in made.task.backbones.values():  # faults are told before anything is measured
+        if (
+            made.track == "decoding"
+        ):  # faults are told before anything is measured, and before weights are read if may be
+            from stepmark.hub import text_networks
+
+            for part in made.parts.values():
+                text_networks.decided(part)
+            text_tasks.fit(made)
+        for backbone in made.task.backbones.values():
             source.load(backbone)
-        if made.track == "decoding":
-            text_tasks.prompts(made)
         yield made
     finally:
         os.environ.pop(VARIABLE)

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stepmark.hub import prompts
 from stepmark.task import Task
 
 PREFIX = "checkpoint/"  # begins the ids of tasks that are made from a folder, and of their backbones
+DTYPES = ("float32", "bfloat16", "float16")
 NEW_TOKENS = 64  # written to a prompt at most, where nothing else is said
 
 
@@ -21,9 +23,10 @@ class Choice:
     Attributes:
         folder, draft: the checkpoint, and the draft model beside it (texts).
         guidance: scale of classifier-free guidance (images); 1 is none.
-        prompts: a file with one prompt a line.
+        prompts: a file of prompts. chat: each is a user's message, in the chat template of the folder (texts).
         items, new_tokens: items scored; tokens written to a prompt at most.
         rungs: the ladder.
+        dtype: what weights are loaded as and computed in, as torch calls it.
     """
 
     folder: str
@@ -33,6 +36,8 @@ class Choice:
     items: int | None = None
     new_tokens: int | None = None
     rungs: tuple[int, ...] = ()
+    dtype: str = "float32"
+    chat: bool = False
 
     @property
     def words(self) -> str:
@@ -40,6 +45,8 @@ class Choice:
         named = {"backbone": self.folder, "prompts": self.prompts, "draft": self.draft}
         said = [f"--{option} {Path(path).name}" for option, path in named.items() if path]
         said += [f"--guidance {self.guidance:g}"] if self.guidance != 1 else []
+        said += ["--chat"] if self.chat else []
+        said += [f"--dtype {self.dtype}"] if self.dtype != DTYPES[0] else []
         said += [f"--items {self.items}"] if self.items else []
         return " ".join([*said, *([f"--new-tokens {self.new_tokens}"] if self.new_tokens else [])])
 
@@ -53,7 +60,8 @@ class Choice:
         scale = f"{self.guidance:g}".replace(".", "p").replace("-", "m").replace("+", "")
         guided = f"_w{scale}" if self.guidance != 1 else ""
         long = f"_t{self.new_tokens}" if self.new_tokens not in (None, NEW_TOKENS) else ""
-        return f"{PREFIX}{name}{guided}{long}"
+        short = f"_{self.dtype}" if self.dtype != DTYPES[0] else ""
+        return f"{PREFIX}{name}{guided}{long}{'_chat' if self.chat else ''}{short}"
 
     def lines(self) -> list[str]:
         """The prompts of the file; [] where none was given.
@@ -63,13 +71,7 @@ class Choice:
         """
         if self.prompts is None:
             return []
-        path = Path(self.prompts)
-        if not path.is_file():
-            raise FileNotFoundError(f"--prompts {path} is no file; give a text file with one prompt a line")
-        found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if not found:
-            raise ValueError(f"--prompts {path} is empty; write one prompt a line")
-        return found
+        return [prompt.text for prompt in prompts.read(Path(self.prompts))]
 
 
 @dataclass(frozen=True)

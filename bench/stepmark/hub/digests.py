@@ -8,28 +8,39 @@ from functools import lru_cache
 from pathlib import Path
 
 from stepmark import plugins
-from stepmark.hub.choice import Made
+from stepmark.hub.choice import DTYPES, Made
+from stepmark.hub.prompts import OWN
+from stepmark.hub.text_tasks import prompts_of
 
+TOKENIZER = ("tokenizer*.json", "tokenizer.model", "chat_template*")
 ENCODERS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
 
 
 def of_network(made: Made, role: str) -> str:
     """sha256 over configuration, weights and noise schedule of a network, and the guidance."""
     part = made.parts[role]
-    sha = hashlib.sha256(json.dumps([part.config, made.scheduler, made.choice.guidance], sort_keys=True).encode())
+    sha = hashlib.sha256(
+        json.dumps([part.config, made.scheduler, made.choice.guidance, *_said(made)], sort_keys=True).encode()
+    )
     for path in (*part.weights, part.folder / "generation_config.json"):
         if path.is_file():
             sha.update(f"{path.name} {_of_file(path)}".encode())
     return sha.hexdigest()
 
 
+def _said(made: Made) -> list[str]:
+    """What was chosen of a network beside its files, where it is not what goes without saying."""
+    return [] if made.choice.dtype == DTYPES[0] else [made.choice.dtype]
+
+
 def of_prompts(made: Made) -> str:
     """sha256 over the prompts and what encodes them, and how many tokens are written to each."""
-    sha = hashlib.sha256(f"{made.new_tokens}".encode())
-    if made.choice.prompts:
-        sha.update(_of_file(Path(made.choice.prompts)).encode())
+    sha = hashlib.sha256(f"{made.new_tokens}{' chat' if made.choice.chat else ''}".encode())
+    file = prompts_of(made.choice)
+    if file is not None:
+        sha.update(_of_file(file).encode() + _of_file(OWN).encode())  # of our own some are looked at beforehand
         inside = [p for name in ENCODERS for p in sorted((made.folder / name).glob("*")) if p.is_file()]
-        for path in [*inside, *sorted(made.folder.glob("tokenizer*.json"))]:
+        for path in [*inside, *sorted(p for name in TOKENIZER for p in made.folder.glob(name))]:
             sha.update(f"{path.name} {_of_file(path)}".encode())
     return sha.hexdigest()
 

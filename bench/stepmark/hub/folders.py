@@ -13,6 +13,7 @@ from typing import Any
 from stepmark.hub.choice import Part
 
 IMAGE_CLASSES = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "PixArtTransformer2DModel")
+TEXT_CLASSES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # of the last those that write text alone
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 
 
@@ -48,7 +49,7 @@ def network_in(folder: Path) -> Part:
     kind = config.get("_class_name") or next(iter(config.get("architectures") or []), None)
     if not isinstance(kind, str):
         raise ValueError(f"{folder}/config.json names no class (_class_name or architectures); save the model again")
-    if kind not in IMAGE_CLASSES and not kind.endswith(("ForCausalLM", "LMHeadModel")):
+    if kind not in IMAGE_CLASSES and not kind.endswith(TEXT_CLASSES):
         raise ValueError(f"{folder}: {kind} cannot be measured; {', '.join(IMAGE_CLASSES)} and ...ForCausalLM can")
     weights, variant = _weights(folder, "diffusion_pytorch_model" if kind in IMAGE_CLASSES else "model")
     return Part(folder, kind, config, weights, variant)

@@ -92,10 +92,14 @@ class Network(nn.Module):
 
     def _evaluated(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         time = t * self.steps if self.kind == "flow" else t
+        whole, x = (
+            x,
+            x.to(next(self.model.parameters()).dtype),
+        )  # solvers stay in float32, whatever the network computes in
         given: dict[str, Any] = {"timestep": time, "return_dict": False}
         name = type(self.model).__name__
         if self.columns:
-            given["encoder_hidden_states"] = self.table_embeddings[condition]
+            given["encoder_hidden_states"] = self.table_embeddings[condition].to(x.dtype)
         if "mask" in self.columns:
             given["encoder_attention_mask"] = self.table_mask[condition]
         if name == "PixArtTransformer2DModel":
@@ -103,11 +107,11 @@ class Network(nn.Module):
         elif "pooled" in self.columns:
             height, width = (8 * side for side in x.shape[-2:])  # pixels of the latents
             times = x.new_tensor([height, width, 0, 0, height, width]).expand(len(x), -1)
-            given["added_cond_kwargs"] = {"text_embeds": self.table_pooled[condition], "time_ids": times}
+            given["added_cond_kwargs"] = {"text_embeds": self.table_pooled[condition].to(x.dtype), "time_ids": times}
         elif self.classes:
             given["class_labels"] = condition
         out = self.model(x, **given)[0]
-        return out[:, : x.shape[1]]  # a learned variance comes after the prediction
+        return out[:, : x.shape[1]].to(whole.dtype)  # a learned variance comes after the prediction
 
     def _sizes(self, x: Tensor) -> dict[str, Tensor | None]:
         if not self.model.use_additional_conditions:
@@ -191,8 +195,8 @@ def encoded(made: Made, lines: list[str], device: str) -> dict[str, Tensor]:
 # -- loading --------------------------------------------------------------------------------------------------------
 
 
-def load_model(part: Part) -> nn.Module:
-    """The diffusers model of a folder as float32, all of its weights or an error."""
+def load_model(part: Part, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The diffusers model of a folder, all of its weights or an error."""
     import diffusers
 
     options = {"variant": part.variant} if part.variant else {}
@@ -200,7 +204,7 @@ def load_model(part: Part) -> nn.Module:
         getattr(diffusers, part.kind),
         part.folder,
         use_safetensors=True,
-        torch_dtype=torch.float32,
+        torch_dtype=dtype,
         output_loading_info=True,
         **options,
     )
@@ -239,7 +243,8 @@ def build(made: Made, device: str) -> Network:
     if made.kind != "flow":
         abar = torch.cumprod(1 - betas(made.scheduler), 0).clamp(min=LEAST_ABAR)
         steps = len(abar)
-    network = Network(load_model(part), made.kind, steps, abar, table, classes_of(part), made.choice.guidance)
+    model = load_model(part, getattr(torch, made.choice.dtype))
+    network = Network(model, made.kind, steps, abar, table, classes_of(part), made.choice.guidance)
     network = network.to(device).eval().requires_grad_(False)
     _try(network, made, device)
     return network

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stepmark.hub.choice import PREFIX, Choice, Made, Part
+from stepmark.hub.choice import DTYPES, PREFIX, Choice, Made, Part
 from stepmark.hub.folders import schedule_in
 from stepmark.task import SCORED, Task
 
@@ -87,7 +87,8 @@ def _summary(choice: Choice, part: Part, kind: str) -> str:
         what = f"{rows - 1} classes" if rows else "no condition"
     guided = f" guided by {choice.guidance:g}" if choice.guidance != 1 else ""
     said = {"flow": "flow", "epsilon": "noise prediction", "v": "v prediction", "sample": "data prediction"}[kind]
-    return f"Follow {part.kind} in {folder.name} ({said}){guided} to where its own ODE leads, {what}"
+    short = f" in {choice.dtype}" if choice.dtype != DTYPES[0] else ""
+    return f"Follow {part.kind} in {folder.name}{short} ({said}){guided} to where its own ODE leads, {what}"
 
 
 def made_from(choice: Choice, part: Part) -> Made:
@@ -99,6 +100,8 @@ def made_from(choice: Choice, part: Part) -> Made:
     for option, value in (("--draft", choice.draft), ("--new-tokens", choice.new_tokens)):
         if value is not None:
             raise ValueError(f"{option} is for language models; {part.kind} makes images")
+    if choice.chat:
+        raise ValueError(f"--chat is for language models; {part.kind} makes images")
     config = part.config
     for key in ("sample_size", "in_channels"):
         if not config.get(key):

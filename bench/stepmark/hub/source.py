@@ -6,13 +6,15 @@ taken out again. One checkpoint is open at a time.
 
 from __future__ import annotations
 
+import importlib
 from copy import deepcopy
 from functools import lru_cache
 from itertools import chain
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from stepmark import backbones, plugins
-from stepmark.hub import digests
+from stepmark.hub import digests, prompts, text_tasks
 from stepmark.hub.choice import PREFIX, Made
 from stepmark.plugins import MethodInfo
 from stepmark.task import Task
@@ -20,6 +22,9 @@ from stepmark.task import Task
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+
+LM = "stepmark.backbones.lm"
 
 
 class Checkpoint:
@@ -44,12 +49,30 @@ class Checkpoint:
         return digests.of_inputs(self.made)
 
 
+class Words:
+    """The tokenizer of a checkpoint, as `backbones.lm` asks for one: what methods encode is in the words of their target."""
+
+    def __init__(self, made: Made) -> None:
+        self.made = made
+
+    def __call__(self) -> Words:
+        return self
+
+    def encode(self, text: str) -> SimpleNamespace:
+        """`ids`: token ids of a prompt."""
+        return SimpleNamespace(ids=text_tasks.encoded(self.made, prompts.Prompt(text)))
+
+
 _open: Checkpoint | None = None
+_words: Any = None  # the tokenizer of Stepmark's own models, while another one takes its place
 
 
 def switch(made: Made | None) -> None:
     """Close the checkpoint that is open, let go of its networks, and open another (None: none)."""
-    global _open
+    global _open, _words
+    if _words is not None:
+        before: Any = importlib.import_module(LM)
+        before.tokenizer, _words = _words, None
     if _open is not None:
         plugins.remove_source(_open)
         backbones.remove_source(PREFIX)
@@ -58,6 +81,9 @@ def switch(made: Made | None) -> None:
     if _open is not None:
         plugins.add_source(_open)
         backbones.add_source(PREFIX, load, digest)
+    if made is not None and made.track == "decoding" and text_tasks.scored(made.choice):
+        lm: Any = importlib.import_module(LM)
+        _words, lm.tokenizer = lm.tokenizer, Words(made)
 
 
 def opened() -> Made | None:

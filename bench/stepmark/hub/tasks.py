@@ -36,6 +36,6 @@ def made_from(choice: Choice) -> Made:
         origin=made.task.summary,
         absent=ABSENT,
         untrained=UNTRAINED,
-        shown=False,  # latents, or words of another vocabulary
+        shown=made.track == "decoding",  # latents are not to look at
     )
     return replace(made, task=task)

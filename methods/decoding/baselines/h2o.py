@@ -13,6 +13,7 @@ from stepmark.tracks.decoding.decoder import Decoder
 from stepmark.tracks.decoding.held_cache import HeavyHitterCache, HeldDecoder, write_held
 
 HEAVY, RECENT = 0.1, 0.1  # of the prompt's tokens
+LEAST = 16  # tokens of each kind, where somebody brings short prompts
 
 
 class H2O(Method):
@@ -22,7 +23,8 @@ class H2O(Method):
     weight. When more than h + r tokens are held, the last r stay and of the others the h with the greatest score; the
     rest are evicted for good, with their scores. As in the official code that really drops (not masks) entries, the
     prompt is read with full attention, layer by layer, and evicted from at once, so that no two layers are ever held
-    whole; keys keep the positions that they were written at. h and r are a tenth of the prompt each.
+    whole; keys keep the positions that they were written at. h and r are a tenth of the prompt each, and 16 tokens at least
+    where a text is written: a tenth of a short prompt would be a token or two.
     """
 
     paper = Paper(
@@ -39,8 +41,10 @@ class H2O(Method):
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> Any:
         """New token ids per prompt; of tasks `forced/...` log-probabilities [B, V] of the next word."""
 
+        least = 1 if "context" in batch else LEAST
+
         def decoder(model: nn.Module, length: int, capacity: int) -> Decoder:
-            heavy, recent = (max(1, round(part * length)) for part in (HEAVY, RECENT))
+            heavy, recent = (max(least, round(part * length)) for part in (HEAVY, RECENT))
             cache = HeavyHitterCache(len(model.model.layers), heavy, recent)
             return HeldDecoder(model, capacity, cache)
 

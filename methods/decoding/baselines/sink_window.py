@@ -13,6 +13,7 @@ from stepmark.tracks.decoding.decoder import Decoder
 from stepmark.tracks.decoding.held_cache import BandCache, HeldDecoder, write_held
 
 SINKS, WINDOW = 4, 0.2  # first tokens that stay; the window, of the prompt's tokens
+LEAST = 32  # tokens of the window, where somebody brings short prompts
 
 
 class SinkWindow(Method):
@@ -22,7 +23,7 @@ class SinkWindow(Method):
     3.2): entry i of the cache stands at position i, a new token at s + w - 1, so that no distance exceeds the cache. The
     text is read in one pass that gives what token-by-token streaming gives, in work linear in its length; of each
     layer only the sinks and the last w - 1 tokens are held, with keys at their positions in the text, and the distance
-    to the sinks is mended by a rotation of the query.
+    to the sinks is mended by a rotation of the query. Where a text is written the window has 32 tokens at least.
     """
 
     paper = Paper(
@@ -38,8 +39,10 @@ class SinkWindow(Method):
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> Any:
         """New token ids per prompt; of tasks `forced/...` log-probabilities [B, V] of the next word."""
 
+        least = 1 if "context" in batch else LEAST
+
         def decoder(model: nn.Module, length: int, capacity: int) -> Decoder:
-            window = max(1, round(WINDOW * length) - SINKS)
+            window = max(least, round(WINDOW * length) - SINKS)
             cache = BandCache(len(model.model.layers), SINKS, window, model.model.rotary_emb)
             return HeldDecoder(model, capacity, cache)
 
