@@ -28,6 +28,7 @@ def main(number: int) -> None:
         importlib.import_module(f"stepmark.tracks.{track}")
     backbones.recipes()
     plugins.fixed_tasks()
+    _warm_up()
     gc.collect()
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -44,6 +45,21 @@ def main(number: int) -> None:
                 child.serve(socket.socket(fileno=ends[0]), request)
             os.close(ends[0])
             link.send({"born": born})
+
+
+def _warm_up() -> None:
+    """A counted call of next to nothing: the counters load a good part of torch when they are first used."""
+    import torch
+
+    from stepmark.audit import Guard
+    from stepmark.meter.counts import Ledger, watch
+    from stepmark.meter.flops import count_flops
+
+    torch.set_num_threads(1)
+    ledger = Ledger()
+    network = watch(ledger, "warm", torch.nn.Linear(1, 1))
+    with torch.no_grad(), count_flops(ledger, [network]), Guard(torch.Generator(), 0, []):
+        network(torch.zeros(1, 1)).numpy()
 
 
 if __name__ == "__main__":
