@@ -238,6 +238,11 @@ def test_more_rungs_are_tried_than_the_smoke_ladder_has(elsewhere: Path) -> None
     info = plugins.methods()["late"]
     assert plugins.tasks()[info.tasks[0]][1].ladder("smoke") == (4,)
     assert further_rungs(info, info.tasks[0]) == [1, 8, 32, 64]
+    known = plugins.methods()
+    assert further_rungs(known["ddim_best_grid"], "class_to_image/digits_eps") == [
+        10
+    ]  # a variant: what its claim names
+    assert further_rungs(known["ddim"], "sampling/mixtures_eps") == []  # not its first task, and no claim on it
     findings = list(running(info, fresh=False))
     assert {f.partition(":")[0][-7:] for f in findings} == {"rung 32", "rung 64"}
     assert all("draws from a global random state" in f for f in findings)

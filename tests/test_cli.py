@@ -207,8 +207,8 @@ def test_a_reader_that_goes_away_is_no_fault() -> None:
     code = "from stepmark.cli import main; import sys; sys.exit(main(['list', 'tracks']))"  # fits into a buffer
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, env=os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONUNBUFFERED": ""}
+    done = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, env=environment)
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, b"")
 

@@ -186,12 +186,13 @@ def _handles(task: str) -> tuple[str, ...]:
 
 
 def further_rungs(info: MethodInfo, task_id: str) -> list[int]:
-    """Rungs beyond the smoke ladder that are tried too: the least, the middle and the greatest of the task's, and those
-    that the method's claims on it name."""
+    """Rungs beyond the smoke ladder that are tried too: on a method's first task the least, the middle and the greatest
+    (not of a variant, which is the same code), on any task those that its claims name for it."""
     from stepmark.claims import ClaimError, parse
 
     task = plugins.tasks()[task_id][1]
-    rungs = {task.rungs[0], task.rungs[len(task.rungs) // 2], task.rungs[-1]}
+    whole = info.base is None and task_id == info.tasks[0]
+    rungs = {task.rungs[0], task.rungs[len(task.rungs) // 2], task.rungs[-1]} if whole else set()
     for claim in info.claims:
         with contextlib.suppress(ClaimError):
             for _, method, said in parse(claim.check).references():
@@ -212,7 +213,7 @@ def running(info: MethodInfo, device: str = "cpu", fresh: bool = True) -> Iterat
 
     for number, task_id in enumerate(info.tasks):
         smoke = plugins.tasks()[task_id][1].ladder("smoke")
-        beyond = further_rungs(info, task_id) if info.base is None or number == 0 else []
+        beyond = further_rungs(info, task_id)
         for rung in (*smoke, *beyond):
             cell = Cell(info.id, task_id, rung, 0, "smoke")
             record = measure(cell, device, timing=False, show_progress=False)
