@@ -39,7 +39,7 @@ class ReluStrikesBack(Method):
     length of their columns of W_down on 64 texts, and is trained on: if it did as well, sparsity would not be needed.
 
     What limits it here: attention, embedding and head are no smaller than before; a third of the computation is out of
-    reach.
+    reach. And the target has more neurons than its texts need, so that few of them for all tokens are enough too.
     """
 
     paper = Paper(
