@@ -424,6 +424,19 @@ def test_self_speculation_stops_drafting_below_the_threshold(
     assert session.ledger.spent == 1 + cycles + drafted
 
 
+def test_the_adapted_threshold_is_the_one_that_ends_the_next_draft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From one that nothing falls below to one that everything does: a long draft, then drafts of one token."""
+    method = load("self_speculative_decoding", GAMMA=-1.0)
+    given: list[float] = []
+    monkeypatch.setattr(type(method), "adapted", staticmethod(lambda g, r, now: given.append(g) or (1.1, r)))
+    model = next(m for m in map(tiny, range(50)) if len(greedy_without_cache(m, prompt_of(0), 40)) == 40)
+    session = session_of(model, skipped=torch.zeros(3, 2, dtype=torch.bool))
+    run(method, session, [prompt_of(0)], 40, 1000)
+    assert given == [-1.0] + [1.1] * (len(given) - 1)
+    # 1 + 13 tokens by the first draft and its check, then two tokens a check, the last one without a draft.
+    assert len(given) == 1 + (40 - 14) // 2 - 1
+
+
 def test_mask_search_finds_the_redundant_layers_and_beats_random_search() -> None:
     """Eight layers of which four are all but redundant: the best mask is known, random masks of as many tries miss it."""
     method = load("self_speculative_decoding")

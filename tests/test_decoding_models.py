@@ -13,7 +13,7 @@ import torch
 from stepmark.methods.decoding import relu_strikes_back
 from stepmark.methods.decoding.mergequant import LEVELS, Int4Linear, pack, to_integers, unpack
 from stepmark.methods.decoding.relu_strikes_back import SparseMlp, rectify
-from torch import nn
+from torch import Tensor, nn
 
 from stepmark import plugins
 from stepmark.backbones import lm
@@ -266,6 +266,47 @@ def test_merged_steps_leave_the_function_as_it_was() -> None:
     folded = (weight * steps)[:, channels] / parts
     weight[:, 5] = 0.0
     torch.testing.assert_close((states / steps)[:, channels] @ folded.t(), states @ weight.t(), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_folded_into_a_norm_is_taken_out_of_its_projections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a whole layer, with split and pruned channels: before rounding, gains and weights give the dense projections."""
+    target = tiny()
+    dense = target.model.layers[0]
+    for name in ("q_proj", "k_proj", "v_proj"):
+        weight = getattr(dense.self_attn, name).weight
+        weight[:, 3] *= 9  # stands out, so that it is split
+        weight[:, [5, 6, 7, 8]] = 0.0  # of no importance, so that nothing is lost by pruning them
+    plugin = plugins.load_class(plugins.methods()["mergequant"])()
+    names = type(plugin).prepare.__globals__
+    student = plugin.networks(SimpleNamespace(clone=lambda _: deepcopy(target)))["student"].model.layers[0]
+    folded: list[Tensor] = []
+    own = names["to_integers"]
+    monkeypatch.setitem(names, "to_integers", lambda weight, *rest: folded.append(weight) or own(weight, *rest))
+    hidden = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
+    normed, norm, group = dense.input_layernorm(hidden), "input_layernorm", names["GROUPS"]["input_layernorm"]
+    names["merge"](dense, student, norm, group, hidden, normed)
+    rounding = student.input_layernorm
+    assert rounding.channels.tolist().count(3) > 1
+    unrounded = (normed / dense.input_layernorm.weight)[:, rounding.channels] * rounding.gain
+    for name, weight in zip(group, folded, strict=True):
+        wanted = dense.get_submodule(name)(normed)
+        torch.testing.assert_close(unrounded @ weight.t(), wanted, rtol=1e-3, atol=1e-3)
+        found = student.get_submodule(name)(rounding(hidden))
+        assert (found - wanted).norm() < 0.3 * wanted.norm()
+
+
+def test_steps_of_channels_err_less_than_unclipped_ones() -> None:
+    """Each channel's step is the best of those tried: a channel with one far value is clipped, an even one is not."""
+    states = torch.randn(400, 3, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    states[0, 0] = 4.0
+    states[:, 2] = torch.linspace(-1, 1, 400)
+    steps = module_of("mergequant").channel_steps(states)
+    for share in torch.linspace(0.4, 1.0, 13).tolist():
+        other = share * states.abs().amax(0) / LEVELS
+        errors = [((states / s).round().clamp(-LEVELS, LEVELS) * s - states).square().sum(0) for s in (steps, other)]
+        assert bool((errors[0] <= errors[1] + 1e-6).all())
+    assert steps[0] < 0.9 * 4.0 / LEVELS
+    assert steps[2] > 0.9 / LEVELS
 
 
 def test_the_compensation_is_the_best_of_its_rank() -> None:

@@ -386,6 +386,29 @@ def test_threshold_falls_after_a_right_branch_and_rises_with_the_wrong_share() -
     assert threshold(1.6, 0, 0) == 0.8, "a threshold above all confidence must come down again"
 
 
+def test_the_threshold_moves_by_the_branch_that_matched_best() -> None:
+    """Of a short branch and a long one it is the one through the last node kept; of several through it, or of all where
+    nothing was kept, the surest."""
+    names = load("llmcad").run.__globals__
+    tree, length = names["Tree"](), names["LLMCad"].length_of_best
+    for parent, depth, sure in (
+        (-1, 1, 0.6),
+        (-1, 1, 0.4),
+        (0, 2, 0.5),
+        (1, 2, 0.3),
+        (3, 3, 0.2),
+        (2, 3, 0.1),
+        (2, 3, 0.4),
+        (6, 4, 0.3),
+    ):
+        tree.tokens.append(2)
+        tree.parents.append(parent)
+        tree.depths.append(depth)
+        tree.sure.append(sure)
+    assert [length(tree, last) for last in (4, 3, 1, 5, 7, 2, -1)] == [3, 3, 3, 3, 4, 4, 4]
+    assert length(names["Tree"](), -1) == 0
+
+
 # -- the tasks --------------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,11 @@ over one position. No model sees the word that it tells. Where the grammar leave
 expectation of the loss; sums, word problems and answers leave none.
 
 Written texts do not tell such models apart: all of them, pruned ones too, wrote right stories and answers (accuracy 1.0 in
-every arm of versions before this one). %CURVE%
+every arm of the tasks before this one). Measured before anything was claimed (training seed 0, 64 to 120 texts, `excess` in
+nats and million FLOPs per token): SiLU after 200 steps .004 at 1.68, ReLUs after 150 steps .78 at .85 and after 600 .028 at
+.90, two fifths of the neurons, the same for all tokens, after 200 steps .011 at 1.04, the greatest activations without any
+training .001 at 1.47. So there is room above and below, and the dumb control is hard to beat: the target has more neurons
+than these texts need.
 """
 
 from __future__ import annotations
@@ -39,13 +43,13 @@ TASKS = (
         reference="target",
         bounded=(),
         unit="training steps",
-        rungs=(150, 450),
+        rungs=(200, 600),
         metrics={"excess": "lower", "loss": "lower"},
         n=240,
         batch=8,
         seeds=1,
         smoke_n=4,
-        smoke_rungs=(150,),
+        smoke_rungs=(200,),
         probe=8,
     ),
 )
