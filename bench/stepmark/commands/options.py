@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stepmark import plugins
-from stepmark.hub.choice import DTYPES
+from stepmark.task import DTYPES
 
 if TYPE_CHECKING:
     from stepmark.hub import Choice
