@@ -24,6 +24,9 @@ SCORED: dict[str, dict[str, Any]] = {
 }
 
 
+DTYPES = ("float32", "bfloat16", "float16")  # what networks that somebody brings may be computed in
+
+
 class BadOutput(Exception):
     """A method returned something that its track does not accept. One line, says what is wrong."""
 

@@ -47,7 +47,6 @@ class StepmarkLM(LM):
         self.counts: dict[str, float] = {}
         self.outputs: dict[int, list[int]] = {}
         self.seconds = self.tokens = 0.0  # of the calls, and written in them
-        self.most = MAX_NEW_TOKENS.get(runner.task.dataset) or runner.track.new_tokens()
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Continuations of the contexts, up to the first stop string of each request."""
@@ -60,7 +59,9 @@ class StepmarkLM(LM):
             if self.items:
                 batch = {key: [values[i] for i in chosen] for key, values in self.items.items()}
             else:
-                lengths = [min(self.most, options.get("max_gen_toks") or self.most) for _, options in arguments]
+                brought = hasattr(self.runner.track, "new_tokens")
+                most = self.runner.track.new_tokens() if brought else MAX_NEW_TOKENS[self.runner.task.dataset]
+                lengths = [min(most, options.get("max_gen_toks") or most) for _, options in arguments]
                 batch = {
                     "prompt": [self._prompt(asked[0], n) for asked, n in zip(arguments, lengths, strict=True)],
                     "max_new_tokens": lengths,

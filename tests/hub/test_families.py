@@ -17,6 +17,7 @@ from stepmark.hub.presented import Presented
 from stepmark.judge import Judge
 from stepmark.method import Skip
 from stepmark.runner import Runner
+from stepmark.tracks.decoding.decoder import Decoder
 
 SMALL = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -232,3 +233,18 @@ def test_a_model_that_also_sees_images_writes_text(tmp_path: Path, alone: None) 
         text = runner.run(inputs, 4, 0).outputs[0]
         logits = network(torch.tensor([[*inputs["prompt"][0], *text[:-1]]])).logits[0, -len(text) :]
         assert text == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "lfm2", "qwen3_next", "exaone4"])
+@pytest.mark.parametrize("back", [30, 31, 20])
+def test_a_whole_model_goes_back_in_a_text_beyond_its_window(family: str, back: int) -> None:
+    """Its own cache is cut, or read again from the last state that is known, or from the start."""
+    network = Presented(tiny(family), 96, 2, [2], "tried so")
+    ids = text_networks.token_ids(96, 36)
+    decoder = Decoder(network, 40)
+    decoder.forward(ids[:30])
+    decoder.forward([ids[30], 5, 6, 7])
+    decoder.rollback(back)
+    with torch.no_grad():
+        found, expected = decoder.forward(ids[back:]), network(torch.tensor([ids])).logits[0, back:]
+    assert torch.allclose(found, expected, atol=2e-3 * float(expected.std()))

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stepmark import devices, plugins
-from stepmark.hub.choice import DTYPES
 from stepmark.places import writable_cache
+from stepmark.task import DTYPES
 
 if TYPE_CHECKING:
     from stepmark.hub import Choice

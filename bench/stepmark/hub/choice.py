@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from stepmark.hub import prompts
-from stepmark.task import Task
+from stepmark.task import DTYPES, Task
 
 PREFIX = "checkpoint/"  # begins the ids of tasks that are made from a folder, and of their backbones
-DTYPES = ("float32", "bfloat16", "float16")
 NEW_TOKENS = 64  # written to a prompt at most, where nothing else is said
 
 

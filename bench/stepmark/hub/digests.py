@@ -8,9 +8,10 @@ from functools import lru_cache
 from pathlib import Path
 
 from stepmark import plugins
-from stepmark.hub.choice import DTYPES, Made
+from stepmark.hub.choice import Made
 from stepmark.hub.prompts import OWN
 from stepmark.hub.text_tasks import prompts_of
+from stepmark.task import DTYPES
 
 TOKENIZER = ("tokenizer*.json", "tokenizer.model", "chat_template*")
 ENCODERS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")

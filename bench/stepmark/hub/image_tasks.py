@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stepmark.hub.choice import DTYPES, PREFIX, Choice, Made, Part
+from stepmark.hub.choice import PREFIX, Choice, Made, Part
 from stepmark.hub.folders import schedule_in
-from stepmark.task import SCORED, Task
+from stepmark.task import DTYPES, SCORED, Task
 
 RUNGS, ITEMS = (2, 4, 8, 16, 32, 64), 16
 PROMPTS = 16  # number of embeddings that stand in for prompts

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from stepmark.hub import prompts as texts
-from stepmark.hub.choice import DTYPES, NEW_TOKENS, PREFIX, Choice, Made, Part
+from stepmark.hub.choice import NEW_TOKENS, PREFIX, Choice, Made, Part
 from stepmark.hub.folders import IMAGE_CLASSES, network_in, read_json
-from stepmark.task import SCORED, Task
+from stepmark.task import DTYPES, SCORED, Task
 
 RUNGS, ITEMS = (8, 16, 32, 64), 16
 RANDOM_PROMPT = 24  # tokens of a prompt where none is given

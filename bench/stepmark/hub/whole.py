@@ -18,34 +18,41 @@ class Past:
     """What one text left in a model's own cache, and how to go back in it.
 
     Attention's states are cut. A recurrent state cannot be: the one before the last pass is kept, and what was read since
-    is read again.
+    is read again. Beyond the last pass, where that state or what has left a sliding window is gone, all is read again.
     """
 
     def __init__(self, config: Any) -> None:
-        self.own = DynamicCache(config=config)
-        self.length = self.mark = 0
+        self.config = config
+        self.own = self._empty()
+        self.length = self.mark = 0  # tokens read; of them those before the last pass
         self.recurrent = any(self.own.is_linear)
+        self.forgets = self.recurrent or any(self.own.is_sliding)
         self.before: list[Any] = []
-        self.fed: Tensor | None = None  # embeddings [1, length, D] of all, where states are recurrent
-        if not self.recurrent:
-            self.own.activate_past_recording()  # of sliding layers: what leaves the window stays until the next crop
+        self.fed: Tensor | None = None  # embeddings [1, length, D] of all, of a cache that forgets
 
-    def again(self, start: int, hidden: Tensor, config: Any) -> tuple[int, Tensor]:
+    def _empty(self) -> DynamicCache:
+        made = DynamicCache(config=self.config)
+        if not any(made.is_linear):
+            made.activate_past_recording()  # of sliding layers: what leaves the window stays until the next pass
+        return made
+
+    def again(self, start: int, hidden: Tensor) -> tuple[int, Tensor]:
         """Go back to at most `start` tokens. Returns how many are left, and what is to be read behind them."""
-        if not self.recurrent:
-            if self.length:
-                self.own.crop(start - self.length)
-            self.length = start + hidden.shape[1]
-            return start, hidden
         whole = hidden if self.fed is None else torch.cat((self.fed[:, :start], hidden), 1)
-        if start < self.mark:
-            self.own, self.mark = DynamicCache(config=config), 0
-        elif start < self.length:
+        if self.forgets and start < self.mark:
+            self.own, self.mark = self._empty(), 0
+        elif self.recurrent and start < self.length:
             self._restore()
         else:
+            if self.length and not self.recurrent:
+                self.own.crop(start - self.length)
             self.mark = start
-        self._keep()
-        self.fed, self.length = whole, whole.shape[1]
+        if self.recurrent:
+            self._keep()
+        self.length = start + hidden.shape[1]
+        if not self.forgets:
+            return start, hidden
+        self.fed = whole
         return self.mark, whole[:, self.mark :]
 
     def _keep(self) -> None:
@@ -107,8 +114,10 @@ class Whole(nn.Module):
         )
         if not causal or not positions[0].equal(expected):
             self._needed()
-        past = vars(past_key_values).setdefault("past", Past(self.config))
-        first, read = past.again(start, hidden, self.config)
+        if "past" not in vars(past_key_values):
+            vars(past_key_values)["past"] = Past(self.config)
+        past = vars(past_key_values)["past"]
+        first, read = past.again(start, hidden)
         if self.single and first and read.shape[1] > 1:
             skip("checks several tokens in one forward; behind its cache this model reads one at a time only")
         places = torch.arange(first, first + read.shape[1], device=hidden.device)[None]
