@@ -230,13 +230,14 @@ class Layers(nn.Module):
 
 
 def twice(layer: nn.Module, old: Tensor, new: Tensor, size: int, reach: str | float = "all") -> list[Tensor]:
-    """Every rank's output for its part of `new`, after a synchronous evaluation of `old`."""
+    """Every rank's output for its part of `new`, after evaluations of something older still, synchronous, and of `old`."""
 
     def part(group: Group) -> Tensor:
         bands, network = Bands(group, reach), deepcopy(Layers(layer))
         with bands.on(network):
-            network(bands.own(old))
+            network(bands.own(old.flip(2) - 3))
             bands.synchronous = False
+            network(bands.own(old))
             return network(bands.own(new))
 
     return in_step(size, part)
@@ -305,8 +306,9 @@ def test_attention_sees_its_own_new_tokens_and_the_old_ones_within_reach(reach: 
     def part(group: Group) -> Tensor:
         bands, network = Bands(group, reach), deepcopy(Layers(layer))
         with bands.on(network):
-            network(old.chunk(2, 1)[group.rank])
+            network(old.flip(1).chunk(2, 1)[group.rank])
             bands.synchronous = False
+            network(old.chunk(2, 1)[group.rank])
             return network(new.chunk(2, 1)[group.rank])
 
     rows = 4 if reach == "all" else round(4 * reach)
@@ -319,7 +321,7 @@ def test_attention_sees_its_own_new_tokens_and_the_old_ones_within_reach(reach: 
         with torch.no_grad():
             expected = layer(new.chunk(2, 1)[rank], encoder_hidden_states=context[rank])
         torch.testing.assert_close(found[rank], expected)
-        assert ledgers[rank].snapshot()[SENT]["bytes"] == 2 * 2 * 3 * 8 * rows * 8 * 4  # evaluations, K and V, floats
+        assert ledgers[rank].snapshot()[SENT]["bytes"] == 3 * 2 * 3 * 8 * rows * 8 * 4  # evaluations, K and V, floats
 
 
 def test_two_whole_neighbours_are_all_there_is() -> None:

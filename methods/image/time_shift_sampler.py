@@ -49,8 +49,8 @@ class TimeShiftSampler(Method):
     control: every timestep told is 20 later, whatever the sample looks like, chosen on the first teacher among 10 and 20.
 
     Differs from the paper: sampling starts at the last timestep ("trailing" grid, as the baseline does); the higher order
-    is DPM-Solver++ instead of F-PNDM, whose first three steps cost four evaluations each. Algorithm 3 takes the sampling
-    step with t_s too; with its coefficients the images are worse than DDIM's here.
+    is DPM-Solver++ instead of F-PNDM, whose first three steps cost four evaluations each. Algorithm 3 may be read so that
+    the solver's coefficients move to t_s too; then the images are worse than DDIM's here.
 
     What limits it here: the variance of 64 values scatters by 18 % from sample to sample, that of the paper's 3 072 by
     2.6 %. Above timestep 500 the window spans less than that, and nearly every sample is sent to one end of it or the other,

@@ -105,8 +105,8 @@ class ZeroTerminalSNR(Method):
     Schedule, training and grid are the same. A guided step evaluates two rows, so the rung pays for half as many steps.
     `zero_terminal_snr_unscaled` has phi = 0.
 
-    Three controls take the fixes apart. `leading_finetuned` has none of them but as much further training, as the paper's
-    own comparison (table 3): the student learns on the schedule as it was, where v says the same as eps, and samples on the
+    Three controls take the fixes apart. `leading_finetuned` has none of them but as much further training, as in the
+    paper's own comparison: the student learns on the schedule as it was, where v says the same as eps, and samples on the
     timesteps of the original DDIM and of many pipelines since, (n - 1) k, ..., k, 0 with k = N // n, so that sampling
     begins below the last timestep with what is pure noise only there (section 3.3). The fewer the steps, the lower it
     begins. `trailing_finetuned` is the same student on the trailing grid. `ddim_leading` is the teacher, untouched, on the
