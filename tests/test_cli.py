@@ -67,7 +67,7 @@ def test_every_command_explains_itself(command: list[str], capsys: pytest.Captur
         (["run", "--task", "digits_flow"], "did you mean 'class_to_image/digits_flow' or 'guided/digits_flow'?"),
         (["run", "--track", "nope"], "no track 'nope'; known: bayes, decoding"),
         (["run", "--track", "images"], "no track 'images'; did you mean 'image'?"),
-        (["compare", "ddim", "hen"], "no records of method 'hen'; did you mean 'heun'"),
+        (["compare", "ddim", "hen"], "no method 'hen'; did you mean heun?"),
         (["tour", "smapler"], "no stop 'smapler'; did you mean 'sampler'?"),
         (["verify", "nowhere.jsonl"], "nowhere.jsonl is not there"),
         (["verify"], "give a record file, FILE:LINE, --sample N, or --slice K/N"),
@@ -169,7 +169,8 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(
     monkeypatch.setitem(sys.modules, "mkdocs", None)
     monkeypatch.setitem(sys.modules, "mkdocs.commands.build", None)
     (tmp_path / "results").mkdir()
-    monkeypatch.setattr("stepmark.leaderboard.site.build", lambda *_: importlib.import_module("mkdocs.commands.build"))
+    pages = importlib.import_module("stepmark.leaderboard.site")
+    monkeypatch.setattr(pages, "build", lambda *_: importlib.import_module("mkdocs.commands.build"))
     assert main(["site", "--results", str(tmp_path / "results")]) == 2
     error = capsys.readouterr().err
     assert "the extra site: pip install -e '.[site]'" in error and error.count("\n") == 1

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from stepmark import devices, engine, places, plugins, run, runner, suite
+from stepmark import devices, engine, places, plugins, remote, run, suite
 from stepmark.cell import Cell, track_of
 from stepmark.cli import main
 from stepmark.meter import energy, latency, machine
@@ -195,7 +195,7 @@ def test_single_precision_is_whole_in_whatever_measures(entry: str, monkeypatch:
     def skipped(*_: object) -> None:
         raise Skip("not of interest here")
 
-    monkeypatch.setattr(runner, "ready", skipped)
+    monkeypatch.setattr(remote, "ready", skipped)
     had = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

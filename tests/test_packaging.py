@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from stepmark import plugins
-from stepmark.commands.options import EXTRAS
+from stepmark.cli import EXTRAS
 from stepmark.meter import machine
 
 ROOT = plugins.checkout()

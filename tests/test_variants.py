@@ -37,7 +37,9 @@ class Toy(Method):
     )
 
     def run(self, session, batch, rung):
-        return batch["noise"] * self.scale + self.shift
+        x = batch["noise"]
+        session.networks["teacher"](x, x.new_full((len(x),), 500.0), batch["condition"])
+        return x * self.scale + self.shift
 '''
 
 

@@ -36,7 +36,7 @@ FEW = 8  # items of a batch below which one batch says little of what the next w
 OTHER_BATCHES = 4  # so many are looked at then
 SPREAD = 10.0  # standard deviations between the quality of known and unseen inputs that no luck explains
 PACKED = 1.5  # how much dearer than the reference an evaluation of the reference network may be
-COPIED = 0.1  # of the usual distance between a held-out item and the nearest train item: nearer is a copy
+COPIED = 0.1  # of the usual distance between a train item and the nearest other one: nearer is a copy
 EXPLAINED = 3.0  # how often the seconds that the counts explain may be needed
 SLACK_NS = {"unseen": 3e6, "scored": 2e7}  # of the processor, beyond that: a process's first call warms it up
 
@@ -75,8 +75,8 @@ class Judge:
         """FLOPs per item of one reference evaluation; None where the task has no network or nothing is countable."""
         return self._reference(probe)[0] if self.task.reference else None
 
-    def _reference(self, probe: Mapping[str, Any]) -> tuple[float | None, int]:
-        """FLOPs per item of a reference evaluation, and its nanoseconds of this process."""
+    def _reference(self, probe: Mapping[str, Any]) -> tuple[float | None, int, int]:
+        """FLOPs per item of a reference evaluation; all its FLOPs and its nanoseconds of this process."""
         networks = self.networks()
         counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
         with torch.no_grad(), counter:
@@ -87,7 +87,8 @@ class Judge:
                 start = time.process_time_ns()
                 self.track.reference_call(self.task, networks, probe)
                 taken.append(time.process_time_ns() - start)
-        return counter.get_total_flops() / items or None, min(taken)
+        total = counter.get_total_flops()
+        return (total / items if items else 0) or None, total, min(taken)
 
     # comparisons of calls --------------------------------------------------------------------------------------
 
@@ -134,15 +135,18 @@ class Judge:
         return isinstance(next(iter(self.inputs(1, 0).values())), Tensor)
 
     def nothing_asked(self, first: Call, offline: Offline) -> list[str]:
-        """Flags: answers without a network or simulator ever having been asked, where those are the point."""
-        asked = sum(first.evaluations.values()) + sum(offline.evaluations.values())
+        """Flags: answers without a network or simulator ever having been asked, where those are the point, and without
+        anything learned from the train split."""
+        asked = sum(first.evaluations.values()) + sum(offline.evaluations.values()) + offline.state_mib
         if asked or (self.task.reference is None and "simulator" not in self.task.bounded):
             return []
-        return ["asks neither a network nor a simulator, in prepare or in run: what answers here is not the method"]
+        return ["asks neither a network nor a simulator and learns nothing: what answers here is not the method"]
 
     def copies(self, outputs: Any) -> list[str]:
         """Flags: samples that are items of the train split."""
-        if self.task.untrained or size_of({"outputs": outputs}) < FEW:
+        if self.task.untrained or not {"fd", "sliced_w2", "gen_ppl"} & set(self.task.metrics):
+            return []  # elsewhere nothing is gained by them
+        if size_of({"outputs": outputs}) < FEW:
             return []
         train = load_split(self.task.dataset, "train")
         share = 0.0
@@ -150,8 +154,7 @@ class Judge:
             key = next((k for k, v in train.items() if _alike(v, outputs)), None)
             if key is None:
                 return []
-            held_out = load_split(self.task.dataset, "test")[key][:256]
-            near = COPIED * _nearest(held_out, train[key]).median()
+            near = COPIED * _nearest(train[key][:256], train[key][256:]).median()
             share = float((_nearest(outputs, train[key]) < near).double().mean())
         elif isinstance(outputs, list) and "text" in train and self.task.id.startswith("generation/"):
             from stepmark.backbones.lm import decode
@@ -171,7 +174,6 @@ class Judge:
             return []
         batch, least = made
         found = mine.run(batch, rung, secrets.randbits(60)).outputs
-        self.check(batch, found)
         below = [f"{float(f):.4g}" for f, bar in zip(found, least, strict=True) if f < bar]
         return [f"gives {below[0]} nats to a text made at random: no probability distribution can"] if below else []
 
@@ -308,17 +310,26 @@ _priced: dict[tuple[str, int], tuple[float, float] | None] = {}
 
 
 def _prices(judge: Judge, size: int) -> tuple[float, float] | None:
-    """Nanoseconds of a call and of a FLOP, from the reference network on one item and on `size`."""
+    """Nanoseconds of a call and of a FLOP: from the reference network on one item and on `size`, and not less than four
+    times those of a product of matrices, for networks are never as fast."""
     key = (judge.task.id, size)
     if key not in _priced:
         probe = judge.inputs(max(size, 2), 0, "audit")
-        (few, short), (many, long) = judge._reference(cut(probe, 0, 1)), judge._reference(probe)
-        if few is None or many is None:
-            _priced[key] = None
-        else:
-            more = many * size_of(probe) - few
-            _priced[key] = (float(short), max(0.0, (long - short) / more) if more > 0 else 0.0)
+        (few, first, short), (_, whole, long) = judge._reference(cut(probe, 0, 1)), judge._reference(probe)
+        slope = (long - short) / (whole - first) if whole > 1.5 * first else 0.0
+        _priced[key] = None if few is None else (float(short), max(slope, 4 * _product_ns()))
     return _priced[key]
+
+
+@lru_cache(maxsize=1)
+def _product_ns() -> float:
+    """Nanoseconds of a FLOP in a product of matrices, in this process."""
+    square, taken = torch.ones(384, 384), []
+    for _ in range(5):
+        start = time.process_time_ns()
+        torch.mm(square, square)
+        taken.append(time.process_time_ns() - start)
+    return min(taken) / (2 * 384**3)
 
 
 @lru_cache(maxsize=16)

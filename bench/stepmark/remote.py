@@ -232,7 +232,7 @@ class Worker:
 
     def __init__(self, template: Template, link: Link, process: int) -> None:
         self.template, self.link, self.process = template, link, process
-        self.info, self.task, self.device = template.info, template.task, template.device
+        self.info, self.track, self.task, self.device = template.info, template.track, template.task, template.device
         self.ranks, self.bounded, self.loaded_bytes = template.ranks, template.bounded, template.loaded_bytes
         self.offline = template.offline
 

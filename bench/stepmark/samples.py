@@ -174,7 +174,7 @@ def marked(shown: Shown | None, worker: Worker, inputs: Mapping[str, Any], rung:
 
     if not isinstance(shown, Texts):
         return shown
-    decode = _decoder(worker.template.track)
+    decode = _decoder(worker.track)
     marks: list[list[tuple[str, Mark]]] = []
     for i, (_, text) in enumerate(shown.pairs[:TEXTS]):
         heard = worker.drafts(cut(inputs, i, i + 1), rung, seed)

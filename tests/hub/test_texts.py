@@ -188,7 +188,9 @@ def test_a_wrong_text_is_no_tie_in_bfloat16(opened: Callable[..., hub.Made]) -> 
 def test_a_table_of_texts_says_what_a_token_costs(made: Path, opened: Callable[..., hub.Made]) -> None:
     """Speed-up per token sets a longer text against its baseline's; the prefill alone is the time to the first token."""
     from stepmark.leaderboard import pace, tables
-    from stepmark.leaderboard.rows import cells, from_folders
+    from stepmark.leaderboard.rows import cells
+
+    from stepmark.admission import from_folders
 
     target = opened("llama", draft=str(made / "draft"), items=2, new_tokens=8, rungs=(1, 4))
     found = [

@@ -32,10 +32,11 @@ def session_of(task: str, method: Any = None, seed: int = 1) -> Session:
     spec, ledger = track_of(task)[1], Ledger()
     teacher = watch(ledger, "teacher", backbones.load(spec.backbones["teacher"]))
     session = Session(spec, "smoke", torch.device("cpu"), torch.float32, {"teacher": teacher}, {}, ledger, False)
-    session.begin("prepare", seed)
+    session.begin("networks", seed)
     torch.manual_seed(seed)
     for name, network in (method.networks(session) if method else {}).items():
         session.networks[name] = watch(ledger, name, network)
+    session.advance("prepare")
     return session
 
 

@@ -100,7 +100,7 @@ def ready(arguments: argparse.Namespace) -> None:
     """
     if getattr(arguments, "list", False) or getattr(arguments, "no_run", False) or not hasattr(arguments, "device"):
         return
-    if getattr(arguments, "engine", "local") == "local":
+    if arguments.device is not None and getattr(arguments, "engine", "local") == "local":  # None: what a record names
         devices.named(arguments.device)
     writable_cache()
 

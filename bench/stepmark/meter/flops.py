@@ -91,6 +91,7 @@ _MOVING = frozenset(
 )
 _READING = frozenset(
     """
+    affine_grid_generator
     adaptive_avg_pool2d all amax amin aminmax any argmax argmin argsort avg_pool2d bincount bucketize count_nonzero
     cummax cummin cumprod cumsum diff embedding_bag equal grid_sampler_2d histc index_add index_reduce is_nonzero isin
     kthvalue linalg_vector_norm log_softmax logcumsumexp logsumexp max max_pool2d_with_indices mean median min mode
