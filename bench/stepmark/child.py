@@ -35,7 +35,7 @@ from stepmark import confine, devices, index, places, task
 from stepmark.method import Method
 from stepmark.prepared import Cost, State, Store, Training, code_of, read
 from stepmark.runner import Call, Runner, prepare_seed
-from stepmark.wire import Closed, Link
+from stepmark.wire import Closed, Link, WireError
 
 
 def serve(end: socket.socket, request: Mapping[str, Any]) -> NoReturn:
@@ -244,7 +244,12 @@ def attend(link: Link, runner: Runner) -> None:
             raise
         except BaseException as error:
             answer = failure(error, str(runner.info.path))
-        link.send(answer)
+        try:
+            link.send(answer)
+        except Closed:
+            raise
+        except WireError as error:
+            link.send(failure(error, str(runner.info.path)))
 
 
 def _call(link: Link, runner: Runner, message: Mapping[str, Any]) -> dict[str, Any]:

@@ -52,6 +52,8 @@ def measured(
             found, shown, beside = _walk(cell, mine, timing)
         finally:
             mine.close()
+        if found["flags"]:
+            remote.forget()  # whatever the plugin left behind must not reach the next cell
         fields["environment"] |= beside
     except Skip as reason:
         found = {"status": "skipped", "message": _one_line(str(reason))}
@@ -90,8 +92,6 @@ def _walk(cell: Cell, mine: Worker, timing: bool) -> tuple[dict[str, Any], sampl
         found["reasons"] |= part.reasons
         found["flags"] += [flag for flag in part.flags if flag not in found["flags"]]
     found["status"] = "flagged" if found["flags"] else "ok"
-    if found["flags"]:
-        remote.forget()  # whatever the plugin left behind must not reach the next cell
     beside = {"processes": str(mine.ranks), "cores": str(machine.usable_cores())} if mine.ranks > 1 else {}
     if cell.seed or not judge.task.shown:
         return found, None, beside

@@ -225,10 +225,10 @@ def next_word_task(task: str, dataset: str, n: int) -> dict[str, Any]:
     from datasets import Dataset  # type: ignore[attr-defined]
 
     data, rows = load_split(dataset, "test"), []
-    for i, (prompt, target) in enumerate(zip(data["prompt"][:n], data["target"][:n], strict=True)):
-        words = target.split()
-        cut = 7 * i % len(words)
-        rows.append({"context": " ".join([prompt, *words[:cut]]), "word": words[cut]})
+    for i, text in enumerate(data["text"][:n]):
+        words = text.split()
+        cut = 2 + 7 * i % (len(words) - 2)
+        rows.append({"context": " ".join(words[:cut]), "word": words[cut]})
     return _described(task, Dataset.from_list(rows), "loglikelihood", "{{context}}", "{{word}}") | {
         "metric_list": [
             {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},

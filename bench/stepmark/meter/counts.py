@@ -197,14 +197,13 @@ NAMED_FIRST = ("input_ids", "inputs_embeds", "hidden_states", "sample", "x")  # 
 def shape_of(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, int]:
     """(rows, positions) of a call: first dimension of what it works on; x sequence length for tokens and hidden states.
 
-    What it works on is its first tensor of two dimensions or more, or the one of a usual name; another such one that has
-    more rows counts in its place, so that neither the order of arguments nor a keyword makes a batch smaller.
+    What it works on is its first tensor of two dimensions or more, of a usual name before the others, so that a time that
+    comes first or stands alone makes no batch smaller.
     """
     tensors = [value for value in (*args, *map(kwargs.get, NAMED_FIRST), *kwargs.values()) if isinstance(value, Tensor)]
     if not tensors:
         return 1, 1
-    whole = [value for value in tensors if value.ndim > 1] or tensors  # a time or positions alone are no batch
-    value = max(whole, key=lambda each: each.shape[0] if each.ndim else 1)  # the first of equals
+    value = next((each for each in tensors if each.ndim > 1), tensors[0])
     rows = value.shape[0] if value.ndim else 1
     sequence = value.ndim == 3 or (value.ndim == 2 and not value.is_floating_point())
     return rows, rows * value.shape[1] if sequence else rows

@@ -79,7 +79,7 @@ FORMULAS = {
 # once or a few times.
 _MOVING = frozenset(
     """
-    arange as_strided bernoulli cat clone col2im constant_pad_nd copy diag_embed diagonal_scatter embedding empty
+    arange as_strided bernoulli block_diag cat clone col2im constant_pad_nd copy diag diag_embed diagonal_scatter embedding empty
     empty_like empty_permuted empty_strided exponential eye fill flip full full_like gather im2col index index_copy
     index_fill index_put index_select item lift_fresh linspace local_scalar_dense logspace masked_fill masked_scatter
     masked_select multinomial new_empty new_full new_ones new_zeros nonzero normal ones ones_like permute pixel_shuffle
@@ -91,14 +91,13 @@ _MOVING = frozenset(
 )
 _READING = frozenset(
     """
-    affine_grid_generator
-    adaptive_avg_pool2d all amax amin aminmax any argmax argmin argsort avg_pool2d bincount bucketize count_nonzero
-    cummax cummin cumprod cumsum diff embedding_bag equal grid_sampler_2d histc index_add index_reduce is_nonzero isin
-    kthvalue linalg_vector_norm log_softmax logcumsumexp logsumexp max max_pool2d_with_indices mean median min mode
-    nanmedian native_batch_norm native_batch_norm_legit_no_training native_dropout native_group_norm native_layer_norm
-    nll_loss_forward norm prod safe_softmax scatter_add scatter_reduce searchsorted softmax sort std std_mean sum topk
-    trace unique unique2 unique_consecutive unique_dim upsample_bicubic2d upsample_bilinear2d upsample_nearest2d var
-    var_mean
+    adaptive_avg_pool2d affine_grid_generator all amax amin aminmax any argmax argmin argsort avg_pool2d bincount
+    bucketize count_nonzero cummax cummin cumprod cumsum diff embedding_bag equal grid_sampler_2d histc index_add
+    index_reduce is_nonzero isin kthvalue linalg_vector_norm log_softmax logcumsumexp logsumexp max
+    max_pool2d_with_indices mean median min mode nanmedian native_batch_norm native_batch_norm_legit_no_training
+    native_dropout native_group_norm native_layer_norm nll_loss2d_forward nll_loss_forward norm prod safe_softmax
+    scatter_add scatter_reduce searchsorted softmax sort std std_mean sum topk trace unique unique2
+    unique_consecutive unique_dim upsample_bicubic2d upsample_bilinear2d upsample_nearest2d var var_mean
     """.split()
 )
 
@@ -135,7 +134,9 @@ def _kind_of(func: Any) -> str:
         return "elements"
     if func.is_view or not any(isinstance(r.type, torch.TensorType) for r in func._schema.returns):
         return "free"
-    name = packet.__name__.strip("_").removesuffix("_backward")
+    name = packet.__name__.strip("_")
+    if name.endswith(("_backward", "_backward_data")):  # those of products have a formula
+        return "elements"
     return "elements" if name in _READING else "free" if name in _MOVING else "unknown"
 
 
