@@ -35,6 +35,7 @@ LITTLE = 0.4  # of the work on unseen inputs: who does less than this on the kno
 FEW = 8  # items of a batch below which one batch says little of what the next will take
 OTHER_BATCHES = 4  # so many are looked at then
 SPREAD = 10.0  # standard deviations between the quality of known and unseen inputs that no luck explains
+OWN = 100_000  # operations per item that a sampler of small things may need for itself
 PACKED = 1.5  # how much dearer than the reference an evaluation of the reference network may be
 COPIED = 0.1  # of the usual distance between a train item and the nearest other one: nearer is a copy
 EXPLAINED = 3.0  # how often the seconds that the counts explain may be needed
@@ -103,8 +104,9 @@ class Judge:
                 flags.append(f"reports {value:g} {name} for the batch, the harness counted {own:g}")
         return flags
 
-    def work(self, call: Call, reference: float | None, items: int) -> list[str]:
-        """Flags of a counted call: work that no handle counts."""
+    def work(self, call: Call, reference: float | None, items: int, instead: float = 0.0) -> list[str]:
+        """Flags of a counted call: work that no handle counts. `instead`: reference evaluations per item in whose place a
+        method without a network may calculate."""
         flops = call.flops
         assert flops is not None
         flags = list(call.flags)
@@ -124,7 +126,8 @@ class Judge:
             flags.append(f"an evaluation costs {dear:.1f} times that of an item: several items in one row?")
         # Sums and products one by one: every sampler and decoder has some, a network written out in them has as many as
         # the networks that count.
-        if reference and flops.arithmetic >= max(0.5 * reference * items, 0.25 * inside):
+        usual = max(OWN * items, 0.25 * inside, instead * items * (reference or 0.0))
+        if reference and flops.arithmetic >= max(0.5 * reference * items, usual):
             beside = flops.arithmetic / reference / items
             flags.append(f"computes {beside:.1f} reference evaluations per item number by number, outside any handle")
         return flags
@@ -205,7 +208,7 @@ class Judge:
         flags += self._less(mine, batch, first, counted, there, watched, rung, seed)
         flags += self._better(batch, first, hidden, there)
         for call, which in ((there, "unseen"), (first, "scored")):
-            flags += self._unexplained(call, watched, hidden, which)
+            flags += self._unexplained(call, watched, hidden, which, rung, bool(mine.offline.state_mib))
         return flags
 
     def _less(
@@ -269,9 +272,13 @@ class Judge:
         calls = sum(each.get("calls") or each.get("evaluations", 0.0) for each in call.handles.values())
         return price[0] * calls + price[1] * flops
 
-    def _unexplained(self, call: Call, watched: Call, batch: Mapping[str, Any], which: str) -> list[str]:
+    def _unexplained(
+        self, call: Call, watched: Call, batch: Mapping[str, Any], which: str, rung: int, learned: bool
+    ) -> list[str]:
         assert watched.flops is not None
         explained = self.explained_ns(call, watched.flops.total, batch)
+        if explained is not None and learned and not call.spent:  # no network, in the place of which it may calculate
+            explained += rung * size_of(batch) * (_prices(self, min(size_of(batch), self.task.batch)) or (0.0, 0.0))[0]
         if explained is None or call.processor_ns is None or watched.flops.ranks:
             return []
         if call.processor_ns <= EXPLAINED * explained + SLACK_NS[which]:

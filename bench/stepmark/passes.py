@@ -87,7 +87,9 @@ def counts(mine: Worker, judge: Judge, cell: Cell, answers: Answers) -> Part:
     probe = cut(batch, 0, min(judge.task.probe, size_of(batch)))
     items = size_of(probe)
     call, reference = mine.counted(probe, cell.rung, cell.seed), judge.reference_flops(probe)
-    flags = judge.reports(first) + judge.work(call, reference, items) + judge.nothing_asked(first, mine.offline)
+    instead = float(cell.rung) if mine.offline.state_mib and not first.spent else 0.0
+    flags = judge.reports(first) + judge.work(call, reference, items, instead)
+    flags += judge.nothing_asked(first, mine.offline)
     flags += judge.copies(answers.outputs) + judge.planted(mine, cell.rung)
     with somebody_else(mine) as other:
         flags += judge.unseen_work(mine, other, batch, first, call, cell.rung)
