@@ -109,6 +109,17 @@ def test_a_known_amount_of_work_is_read_by_the_processor_s_clock(worker: Callabl
     assert (call.outside_ns or 0) >= call.ns
 
 
+def test_who_is_asked_stays_however_many_are_made_ready(
+    worker: Callable[[str], remote.Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, batch = worker(NULL), Judge(TASK).inputs(8, 0)
+    monkeypatch.setattr(remote, "READY", 1)
+    for name in ("euler", "heun"):
+        remote.ready(plugins.methods()[name], TASK, "smoke", "cpu")
+    assert torch.equal(mine.run(batch, 4, 0).outputs, batch["noise"])
+    assert [key[0] for key in remote._ready] == ["plain", "heun"]
+
+
 # -- counters against known quantities ------------------------------------------------------------------------------
 
 

@@ -177,7 +177,7 @@ class Judge:
             return []
         batch, least = made
         found = mine.run(batch, rung, secrets.randbits(60)).outputs
-        below = [f"{float(f):.4g}" for f, bar in zip(found, least, strict=True) if f < bar]
+        below = [f"{float(f):.4g}" for f, bar in zip(found, least, strict=True) if not f >= bar]
         return [f"gives {below[0]} nats to a text made at random: no probability distribution can"] if below else []
 
     def unseen_work(

@@ -44,7 +44,6 @@ class Answers:
     outputs: Any
     batch: dict[str, Any]
     first: Call
-    last: Call
 
 
 def quality(mine: Worker, judge: Judge, cell: Cell) -> tuple[Part, Answers]:
@@ -78,7 +77,7 @@ def quality(mine: Worker, judge: Judge, cell: Cell) -> tuple[Part, Answers]:
     for name, figures in handles.items():
         counts |= {f"{name}_{key}": value / n for key, value in figures.items() if key != "calls"}
     flags = list(dict.fromkeys(flag for call in calls for flag in call.flags))
-    return Part(fields, counts, flags=flags), Answers(inputs, outputs, cut(inputs, 0, task.batch), calls[0], calls[-1])
+    return Part(fields, counts, flags=flags), Answers(inputs, outputs, cut(inputs, 0, task.batch), calls[0])
 
 
 def counts(mine: Worker, judge: Judge, cell: Cell, answers: Answers) -> Part:
@@ -152,9 +151,7 @@ def latency(mine: Worker, judge: Judge, cell: Cell, answers: Answers) -> Part:
             events=judge.device.type == "cuda",
         )
     own = read["method"]
-    flags = judge.clocks(calls)
-    if any(call.flags for call in calls):
-        flags += list(dict.fromkeys(flag for call in calls for flag in call.flags))
+    flags = [*judge.clocks(calls), *dict.fromkeys(flag for call in calls for flag in call.flags)]
     last = len(own.samples_ns) - 1
     with somebody_else(mine) as other:  # the last round again, by somebody who has not seen the others
         again = other.run(judge.inputs(size, secret + last, "timed"), cell.rung, secret + last)

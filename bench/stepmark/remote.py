@@ -132,10 +132,12 @@ class Template:
         self.bounded = [str(name) for name in said["bounded"]]
         self.forks = self.device.type == "cpu" and self.ranks == 1
         self._attending: Worker | None = None
+        self.open = 0  # workers that somebody still asks: they end with their template
 
     def worker(self) -> Worker:
         """Somebody who answers calls, and has answered none; where processes do not fork, the template itself, with the
         method's module as new."""
+        self.open += 1
         if self.forks:
             others = _children(self.process)
             ours, theirs = socket.socketpair()
@@ -278,6 +280,7 @@ class Worker:
 
     def close(self) -> None:
         """Hang up; the template stays."""
+        self.template.open -= 1
         if self.link is not self.template.link:
             self.link.close()
 
@@ -395,8 +398,8 @@ def ready(
         if key in _ready:
             _ready.move_to_end(key)
             return _ready[key]
-    while len(_ready) >= READY:
-        _ready.popitem(last=False)[1].close()
+    for key in [key for key, kept in _ready.items() if not kept.open][: max(0, len(_ready) + 1 - READY)]:
+        _ready.pop(key).close()  # the longest unused; who is asked in this very cell stays
     made = Template(info, task_id, tier, device, seed, show_progress, sources)
     _ready[(*same, made.offline.seed)] = made
     return made

@@ -17,12 +17,10 @@ than these texts need.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -30,6 +28,8 @@ from stepmark.task import Score, Task, harness_only, load_split
 from stepmark.tracks.decoding import handles as handles
 from stepmark.tracks.decoding import layers as layers
 from stepmark.tracks.decoding.forced import check as check
+from stepmark.tracks.decoding.forced import inputs as inputs
+from stepmark.tracks.decoding.forced import loss_and_excess
 from stepmark.tracks.decoding.forced import reference_call as reference_call
 from stepmark.tracks.decoding.texts import story_walk
 
@@ -48,25 +48,11 @@ TASKS = (
         n=240,
         batch=8,
         seeds=1,
-        smoke_n=4,
+        smoke_n=2,
         smoke_rungs=(200,),
-        probe=8,
+        probe=2,
     ),
 )
-
-
-def inputs(task: Task, n: int, generator: torch.Generator, device: torch.device) -> dict[str, list[Any]]:
-    """Beginnings of `n` texts of the test split, each cut before any of its words or before its end."""
-    from stepmark.backbones.lm import encode
-
-    harness_only("the test split")
-    data = load_split(task.dataset, "test")
-    contexts = []
-    for i in torch.randperm(len(data["prompt"]), generator=generator)[:n].tolist():
-        words = data["target"][i].split()
-        cut = int(torch.randint(len(words) + 1, (), generator=generator))
-        contexts.append(encode(" ".join([data["prompt"][i], *words[:cut]])))
-    return {"context": contexts}
 
 
 def following(task: Task, context: Sequence[int]) -> dict[str, float]:
@@ -108,8 +94,8 @@ def score(
     rows = []
     for context, log_q in zip(batch["context"], outputs.double().cpu().tolist(), strict=True):
         expected = following(task, context)
-        loss = -sum(p * log_q[number[word]] for word, p in expected.items())
-        rows.append((loss + sum(p * math.log(p) for p in expected.values()), loss))
+        rows.append(loss_and_excess(expected, log_q, number))
     values = np.array(rows)
     means = values[resample].mean(axis=1)
-    return {name: Score(float(values[:, i].mean()), means[:, i].tolist()) for i, name in enumerate(("excess", "loss"))}
+    found = {name: Score(float(values[:, i].mean()), means[:, i].tolist()) for i, name in enumerate(("loss", "excess"))}
+    return {name: found[name] for name in task.metrics}

@@ -10,7 +10,7 @@ evicts is gone. No method sees the word that it tells; the score is the exact ex
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,16 @@ def inputs(task: Task, n: int, generator: torch.Generator, device: torch.device)
     return {"context": contexts}
 
 
+def loss_and_excess(
+    expected: Mapping[str, float], log_q: Sequence[float], number: Mapping[str, int]
+) -> tuple[float, float]:
+    """Expected -log q of the next word in nats, drawn with the probabilities `expected`, and the same less their entropy.
+    `log_q` [V] by token id, `number` the id of a word.
+    """
+    loss = -sum(p * log_q[number[word]] for word, p in expected.items())
+    return loss, loss + sum(p * math.log(p) for p in expected.values())
+
+
 def check(task: Task, batch: Mapping[str, Any], outputs: Any) -> None:
     """Normalised log-probabilities [B, V]."""
     from stepmark.backbones.lm import VOCABULARY
@@ -97,10 +107,9 @@ def score(
         expected = next(walk)
         for word in told.split():
             expected = walk.send(word)
-        loss = -sum(p * log_q[number[word]] for word, p in expected.items())
-        entropy = -sum(p * math.log(p) for p in expected.values())
+        loss, excess = loss_and_excess(expected, log_q, number)
         only = len(expected) == 1
-        rows.append((loss, loss - entropy, math.exp(-loss) if only else 0.0, float(only)))
+        rows.append((loss, excess, math.exp(-loss) if only else 0.0, float(only)))
     values = np.array(rows)
     means = values[resample].mean(axis=1)
     found = {name: Score(float(values[:, i].mean()), means[:, i].tolist()) for i, name in enumerate(("loss", "excess"))}

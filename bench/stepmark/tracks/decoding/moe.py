@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from stepmark.task import Score, Task, harness_only, load_split
 from stepmark.tracks.decoding import handles as handles
 from stepmark.tracks.decoding.forced import check as check
+from stepmark.tracks.decoding.forced import loss_and_excess
 
 TASKS = (
     Task(
@@ -78,9 +79,9 @@ def score(
     for context, log_q in zip(batch["context"], outputs.double().cpu().tolist(), strict=True):
         words = decode(list(context)).split()
         expected = following(words[0], words[-1])
-        loss = -sum(p * log_q[number[word]] for word, p in expected.items())
-        entropy = -sum(p * math.log(p) for p in expected.values())
-        rows.append((loss, loss - entropy, sum(math.exp(log_q[number[word]]) for word in expected)))
+        rows.append(
+            (*loss_and_excess(expected, log_q, number), sum(math.exp(log_q[number[word]]) for word in expected))
+        )
     values = np.array(rows)
     means = values[resample].mean(axis=1)
     names = ("loss", "excess", "allowed")
