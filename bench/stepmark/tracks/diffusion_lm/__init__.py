@@ -142,19 +142,22 @@ def planted(
     are asked.
 
     Over the V^k ways to fill k places the probabilities add up to 1 at most, so that one drawn at random has more than
-    e^20 / V^k with probability e^-20 at most (Markov's inequality), whatever the model.
+    e^20 / V^k with probability e^-20 at most (Markov's inequality), whatever the model. Of the vocabulary's words the
+    mask is not among the V: no text holds one, and the loss of one that did would be no number.
     """
     from stepmark.backbones.lm import VOCABULARY
+    from stepmark.backbones.mdlm import MASK
 
     if not task.id.startswith("likelihood/"):
         return None
     tokens = inputs(task, n, generator, torch.device("cpu"))["tokens"]
-    drawn = torch.randint(len(VOCABULARY), tokens.shape, generator=generator)
+    words = torch.tensor([i for i in range(len(VOCABULARY)) if i != MASK])
+    drawn = words[torch.randint(len(words), tokens.shape, generator=generator)]
     places = [LENGTH if i % 2 else LENGTH // 2 for i in range(n)]
     for row, new, k in zip(tokens, drawn, places, strict=True):
         at = torch.randperm(LENGTH, generator=generator)[:k]
         row[at] = new[at]
-    return {"tokens": tokens.to(device)}, [k * math.log(len(VOCABULARY)) - 20 for k in places]
+    return {"tokens": tokens.to(device)}, [k * math.log(len(words)) - 20 for k in places]
 
 
 def score(
