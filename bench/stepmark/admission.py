@@ -199,6 +199,12 @@ def _timed(latency: Latency, info: MethodInfo) -> Iterator[str]:
 
     if not latency.items or not fits(latency.median_ms, latency.samples_ms):
         yield "have a median that is not theirs"
+    for tokens, samples in (
+        (latency.tokens, latency.samples_ms),
+        (latency.baseline_tokens, latency.baseline_samples_ms or []),
+    ):
+        if tokens and len(tokens) != len(samples):
+            yield "have tokens of other rounds"
     if latency.baseline is None:
         return
     if latency.baseline not in info.baselines:

@@ -125,14 +125,17 @@ def latency(mine: Worker, judge: Judge, cell: Cell, answers: Answers) -> Part:
     smoke, secret = cell.tier == "smoke", secrets.randbits(60)
     batches: dict[int, dict[str, Any]] = {}  # of the round that is running
     calls: list[Call] = []
+    written: dict[str, list[int]] = {}
 
-    def turn(worker: Worker, number: int) -> tuple[int, int | None, Any]:
+    def turn(name: str, number: int) -> tuple[int, int | None, Any]:
         if number not in batches:
             batches.clear()
             batches[number] = judge.inputs(size, secret + number, "timed")
-        call = worker.run(batches[number], cell.rung, secret + number)
-        if worker is mine and number >= 0:
-            calls.append(call)
+        call = workers[name].run(batches[number], cell.rung, secret + number)
+        if number >= 0:
+            written.setdefault(name, []).extend(_tokens(call.outputs))
+            if name == "method":
+                calls.append(call)
         return call.ns, call.device_ns, call.outputs
 
     with contextlib.ExitStack() as opened:
@@ -143,11 +146,11 @@ def latency(mine: Worker, judge: Judge, cell: Cell, answers: Answers) -> Part:
         for name, template in _beside(mine, cell, {each.info.id for each in workers.values()}).items():
             workers[name] = _opened(opened, template)
         read = clock.take_turns(
-            {name: partial(turn, worker) for name, worker in workers.items()},
+            {name: partial(turn, name) for name in workers},
             warmup=1,
             min_rounds=2 if smoke else task.rounds,
             min_seconds=0.02 if smoke else task.seconds,
-            max_seconds=1.0 if smoke else 8.0,
+            max_seconds=1.0 if smoke else 60.0 if cell.tier == "hub" else 8.0,  # a real model takes seconds for a text
             events=judge.device.type == "cuda",
         )
     own = read["method"]
@@ -159,6 +162,8 @@ def latency(mine: Worker, judge: Judge, cell: Cell, answers: Answers) -> Part:
         flags.append("a timed call gave other outputs than the same call in another process: hidden state")
     others = {name: _milliseconds(each) for name, each in read.items() if name not in ("method", "baseline")}
     figures: dict[str, Any] = {"beside": others} if others else {}
+    if written["method"]:
+        figures |= {"tokens": written["method"], "baseline_tokens": written.get("baseline", [])}
     if baseline is not None:
         other_read = read["baseline"]
         ratio = clock.ratio(other_read, own)
@@ -219,6 +224,12 @@ def _beside(mine: Worker, cell: Cell, have: set[str]) -> dict[str, Template]:
             named += [r.method for r in parse(claim.check).references() if r.metric in TIMES]
     ids = [name for name in dict.fromkeys(named) if name not in have and cell.task in known[name].tasks]
     return {name: remote.ready(known[name], cell.task, cell.tier, str(mine.device)) for name in ids}
+
+
+def _tokens(outputs: Any) -> list[int]:
+    """[how many tokens a call wrote], or [] where what it gave are no texts as lists of ids."""
+    texts = isinstance(outputs, list) and all(isinstance(ids, list) for ids in outputs)
+    return [sum(map(len, outputs))] if texts else []
 
 
 def _milliseconds(read: clock.Latency) -> list[float]:

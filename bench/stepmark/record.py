@@ -127,6 +127,7 @@ def _read_short(value: Any, whole: Callable[[Any], list[float]]) -> list[float]:
 
 _AsList = PlainSerializer(list, return_type=list[float])
 Times = Annotated[list[Amount], Field(max_length=100_000), AfterValidator(_packed), _AsList]
+Written = Annotated[list[Annotated[int, Field(ge=0, le=10**9)]], Field(max_length=100_000)]
 Resamples = Annotated[list[Figure], Field(max_length=2000), WrapValidator(_read_short), _AsList]
 
 
@@ -204,7 +205,8 @@ class Quality(_Strict):
 class Latency(_Strict):
     """Wall time of one `run` call of `items` items, interleaved with the baseline in rounds. Milliseconds.
 
-    `beside`: samples of further methods that were timed in the same rounds, since a claim of time names them.
+    `beside`: samples of further methods that were timed in the same rounds, since a claim of time names them. `tokens`,
+    `baseline_tokens`: how many tokens the call of each round wrote; [] where outputs are no texts.
     """
 
     items: Annotated[int, Field(ge=0, le=10**9)]
@@ -220,6 +222,8 @@ class Latency(_Strict):
     speedup_low: Amount | None = None
     speedup_high: Amount | None = None
     beside: dict[Name, Times] = Field(default_factory=dict, max_length=MOST_NAMES)
+    tokens: Written = Field(default_factory=list)
+    baseline_tokens: Written = Field(default_factory=list)
 
 
 class Memory(_Strict):

@@ -154,9 +154,9 @@ def made_from(choice: Choice, part: Part) -> Made:
         bounded=("target",),
         rungs=rungs,
         n=items,
-        batch=min(items, 4),
+        batch=1,  # one prompt at a time, so that times are a prompt's and have percentiles
         probe=1,
-        rounds=3,  # a real model takes seconds for a text
+        rounds=12,
         seeds=1,
         smoke_n=min(items, 2),
         smoke_rungs=rungs[:1],
