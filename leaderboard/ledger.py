@@ -39,13 +39,15 @@ APART = 50_000_000  # bytes of records from which on processes are worth their s
 class Ledger:
     """What the pages are made from. Records are without resamples, those of older versions without any raw number.
 
-    `rows` are of the newest version and in groups; `versions` holds those of every version, oldest first, but for tier
+    `rows` are of the newest version and in groups; `brought` are of that version too, on checkpoints that somebody brought:
+    each stands for itself, and no claim is judged by it. `versions` holds those of every version, oldest first, but for tier
     smoke; `standings` are by (method, task); `files` counts the records in each part of the downloads; `left_out` are those
     that the board does not take in.
     """
 
     records: list[Record] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
+    brought: list[Row] = field(default_factory=list)
     versions: dict[str, list[Row]] = field(default_factory=dict)
     standings: dict[tuple[str, str], Standing] = field(default_factory=dict)
     files: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -158,6 +160,7 @@ class _Part:
     key: tuple[str, str]
     records: list[Record]
     rows: list[Row]
+    brought: list[Row]
     versions: dict[str, list[Row]]
     standings: dict[tuple[str, str], Standing]
     count: int
@@ -193,7 +196,7 @@ def _from_files(results: Path, asked: Asked, paths: Sequence[Path]) -> _Part:
             record_files.check_place(results, path, r)
             everything.append(r)
     if not everything:  # a file without a whole line
-        return _Part((*paths[0].relative_to(results).parts, "", "", "")[2:4], [], [], {}, {}, 0, [])
+        return _Part((*paths[0].relative_to(results).parts, "", "", "")[2:4], [], [], [], {}, {}, 0, [])
     return _sum_up((everything[0].track, everything[0].method), everything, asked)
 
 
@@ -211,7 +214,8 @@ def _sum_up(key: tuple[str, str], everything: Sequence[Record], asked: Asked) ->
     sound = [r for r, why in zip(everything, reasons, strict=True) if not why]
     latest = record_files.latest(sound)
     current = [r for r in latest if _wanted(r, asked.tier) and version_key(r.suite) == asked.newest]
-    rows = rows_of(current, known)
+    rows = rows_of((r for r in current if not r.checkpoint), known)
+    brought = rows_of((r for r in current if r.checkpoint), judged)
     shown = {r.suite for r in current}
     versions: dict[str, list[Row]] = {}
     for suite in {r.suite for r in everything if r.tier != "smoke" and is_version(r.suite)}:
@@ -223,7 +227,7 @@ def _sum_up(key: tuple[str, str], everything: Sequence[Record], asked: Asked) ->
         else:  # what methods and ladders were then is not known now
             past = record_files.latest(r for r in everything if r.suite == suite and r.tier != "smoke")
             versions[suite] = rows_of(past, known)
-    every = list({id(row): row for mine in (rows, *versions.values()) for row in mine}.values())
+    every = list({id(row): row for mine in (rows, brought, *versions.values()) for row in mine}.values())
     settle(every)
     standings = {}
     by_record = {id(r): found for r, found in zip(everything, within, strict=True)}
@@ -232,7 +236,7 @@ def _sum_up(key: tuple[str, str], everything: Sequence[Record], asked: Asked) ->
         standings[key[1], task] = standing(key[1], task, mine, asked.objections, lambda r: by_record[id(r)])
     keep = _Thin()
     thin = {id(r): keep(r, True) for r in current}
-    newest = {id(row) for row in rows}
+    newest = {id(row) for row in (*rows, *brought)}
     for row in every:
         row.id = names[id(row.first)]
         _let_go(row, thin if id(row) in newest else None, keep)
@@ -241,7 +245,7 @@ def _sum_up(key: tuple[str, str], everything: Sequence[Record], asked: Asked) ->
         for r, why in zip(everything, reasons, strict=True)
         if why and _wanted(r, asked.tier)
     ]
-    return _Part(key, [thin[id(r)] for r in current], rows, versions, standings, len(everything), aside)
+    return _Part(key, [thin[id(r)] for r in current], rows, brought, versions, standings, len(everything), aside)
 
 
 def intervals(records: Sequence[Record]) -> list[Intervals]:
@@ -305,6 +309,7 @@ def _merge(parts: Sequence[_Part]) -> Ledger:
     for part in sorted(parts, key=lambda part: part.key):
         found.records += part.records
         found.rows += part.rows
+        found.brought += part.brought
         found.standings |= part.standings
         found.files[part.key] = part.count
         found.left_out += part.left_out
@@ -313,5 +318,6 @@ def _merge(parts: Sequence[_Part]) -> Ledger:
     suites = sorted(found.versions, key=lambda suite: (version_key(suite), suite))
     found.versions = {suite: sorted(found.versions[suite], key=order) for suite in suites}
     found.rows.sort(key=order)
+    found.brought.sort(key=order)
     assign_groups(found.rows, plugins.tasks())
     return found

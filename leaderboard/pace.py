@@ -82,16 +82,24 @@ def _over(a: float | None, b: float | None) -> float | None:
     return sane(a / b) if a is not None and b else None
 
 
+def figures(found: Pace) -> tuple[float | None, ...]:
+    """The figures in the order of `HEAD`."""
+    return (
+        found.tokens_per_forward,
+        found.ms_per_token,
+        found.p95_ms_per_token,
+        found.joules_per_token,
+        found.speedup,
+        found.first_ms,
+    )
+
+
 def cells(found: Pace) -> tuple[str, ...]:
     """The figures as text, in the order of `HEAD`."""
-    return (
-        figure(found.tokens_per_forward),
-        figure(found.ms_per_token),
-        figure(found.p95_ms_per_token),
-        figure(found.joules_per_token),
-        "-" if found.speedup is None else f"{figure(found.speedup)}x",
-        figure(found.first_ms),
-    )
+    texts = [figure(value) for value in figures(found)]
+    at = HEAD.index("speed-up/token")
+    texts[at] = "-" if found.speedup is None else f"{texts[at]}x"
+    return tuple(texts)
 
 
 def shown(rows: Sequence[Row]) -> bool:

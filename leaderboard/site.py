@@ -26,6 +26,7 @@ from stepmark.leaderboard import (
     ledger,
     markup,
     method_pages,
+    models_page,
     paper_pages,
     picker,
     release,
@@ -170,6 +171,7 @@ def write(found: Board, source: Path, root: Path) -> list[str]:
         entry = each.entry
         parts = paper_pages.paper_page(found, each, related[entry.id], nodes)
         page(f"papers/{entry.id}.md", entry.title, parts)
+    page("models.md", "Real models", models_page.page(found), toc=True)
     page("claims.md", "Claims", claims_page.page(found))
     page("downloads.md", "Downloads", _downloads(found), toc=True)
     page("compare.md", "Compare", compare_page.page(found))
