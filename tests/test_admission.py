@@ -97,6 +97,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no handles": ({"handles": {}}, "nfe is not what"),
     "a count that no handle made": ({"counts": record().counts | {"teacher_evaluations": 1.0}}, "teacher_evaluations"),
     "a handle that was not counted": ({"handles": HANDLES | {"other": {"positions": 8.0}}}, "other_positions"),
+    "tokens of other rounds": ({"latency": TIMES.model_copy(update={"tokens": [3]})}, "tokens of other rounds"),
+    "a command for another device": ({"device": "cuda"}, "not the one that repeats it"),
     "a median that is not theirs": ({"latency": TIMES.model_copy(update={"median_ms": 0.1})}, "median"),
     "times of nothing": ({"latency": TIMES.model_copy(update={"items": 0})}, "median"),
     "times without samples": ({"latency": TIMES.model_copy(update={"samples_ms": []})}, "median"),

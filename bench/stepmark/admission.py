@@ -120,10 +120,9 @@ def _foreign(r: Record, known: Known, methods: Mapping[str, MethodInfo]) -> Iter
             yield f"{r.method} does not name {r.task}"
         if r.rung not in {*task.rungs, *task.ladder(r.tier)}:  # at tier smoke others may be asked for
             yield f"rung {r.rung} is not on the ladder of {r.task}"
-        if (
-            r.command
-            != f"stepmark run --method {r.method} --task {r.task} --rung {r.rung} --seed {r.seed} --tier {r.tier}"
-        ):
+        where = "" if r.device == "cpu" else f" --device {r.device}"
+        what = f"--method {r.method} --task {r.task} --rung {r.rung} --seed {r.seed} --tier {r.tier}"
+        if r.command != f"stepmark run {what}{where}":
             yield "its command is not the one that repeats it"
     if r.seed >= (1 if r.tier == "smoke" else task.seeds):
         yield f"seed {r.seed} is not one of the {task.seeds} of {r.task}"

@@ -37,12 +37,12 @@ class Cell:
         """Of `Record.key` what hangs on neither device nor checkpoint."""
         return (self.method, self.task, self.rung, self.seed, self.tier)
 
-    @property
-    def command(self) -> str:
-        """The command that repeats this cell."""
+    def command(self, device: str = "cpu") -> str:
+        """The command that repeats this cell on a device of a kind."""
         known = plugins.tasks().get(self.task)
         what = (known[1].words if known else "") or f"--task {self.task}"
-        return f"stepmark run --method {self.method} {what} --rung {self.rung} --seed {self.seed} --tier {self.tier}"
+        where = "" if device == "cpu" else f" --device {device}"
+        return f"stepmark run --method {self.method} {what} --rung {self.rung} --seed {self.seed} --tier {self.tier}{where}"
 
 
 def track_of(task: str) -> tuple[ModuleType, Task]:

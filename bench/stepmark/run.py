@@ -115,7 +115,7 @@ def _heading(cell: Cell, task: Task, sources: dict[str, str], device: str) -> di
         "checkpoint": task.checkpoint[: plugins.DIGITS],
         "digests": sources,
         "environment": environment | ({"checkpoint": task.origin} if task.origin else {}),
-        "command": cell.command,
+        "command": cell.command(torch.device(device).type),
         "created": dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": commit(plugins.methods()[cell.method].path),
     }

@@ -14,7 +14,7 @@ Needs the extra `stepmark[lm-eval]`.
 
 from __future__ import annotations
 
-import time
+import contextlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -23,9 +23,10 @@ import torch
 from lm_eval.api.model import LM
 from torch import nn
 
-from stepmark import plugins
+from stepmark import plugins, remote
 from stepmark.backbones.lm import EOS, decode, encode
 from stepmark.judge import Judge
+from stepmark.remote import Worker
 from stepmark.runner import Runner
 from stepmark.task import load_split
 from stepmark.tracks.decoding import MAX_NEW_TOKENS
@@ -34,13 +35,15 @@ ANSWERED = ("sums", "words", "hops")  # datasets whose texts end in an answer
 
 
 class StepmarkLM(LM):
-    """A prepared method at one rung. Text in and out is space-separated words of Stepmark's vocabulary; on a checkpoint
-    any text, in the tokens of its folder.
+    """A prepared method at one rung, in a process of its own (`remote.Worker`) or in this one. Text in and out is
+    space-separated words of Stepmark's vocabulary; on a checkpoint any text, in the tokens of its folder.
 
     items: the inputs of the harness; a request whose document has an "item" is answered for that one of them.
     """
 
-    def __init__(self, runner: Runner, rung: int, seed: int = 0, items: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, runner: Runner | Worker, rung: int, seed: int = 0, items: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__()
         self.runner, self.rung, self.seed, self.items = runner, rung, seed, items or {}
         self.judge = Judge(runner.task.id, runner.device)
@@ -86,9 +89,8 @@ class StepmarkLM(LM):
         return str(whole[len(before) :] if whole.startswith(before) else self.runner.track.text_of(ids))
 
     def _run(self, batch: dict[str, Any], index: int) -> Any:
-        start = time.perf_counter()
         call = self.runner.run(batch, self.rung, self.seed, index)
-        self.seconds += time.perf_counter() - start
+        self.seconds += call.ns / 1e9
         self.judge.check(batch, call.outputs)
         for name, figures in call.handles.items():
             self.counts[name] = self.counts.get(name, 0.0) + figures["evaluations"]
@@ -276,6 +278,11 @@ def _described(task: str, rows: Any, output_type: str, text: str, target: str) -
     }
 
 
+def _worker(method: str, task: str, tier: str, device: str) -> Worker:
+    """Who answers: in a process of its own, as for the harness, which neither lm-eval's tasks nor its answers are in."""
+    return remote.ready(plugins.methods()[method], task, tier, device, show_progress=False).worker()
+
+
 def evaluate(
     method: str, task: str, rung: int, n: int = 96, device: str = "cpu", tier: str = "embedded"
 ) -> dict[str, Any]:
@@ -287,31 +294,31 @@ def evaluate(
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    runner = Runner(plugins.methods()[method], task, tier, device, show_progress=False)
-    model = StepmarkLM(runner, rung)
-    items = model.judge.inputs(n, 0)
-    if task.startswith("greedy/") and runner.task.dataset in ANSWERED:
-        described = local_task(runner.task.dataset, n)
-    elif "prompt" in items:
-        model.items = items
-        described = track_task(model)
-    elif "labels" in items:
-        model.items = items
-        described = choice_task(model)
-    elif task.startswith("learning/"):
-        described = next_word_task(task, runner.task.dataset, n)
-    elif task.startswith("likelihood/"):
-        described = whole_text_task(task, runner.task.dataset, n)
-    else:
-        raise ValueError(f"{task} neither writes nor scores texts: lm-eval has nothing to ask")
-    found = lm_eval.simple_evaluate(
-        model=model,
-        tasks=[described],
-        task_manager=TaskManager(include_defaults=False),
-        bootstrap_iters=0,
-        log_samples=True,
-    )
-    return dict(found or {}) | {"counts": model.counts}
+    with contextlib.closing(_worker(method, task, tier, device)) as runner:
+        model = StepmarkLM(runner, rung)
+        items = model.judge.inputs(n, 0)
+        if task.startswith("greedy/") and runner.task.dataset in ANSWERED:
+            described = local_task(runner.task.dataset, n)
+        elif "prompt" in items:
+            model.items = items
+            described = track_task(model)
+        elif "labels" in items:
+            model.items = items
+            described = choice_task(model)
+        elif task.startswith("learning/"):
+            described = next_word_task(task, runner.task.dataset, n)
+        elif task.startswith("likelihood/"):
+            described = whole_text_task(task, runner.task.dataset, n)
+        else:
+            raise ValueError(f"{task} neither writes nor scores texts: lm-eval has nothing to ask")
+        found = lm_eval.simple_evaluate(
+            model=model,
+            tasks=[described],
+            task_manager=TaskManager(include_defaults=False),
+            bootstrap_iters=0,
+            log_samples=True,
+        )
+        return dict(found or {}) | {"counts": model.counts}
 
 
 def own_tasks(folder: str | None) -> Any:
@@ -336,17 +343,17 @@ def evaluate_own(
     """
     import lm_eval
 
-    runner = Runner(plugins.methods()[method], task, tier, device, show_progress=False)
-    model = StepmarkLM(runner, rung)
-    try:
-        found = lm_eval.simple_evaluate(
-            model=model, tasks=list(tasks), task_manager=manager, limit=n, bootstrap_iters=0, log_samples=False
-        )
-    except (OSError, ConnectionError) as error:
-        line = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"the data of {', '.join(tasks)} are not on this machine ({line}); give task files with local data_files by "
-            "--lm-tasks FOLDER"
-        ) from error
-    speed = 1000 * model.seconds / model.tokens if model.tokens else None
-    return dict(found or {}) | {"counts": model.counts, "ms_per_token": speed}
+    with contextlib.closing(_worker(method, task, tier, device)) as runner:
+        model = StepmarkLM(runner, rung)
+        try:
+            found = lm_eval.simple_evaluate(
+                model=model, tasks=list(tasks), task_manager=manager, limit=n, bootstrap_iters=0, log_samples=False
+            )
+        except (OSError, ConnectionError) as error:
+            line = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"the data of {', '.join(tasks)} are not on this machine ({line}); give task files with local data_files by "
+                "--lm-tasks FOLDER"
+            ) from error
+        speed = 1000 * model.seconds / model.tokens if model.tokens else None
+        return dict(found or {}) | {"counts": model.counts, "ms_per_token": speed}

@@ -85,7 +85,7 @@ assert "checkpoint/llama_t4" not in plugins.tasks()
 hub.restore()
 task = plugins.tasks()["checkpoint/llama_t4"][1]
 print(sorted(cell.digests(plugins.methods()["jacobi"], task).items()))
-print(cell.Cell("jacobi", task.id, 2, 0, "smoke").command)
+print(cell.Cell("jacobi", task.id, 2, 0, "smoke").command())
 print(cell.track_of(task.id)[0].__name__, task.rungs)
 """
 
@@ -95,7 +95,7 @@ def test_processes_that_are_started_know_the_checkpoint(made: Path, alone: None)
     with hub.using(Choice(str(made / "llama"), items=2, new_tokens=4, rungs=(2,))) as target:
         done = subprocess.run([sys.executable, "-c", IN_A_WORKER], capture_output=True, text=True, check=False)
         digests = sorted(digests_of(plugins.methods()["jacobi"], target.task).items())
-        command = Cell("jacobi", target.task.id, 2, 0, "smoke").command
+        command = Cell("jacobi", target.task.id, 2, 0, "smoke").command()
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == [str(digests), command, "stepmark.hub.decoding (2,)"]
 

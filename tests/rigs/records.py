@@ -19,7 +19,7 @@ def whole(r: Record) -> Record:
         return r
     task = plugins.tasks()[r.task][1]
     command = f"stepmark run --method {r.method} --task {r.task} --rung {r.rung} --seed {r.seed} --tier {r.tier}"
-    said: dict[str, Any] = {"command": command}
+    said: dict[str, Any] = {"command": command + ("" if r.device == "cpu" else f" --device {r.device}")}
     if r.status in {"ok", "flagged"}:
         bounded = "teacher" if task.bounded == ("*",) else next(iter(task.bounded), "")
         nfe = r.counts.get("nfe", float(r.rung)) if bounded else 0.0

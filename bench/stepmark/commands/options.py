@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stepmark import devices, plugins
-from stepmark.places import writable_cache
+from stepmark.places import results_folder, writable_cache
 from stepmark.task import DTYPES
 
 if TYPE_CHECKING:
@@ -36,6 +36,17 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
 def add_results(parser: argparse.ArgumentParser) -> None:
     """Where records lie."""
     parser.add_argument("--results", type=Path, help="folder of the records")
+
+
+def results_of(arguments: argparse.Namespace, tier: str = "embedded") -> Path:
+    """The folder of the records that are to be read.
+
+    Raises:
+        FileNotFoundError: the one that was named is not there.
+    """
+    if arguments.results is not None and not arguments.results.is_dir():
+        raise FileNotFoundError(f"--results {arguments.results}: there is no such folder")
+    return arguments.results or results_folder(tier)
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:

@@ -7,19 +7,7 @@ import sys
 from pathlib import Path
 
 from stepmark import __version__, plugins
-from stepmark.commands.options import selection_of, tier_of
-from stepmark.places import results_folder
-
-
-def _records(arguments: argparse.Namespace, tier: str = "embedded") -> Path:
-    """The folder of the records that are to be read.
-
-    Raises:
-        FileNotFoundError: the one that was named is not there.
-    """
-    if arguments.results is not None and not arguments.results.is_dir():
-        raise FileNotFoundError(f"--results {arguments.results}: there is no such folder")
-    return arguments.results or results_folder(tier)
+from stepmark.commands.options import results_of, selection_of, tier_of
 
 
 def samples(arguments: argparse.Namespace) -> int:
@@ -31,7 +19,7 @@ def samples(arguments: argparse.Namespace) -> int:
     arguments.tier = tier_of(arguments)
     chosen = selection_of(arguments)
     suite.check_selection(chosen)
-    results = _records(arguments, arguments.tier)
+    results = results_of(arguments, arguments.tier)
     records = [
         r
         for r in read_all(results)
@@ -55,7 +43,7 @@ def migrate(arguments: argparse.Namespace) -> int:
     """Records of the first schema become records of the second."""
     from stepmark.migrate import migrate
 
-    results = _records(arguments)
+    results = results_of(arguments)
     print(f"{results}: {migrate(results)}")
     return 0
 
@@ -64,7 +52,7 @@ def release(arguments: argparse.Namespace) -> int:
     """Freeze the suite version, or check those that are frozen."""
     from stepmark.leaderboard import release
 
-    results = _records(arguments)
+    results = results_of(arguments)
     if arguments.check:
         faults = release.check_all(results)
         for fault in faults:
@@ -82,7 +70,7 @@ def site(arguments: argparse.Namespace) -> int:
     """The site, as files."""
     from stepmark.leaderboard import site
 
-    results = _records(arguments, arguments.tier)
+    results = results_of(arguments, arguments.tier)
     root = plugins.checkout() or Path.cwd()
     tier = None if arguments.tier == "embedded" else arguments.tier
     page = site.build(results, arguments.out or root / "build" / "site", tier)

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepmark import plugins
-from stepmark.commands.options import choice_of, methods_of, tier_of
-from stepmark.places import results_folder
+from stepmark.commands.options import choice_of, methods_of, results_of, tier_of
 
 if TYPE_CHECKING:
     from stepmark.record import Record
@@ -23,7 +22,7 @@ def show(arguments: argparse.Namespace) -> int:
     from stepmark.leaderboard import tables
 
     arguments.tier = tier_of(arguments)
-    results = arguments.results or results_folder(arguments.tier)
+    results = results_of(arguments, arguments.tier)
     taken, others = admission.read(results)
     found = [r for r in (*taken, *(each.record for each in others)) if r.tier == arguments.tier]
     tasks = admission.from_folders(found) | plugins.tasks()
@@ -68,7 +67,7 @@ def compare(arguments: argparse.Namespace) -> int:
     from stepmark import admission
     from stepmark.leaderboard import tables
 
-    results = arguments.results or results_folder(arguments.tier)
+    results = results_of(arguments, arguments.tier)
     taken, others = admission.read(results)
     both = (arguments.a, arguments.b)
     _known("method", both, {*plugins.methods(), *(r.method for r in taken), *(each.record.method for each in others)})
@@ -103,7 +102,7 @@ def _verified(arguments: argparse.Namespace) -> int:
         root, records = _of_file(arguments.record)
         cells = [[r] for r in records]
     else:
-        root = arguments.results or results_folder(arguments.tier)
+        root = results_of(arguments, arguments.tier)
         taken, others = admission.read(root)
         records = [r for r in (*taken, *(each.record for each in others)) if r.tier == arguments.tier]
         if arguments.sample is not None:
