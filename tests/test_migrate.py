@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rigs.records import whole
 
+import stepmark
+from stepmark import plugins, samples
 from stepmark import record as records
-from stepmark import samples
+from stepmark.cell import digests
 from stepmark.cli import main
 from stepmark.migrate import migrate
-from stepmark.record import Record, RecordError
+from stepmark.record import Quality, Record, RecordError
 
 ENVIRONMENT = {"cpu": "a", "device": "cpu", "lock": "ef" * 32} | {f"library_{i}": "1.2.3" for i in range(20)}
 
@@ -141,3 +144,39 @@ def test_published_records_are_small_and_of_the_second_schema() -> None:
     assert (sum(map(len, lines)) + len(lines) + kept) / len(lines) <= 3000
     assert all(line.startswith(b'{"schema_version":2,') for line in lines)
     assert isinstance(records.parse(lines[0].decode(), "here:1", next(root.glob("*/*/environments"))), Record)
+
+
+def test_a_new_version_takes_over_what_its_sources_still_give(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Records that are as new as their sources, once; not what failed, what is older, nor over one of the new version."""
+    info, task = plugins.methods()["euler"], plugins.tasks()["sampling/mixtures_flow"][1]
+    now = digests(info, task)
+
+    def made(rung: int, **fields: Any) -> Record:
+        metrics = {name: Quality(value=1.0, resamples=[1.0] * 100) for name in task.metrics}
+        common: dict[str, Any] = {
+            "suite": stepmark.__version__, "track": "image", "method": "euler", "task": task.id, "rung": rung, "seed": 0,
+            "tier": "embedded", "machine": "epyc-2c-00000000", "status": "ok", "quality": metrics, "command": "x",
+            "digests": now, "created": "2026-01-01T00:00:00Z", "commit": "abcdef1",
+        }  # fmt: skip
+        return whole(Record(**common | fields))
+
+    past = [
+        made(task.rungs[0]), made(task.rungs[1]), made(task.rungs[2], status="failed", quality={}, message="no memory"),
+        made(task.rungs[3], digests=now | {"method": "ab" * 8}),
+    ]  # fmt: skip
+    for each in past:
+        records.append(records.path_of(tmp_path, each), each)
+    monkeypatch.setattr(stepmark, "__version__", "9.9.9")
+    mine = made(task.rungs[1], created="2026-02-02T00:00:00Z")
+    records.append(records.path_of(tmp_path, mine), mine)
+    for _ in range(2):
+        assert main(["migrate", "--carry", "--results", str(tmp_path)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(" ")[0] for line in said if "carried" in line] == ["1", "0"]
+    found = {r.rung: r for r in records.everything(tmp_path) if r.suite == "9.9.9"}
+    assert found.keys() == {task.rungs[0], task.rungs[1]}
+    assert found[task.rungs[1]].created == "2026-02-02T00:00:00Z"
+    assert found[task.rungs[0]] == past[0].model_copy(update={"suite": "9.9.9"})
+    assert len([r for r in records.everything(tmp_path) if r.suite != "9.9.9"]) == 4

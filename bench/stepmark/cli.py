@@ -338,6 +338,11 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
 
     found = command("migrate", publish.migrate, "rewrite records of the first schema as records of the second")
     add_results(found)
+    found.add_argument(
+        "--carry",
+        action="store_true",
+        help="after the version was raised: take records whose sources have not changed since into the new version",
+    )
 
     found = command(
         "site",

@@ -1,7 +1,7 @@
-"""`stepmark migrate`: records of schema 1 as records of schema 2, whole files or not at all.
+"""`stepmark migrate`: records of schema 1 as records of schema 2, and records of the last suite version in the next.
 
-The figures stay the same to the last bit. Versions that are released stay as they are, since a release is its files:
-their records are read in the old schema for good.
+Whole files or not at all. The figures stay the same to the last bit. Versions that are released stay as they are, since a
+release is its files: their records are read in the old schema for good.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import stepmark
+from stepmark import admission, samples
 from stepmark import record as records
-from stepmark import samples
 
 
 @dataclass
@@ -72,6 +74,36 @@ def migrate(results: Path) -> Summary:
         found.after += sum(path.stat().st_size for path in folder.glob("*.json"))
         (folder.parent / "machine.json").unlink(missing_ok=True)  # the environments say all of it
     return found
+
+
+def carry(results: Path) -> tuple[int, int]:
+    """Take the records of earlier suite versions whose sources are still those of this checkout into the current one.
+
+    What a record hangs on is in its digests; where they are those of today, running the cell again would give the same
+    figures, and only the number of the suite has changed. Everything else stays as it was written, the commit and the date
+    too, and the earlier version keeps its own. A cell that has a record of the current version is left alone, and so are
+    records that the board does not take in, and failed ones, which are to be tried again.
+
+    Returns: how many records were carried, and how many of earlier versions were not.
+    """
+    from stepmark.verify import is_current
+
+    taken, _ = admission.read(results)
+    there = {(r.machine, *r.key) for r in taken if r.suite == stepmark.__version__}
+    newest: dict[tuple[Any, ...], records.Record] = {}
+    for r in sorted(taken, key=lambda r: records.version_key(r.suite)):
+        if r.suite != stepmark.__version__ and r.tier != "smoke":
+            newest[(r.machine, *r.key)] = r
+    carried: dict[Path, list[records.Record]] = {}
+    for key, r in newest.items():
+        if key not in there and r.status != "failed" and not r.checkpoint and is_current(r):
+            again = r.model_copy(update={"suite": stepmark.__version__})
+            carried.setdefault(records.path_of(results, again), []).append(again)
+    for path, those in carried.items():
+        for each in those:
+            records.append(path, each)
+    done = sum(map(len, carried.values()))
+    return done, len(newest) - done
 
 
 def _released(results: Path, path: Path) -> bool:

@@ -41,10 +41,13 @@ def samples(arguments: argparse.Namespace) -> int:
 
 def migrate(arguments: argparse.Namespace) -> int:
     """Records of the first schema become records of the second."""
-    from stepmark.migrate import migrate
+    from stepmark.migrate import carry, migrate
 
     results = results_of(arguments)
     print(f"{results}: {migrate(results)}")
+    if arguments.carry:
+        done, left = carry(results)
+        print(f"{done} records carried into suite version {__version__}; {left} are older than their sources")
     return 0
 
 
