@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stepmark import backbones, plugins
+from stepmark import backbones, plugins, remote
 from stepmark.backbones.dit import ConditionalDiT
 from stepmark.cell import track_of
 from stepmark.distributed import SENT, Group, RankFailed
@@ -530,3 +530,11 @@ def gone(processes: list[int], seconds: float = 30.0) -> bool:
             return False
         time.sleep(0.02)
     return True
+
+
+@pytest.mark.parametrize(("name", "several"), [("distrifusion", 2), ("parastep", 1), ("tarp", 1), ("euler", 1)])
+def test_only_a_method_of_several_processes_may_open_connections(name: str, several: int) -> None:
+    """What counts is the attribute of its class, not that the word stands somewhere in the file."""
+    assert remote._ranks_of(plugins.methods()[name]) == several
+    (more,) = [info for info in plugins.methods().values() if info.base == "parastep" and "ranks" in info.overrides]
+    assert remote._ranks_of(more) == 2

@@ -7,6 +7,7 @@ answers calls for one cell and has never answered any for another. What a worker
 
 from __future__ import annotations
 
+import ast
 import atexit
 import contextlib
 import os
@@ -36,7 +37,7 @@ from stepmark.method import Skip
 from stepmark.places import PACKAGE
 from stepmark.record import Offline
 from stepmark.runner import Call, prepared_path, shared_sources
-from stepmark.syntax import PluginError
+from stepmark.syntax import PluginError, parse
 from stepmark.task import BadOutput, Sealed, digest_of
 from stepmark.wire import Closed, Link, WireError
 
@@ -160,7 +161,7 @@ class Template:
     # -- preparing ----------------------------------------------------------------------------------------------
 
     def _born(self, role: str, **more: Any) -> tuple[Link, int]:
-        ranks = int(self.info.overrides.get("ranks", 0)) or _ranks_of(self.info)
+        ranks = _ranks_of(self.info)
         return nursery().born(
             {
                 "role": role,
@@ -343,8 +344,18 @@ def _published(roles: Mapping[str, str], device: torch.device) -> str:
 
 
 def _ranks_of(info: MethodInfo) -> int:
-    """Whether a method may want several processes, by its file, without running it."""
-    return 2 if "ranks" in info.path.read_text(encoding="utf-8", errors="replace") else 1
+    """How many processes a method says that it wants, read without running it: only one of several may open connections."""
+    if "ranks" in info.overrides:
+        return int(info.overrides["ranks"])
+    for kind in ast.walk(parse(info.path)):
+        if isinstance(kind, ast.ClassDef) and kind.name == info.class_name:
+            for each in kind.body:
+                targets = each.targets if isinstance(each, ast.Assign) else [getattr(each, "target", None)]
+                named = any(isinstance(target, ast.Name) and target.id == "ranks" for target in targets)
+                value = getattr(each, "value", None)
+                if named and isinstance(value, ast.Constant) and type(value.value) is int:
+                    return value.value
+    return 1
 
 
 # the processor's seconds --------------------------------------------------------------------------
