@@ -39,6 +39,7 @@ OWN = 100_000  # operations per item that a sampler of small things may need for
 PACKED = 1.5  # how much dearer than the reference an evaluation of the reference network may be
 COPIED = 0.1  # of the usual distance between a train item and the nearest other one: nearer is a copy
 EXPLAINED = 3.0  # how often the seconds that the counts explain may be needed
+BUSY = 2  # times more that is asked before they are not: on a busy machine the same work may cost several times as much
 SLACK_NS = {"unseen": 3e6, "scored": 2e7}  # of the processor, beyond that: a process's first call warms it up
 
 
@@ -181,11 +182,11 @@ class Judge:
         return [f"gives {below[0]} nats to a text made at random: no probability distribution can"] if below else []
 
     def unseen_work(
-        self, mine: Worker, other: Worker, batch: dict[str, Any], first: Call, counted: Call, rung: int
+        self, mine: Worker, other: Worker, batch: dict[str, Any], first: Call, counted: Call, rung: int, of: int
     ) -> list[str]:
         """Flags: on inputs that nobody has seen, the same method in the same process does other work or worse, in another
         process gives other bits, and under watch counts differently. `counted`: a counted call on the first items of
-        `batch`, `first` the scored one on all of them."""
+        `batch`, `first` the scored one on all of them, with seed `of`."""
         size, seed = size_of(batch), secrets.randbits(60)
         hidden = self.unseen(size)
         there = mine.run(hidden, rung, seed)
@@ -207,8 +208,16 @@ class Judge:
 
         flags += self._less(mine, batch, first, counted, there, watched, rung, seed)
         flags += self._better(batch, first, hidden, there)
-        for call, which in ((there, "unseen"), (first, "scored")):
-            flags += self._unexplained(call, watched, hidden, which, rung, bool(mine.offline.state_mib))
+        learned = bool(mine.offline.state_mib)
+        for call, which, inputs, number in ((there, "unseen", hidden, seed), (first, "scored", batch, of)):
+            found = self._unexplained(call, watched, hidden, which, rung, learned)
+            for _ in range(BUSY):
+                if found:
+                    with contextlib.closing(mine.template.worker()) as fresh:  # who has kept nothing
+                        found = self._unexplained(
+                            fresh.run(inputs, rung, number), watched, hidden, which, rung, learned
+                        )
+            flags += found
         return flags
 
     def _less(

@@ -91,7 +91,7 @@ def counts(mine: Worker, judge: Judge, cell: Cell, answers: Answers) -> Part:
     flags += judge.nothing_asked(first, mine.offline)
     flags += judge.copies(answers.outputs) + judge.planted(mine, cell.rung)
     with somebody_else(mine) as other:
-        flags += judge.unseen_work(mine, other, batch, first, call, cell.rung)
+        flags += judge.unseen_work(mine, other, batch, first, call, cell.rung, cell.seed)
     flops = call.flops
     assert flops is not None
     figures = {"flops": flops.total / items, "flops_outside": flops.outside / items}
