@@ -296,6 +296,42 @@ LIES: dict[str, dict[str, Lie]] = {
             """,
             timing=True,
         ),
+        "it knows the published inputs and hurries on all others": Lie(
+            "fewer evaluations when it is timed",
+            """
+            def run(self, session, batch, rung):
+                from stepmark.session import derive_seed
+                published = session.rng.initial_seed() == derive_seed("run", session.task.id, 0, 0)
+                n = rung if published else rung - 1
+                return euler(session.networks["teacher"], batch, n)
+            """,
+            timing=True,
+            rung=8,
+        ),
+        "a smaller network for inputs that nobody scores": Lie(
+            "FLOPs on unseen inputs",
+            """
+            def networks(self, session):
+                class Small(torch.nn.Module):
+                    def __init__(self):
+                        super().__init__()
+                        self.scale = torch.nn.Parameter(torch.tensor(0.9))
+                    def forward(self, x, t, c):
+                        return self.scale * x
+                return {"small": Small()}
+            def run(self, session, batch, rung):
+                from stepmark.session import derive_seed
+                if session.rng.initial_seed() == derive_seed("run", session.task.id, 0, 0):
+                    return euler(session.networks["teacher"], batch, rung)
+                x = batch["noise"]
+                for i in range(rung):
+                    t = torch.full((len(x),), 1 - i / rung)
+                    net = session.networks["small" if i == 2 else "teacher"]
+                    x = x - net(x, t * 1000, batch["condition"]) / rung
+                return x
+            """,
+            rung=8,
+        ),
     },
     "counting trusts the route": {
         "a stripped copy of the network": Lie(
@@ -468,6 +504,31 @@ LIES: dict[str, dict[str, Lie]] = {
                 session.networks["teacher"](batch["noise"], torch.zeros(len(batch["noise"])), batch["condition"])
                 n = len(batch["noise"])
                 return session.state["x"][torch.randperm(1000, generator=session.rng)[:n]].clone()
+            """,
+            task="class_to_image/digits_flow",
+            rung=2,
+        ),
+        "items of the test split as samples": Lie(
+            "items of the test split|Sealed",
+            """
+            def run(self, session, batch, rung):
+                from stepmark.datasets.digits import split
+                session.networks["teacher"](batch["noise"], torch.zeros(len(batch["noise"])), batch["condition"])
+                return split("test")["x0"][:len(batch["noise"])].clone()
+            """,
+            task="class_to_image/digits_flow",
+            rung=2,
+        ),
+        "items of the train split with a little noise": Lie(
+            "items of the train split",
+            """
+            def prepare(self, session):
+                return {"x": session.train["x0"][:1000].clone()}
+            def run(self, session, batch, rung):
+                session.networks["teacher"](batch["noise"], torch.zeros(len(batch["noise"])), batch["condition"])
+                n = len(batch["noise"])
+                chosen = session.state["x"][torch.randperm(1000, generator=session.rng)[:n]]
+                return (chosen + 0.06 * batch["noise"]).clamp(-1, 1)
             """,
             task="class_to_image/digits_flow",
             rung=2,

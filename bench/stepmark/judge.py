@@ -11,7 +11,7 @@ import contextlib
 import math
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from stepmark import backbones
+from stepmark import backbones, plugins
 from stepmark.cell import cut, fingerprint, size_of, track_of
 from stepmark.meter.flops import FORMULAS
 from stepmark.record import Offline
@@ -37,7 +37,9 @@ OTHER_BATCHES = 4  # so many are looked at then
 SPREAD = 10.0  # standard deviations between the quality of known and unseen inputs that no luck explains
 OWN = 100_000  # operations per item that a sampler of small things may need for itself
 PACKED = 1.5  # how much dearer than the reference an evaluation of the reference network may be
-COPIED = 0.1  # of the usual distance between a train item and the nearest other one: nearer is a copy
+COPIED = {"points": 0.1, "images": 0.35}  # of the usual distance of an item to the nearest other one: nearer is a copy
+HURRIED = 8.0  # standard errors between the evaluations of scored and of timed calls that no luck explains
+CHEAPER = 0.95  # of the FLOPs of an evaluation on scored inputs: below that it is another network's
 EXPLAINED = 3.0  # how often the seconds that the counts explain may be needed
 BUSY = 2  # times more that is asked before they are not: on a busy machine the same work may cost several times as much
 SLACK_NS = {"unseen": 3e6, "scored": 2e7}  # of the processor, beyond that: a process's first call warms it up
@@ -147,25 +149,30 @@ class Judge:
         return ["asks neither a network nor a simulator and learns nothing: what answers here is not the method"]
 
     def copies(self, outputs: Any) -> list[str]:
-        """Flags: samples that are items of the train split."""
+        """Flags: samples that are items of the dataset, whichever split: the test split is anybody's to read."""
         if self.task.untrained or not {"fd", "sliced_w2", "gen_ppl"} & set(self.task.metrics):
             return []  # elsewhere nothing is gained by them
         if size_of({"outputs": outputs}) < FEW:
             return []
-        train = load_split(self.task.dataset, "train")
-        share = 0.0
+        found: dict[str, Tensor] = {}
         if isinstance(outputs, Tensor):
-            key = next((k for k, v in train.items() if _alike(v, outputs)), None)
-            if key is None:
-                return []
-            near = COPIED * _nearest(train[key][:256], train[key][256:]).median()
-            share = float((_nearest(outputs, train[key]) < near).double().mean())
-        elif isinstance(outputs, list) and "text" in train and self.task.id.startswith("generation/"):
+            kind = "images" if outputs.dim() > 2 else "points"
+            for name, split in splits(self.task.dataset).items():
+                key = next((k for k, v in split.items() if _alike(v, outputs)), None)
+                if key is not None and len(split[key]) > FEW:
+                    some = max(1, min(256, len(split[key]) // 4))
+                    usual = _nearest(split[key][:some], split[key][some:]).median()
+                    found[name] = _nearest(outputs, split[key]) < COPIED[kind] * usual
+        elif isinstance(outputs, list) and self.task.id.startswith("generation/"):
             from stepmark.backbones.lm import decode
 
-            known = set(train["text"])
-            share = sum(decode(ids) in known for ids in outputs) / len(outputs)
-        return [f"{share:.0%} of the samples are items of the train split"] if share > 0.5 else []
+            for name, split in splits(self.task.dataset).items():
+                known = set(split.get("text", ()))
+                found[name] = torch.tensor([decode(ids) in known for ids in outputs])
+        if not found or float(torch.stack([*found.values()]).any(0).double().mean()) <= 0.5:
+            return []
+        name, copied = max(found.items(), key=lambda each: float(each[1].double().mean()))
+        return [f"{float(copied.double().mean()):.0%} of the samples are items of the {name} split"]
 
     def planted(self, mine: Worker, rung: int) -> list[str]:
         """Flags: likelihoods of texts that no distribution can give them, where the track knows such texts."""
@@ -208,6 +215,7 @@ class Judge:
 
         flags += self._less(mine, batch, first, counted, there, watched, rung, seed)
         flags += self._better(batch, first, hidden, there)
+        flags += self._cheaper(mine, batch, first, counted, there, watched, rung, of)
         learned = bool(mine.offline.state_mib)
         for call, which, inputs, number in ((there, "unseen", hidden, seed), (first, "scored", batch, of)):
             found = self._unexplained(call, watched, hidden, which, rung, learned)
@@ -252,6 +260,56 @@ class Judge:
             f"spends {known[name]:g} {name} on the test inputs but {min(unseen[name]):g} on unseen ones: answers kept?"
             for name in known
             if known[name] < LITTLE * min(unseen[name])
+        ]
+
+    def _cheaper(
+        self,
+        mine: Worker,
+        batch: dict[str, Any],
+        first: Call,
+        counted: Call,
+        there: Call,
+        watched: Call,
+        rung: int,
+        of: int,
+    ) -> list[str]:
+        """Flags: as many evaluations on unseen inputs as on the scored ones, but of a smaller network. Who tells the two
+        apart, as anybody can, is timed on what is not scored. Texts differ in length, and drafts in how many are kept."""
+        size, probe = size_of(batch), min(self.task.probe, size_of(batch))
+        assert counted.flops is not None
+        assert watched.flops is not None
+        if not self._images or there.spent != first.spent or not counted.flops.total:
+            return []
+        if watched.flops.total / size >= CHEAPER * counted.flops.total / probe:
+            return []
+        whole = mine.counted(batch, rung, of).flops  # a fixed share of a call weighs less in a larger batch
+        assert whole is not None
+        if watched.flops.total >= CHEAPER * whole.total:
+            return []
+        return [
+            f"spends {watched.flops.total:g} FLOPs on unseen inputs, {whole.total:g} on the scored ones: two networks?"
+        ]
+
+    def hurried(self, scored: list[float], timed: list[float], more: Callable[[], list[float]]) -> list[str]:
+        """Flags: fewer evaluations in timed calls than in scored ones on batches of the same size, beyond what luck
+        explains. `more`: further calls like the timed ones, asked for where the first ones leave a doubt."""
+
+        def doubtful() -> bool:
+            a, b = np.array(scored), np.array(timed)
+            spread = math.sqrt(((a - a.mean()) ** 2).sum() + ((b - b.mean()) ** 2).sum()) / math.sqrt(
+                max(len(a) + len(b) - 2, 1)
+            )
+            error = spread * math.sqrt(1 / len(a) + 1 / len(b))
+            return bool(a.mean() - b.mean() > max(0.02 * a.mean(), HURRIED * error))
+
+        if not scored or not timed or not doubtful():
+            return []
+        timed = timed + more()
+        if not doubtful():
+            return []
+        means = np.mean(scored), np.mean(timed)
+        return [
+            f"spends {means[0]:g} evaluations on a batch that is scored, fewer evaluations when it is timed: {means[1]:g}"
         ]
 
     def _better(self, batch: dict[str, Any], first: Call, hidden: dict[str, Any], there: Call) -> list[str]:
@@ -310,6 +368,13 @@ class Judge:
         if len(calls) >= 5 and hidden > max(5_000_000, 0.5 * least):  # a busy machine lets a process wait, not always
             return [f"takes {(least + hidden) / 1e6:.1f} ms by the harness's clock, {least / 1e6:.1f} by its process's"]
         return []
+
+
+def splits(dataset: str) -> dict[str, dict[str, Any]]:
+    """The splits of a dataset that have a digest; the train split of one that names none."""
+    known = plugins.datasets()
+    names = tuple(known[dataset].digests) if dataset in known else ()
+    return {name: load_split(dataset, name) for name in names or ("train",)}
 
 
 def _alike(value: Any, outputs: Tensor) -> bool:

@@ -25,6 +25,8 @@ from stepmark.method import Skip
 from stepmark.remote import Template, Worker
 from stepmark.runner import Call
 
+MORE = 8  # calls like the timed ones, where these leave a doubt
+
 
 @dataclass
 class Part:
@@ -38,12 +40,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Answers:
-    """What the quality pass was given and gave, for those who look closer: all items; of the first batch the call too."""
+    """What the quality pass was given and gave, for those who look closer: all items; of the first batch the call too, and
+    the evaluations of every batch of its size."""
 
     inputs: dict[str, Any]
     outputs: Any
     batch: dict[str, Any]
     first: Call
+    spent: list[float]
 
 
 def quality(mine: Worker, judge: Judge, cell: Cell) -> tuple[Part, Answers]:
@@ -77,7 +81,9 @@ def quality(mine: Worker, judge: Judge, cell: Cell) -> tuple[Part, Answers]:
     for name, figures in handles.items():
         counts |= {f"{name}_{key}": value / n for key, value in figures.items() if key != "calls"}
     flags = list(dict.fromkeys(flag for call in calls for flag in call.flags))
-    return Part(fields, counts, flags=flags), Answers(inputs, outputs, cut(inputs, 0, task.batch), calls[0])
+    batch = cut(inputs, 0, task.batch)
+    spent = [call.spent for call in calls[: max(1, n // size_of(batch))]]
+    return Part(fields, counts, flags=flags), Answers(inputs, outputs, batch, calls[0], spent)
 
 
 def counts(mine: Worker, judge: Judge, cell: Cell, answers: Answers) -> Part:
@@ -156,8 +162,15 @@ def latency(mine: Worker, judge: Judge, cell: Cell, answers: Answers) -> Part:
     own = read["method"]
     flags = [*judge.clocks(calls), *dict.fromkeys(flag for call in calls for flag in call.flags)]
     last = len(own.samples_ns) - 1
+
     with somebody_else(mine) as other:  # the last round again, by somebody who has not seen the others
         again = other.run(judge.inputs(size, secret + last, "timed"), cell.rung, secret + last)
+
+        def more() -> list[float]:
+            numbers = [secret - 2 - i for i in range(MORE)]
+            return [other.run(judge.inputs(size, each, "timed"), cell.rung, each).spent for each in numbers]
+
+        flags += judge.hurried(answers.spent, [call.spent for call in calls], more)
     if fingerprint(again.outputs) != fingerprint(own.output):
         flags.append("a timed call gave other outputs than the same call in another process: hidden state")
     others = {name: _milliseconds(each) for name, each in read.items() if name not in ("method", "baseline")}
