@@ -1,0 +1,518 @@
+"""The eye: reads scenes back from pictures by drawing them again, with no network.
+
+Objects are found one at a time, the one that explains most of the picture first. A bank of shapes in all sizes and places is
+laid over what is not yet explained, in the colours that occur there, before and behind what was found (matching pursuit); the
+best three shapes are moved and scaled until the drawn picture fits best (Gauss-Newton), colour and texture are chosen, the
+shape that fits best stays. At the end every object is fitted again beside the others, and the order in which they hide each
+other is chosen.
+
+What was found counts as an object only if it looks like one. ``sharpness`` is how much of the drawn contrast between
+neighbouring pixels the picture has (1 for a render; white noise leaves it where it is, blur does not), ``misfit`` what the
+drawing leaves unexplained, noise subtracted, as a share of what the object changes in the picture. A blurred, transparent or
+broken object is found but not ``sure``. A picture is ``legible`` if everything found in it is, and if nothing else is there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import permutations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import maximum_filter, uniform_filter
+from torch import Tensor
+
+from stepmark.tracks.text_to_image.captions import COLOURS, SHAPES
+from stepmark.tracks.text_to_image.scenes import (
+    DOTTED,
+    GROUND,
+    HALVES,
+    LIGHT,
+    PLAIN,
+    RADII,
+    SIZE,
+    STRIPED,
+    USUAL,
+    Look,
+    Scenes,
+    coverage,
+    ground,
+    paint,
+    pattern,
+)
+
+MOST = 4  # objects that are looked for: one more than a scene may have
+STRIDE = 2  # pixels between the places where the bank has its shapes
+TONES = 5  # colours that are tried at once: those that occur most
+GAIN = 1.2  # least of what an object must explain, in squared contrast times pixels
+EXPLAINS = 0.3  # and its share of what it would explain if it were there to the full
+SHARP = 0.62  # least sharpness
+MISFIT = 0.12  # largest misfit
+NOISE = 0.15  # largest standard deviation of noise, of a range of 1
+OFF = 0.14  # largest distance of the background from its colour, of a range of 1
+STRAY = 8  # pixels outside all objects that may differ from the background
+CHUNK = 50  # pictures that are read at a time
+AREA = 8.0  # pixels of an object that must be seen
+TRIED = 3  # shapes of which a new object is fitted
+FITS = 0.02  # misfit below which no other shape is tried
+SPARE = 4.0  # most of what an object may explain, in squared contrast times pixels, that might not be needed
+DELTA = 0.4  # pixels: of the differences that stand for slopes
+_SHIFTS = np.float32(DELTA) * np.eye(3, dtype=np.float32)
+
+Array = NDArray[np.float32]
+Integers = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was read from n pictures.
+
+    scenes: k = 4 objects each, every one in front of those that follow; background -1 where it is none of the known ones.
+    sure bool [n, 4]: objects that look like one. sharpness, misfit float32 [n, 4]; 0 where nothing was found.
+    noise float32 [n]: standard deviation of the noise, of a range of 1. stray float32 [n]: pixels of the background that
+    differ from it. legible bool [n]: everything found is sure and nothing else is there.
+    """
+
+    scenes: Scenes
+    sure: Flags
+    sharpness: Array
+    misfit: Array
+    noise: Array
+    stray: Array
+    legible: Flags
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, which: slice | Integers | Flags) -> Reading:
+        """The readings of some of the pictures."""
+        return Reading(**{name: value[which] for name, value in vars(self).items()})
+
+
+@dataclass
+class _Fit:
+    """One hypothesis a row: an object of m pictures."""
+
+    shape: Integers
+    at: Array
+    radius: Array
+    texture: Integers
+    first: Array
+    second: Array
+    colour: Integers
+    lower: Integers
+
+    def painted(self, look: Look, shift: Array | None = None) -> tuple[Array, Array]:
+        """As `paint`; shift [3]: added to row, column and radius."""
+        move = np.zeros(3, np.float32) if shift is None else shift
+        return paint(self.shape, self.at + move[:2], self.radius + move[2], self.texture, self.first, self.second, look)
+
+    def take(self, which: Integers | Flags) -> _Fit:
+        return _Fit(**{name: value[which] for name, value in vars(self).items()})
+
+    def put(self, which: Integers | Flags, other: _Fit) -> None:
+        for name, value in vars(self).items():
+            value[which] = getattr(other, name)
+
+
+@dataclass
+class _Place:
+    """Where an object goes in m pictures: picture = rest + share cover (tone - under), all [m, c, 32, 32]."""
+
+    picture: Array
+    rest: Array
+    share: Array
+    under: Array
+
+    def take(self, which: Integers | Flags) -> _Place:
+        return _Place(**{name: value[which] for name, value in vars(self).items()})
+
+    def drawn(self, fit: _Fit, look: Look, shift: Array | None = None) -> Array:
+        cover, tone = fit.painted(look, shift)
+        return self.rest + (self.share * cover)[:, None] * (tone - self.under)
+
+    def errors(self, fit: _Fit, look: Look) -> Array:
+        return _energy(self.picture - self.drawn(fit, look))
+
+
+def _energy(x: Array) -> Array:
+    flat = x.reshape(len(x), int(np.prod(x.shape[1:])))
+    return np.einsum("np,np->n", flat, flat)
+
+
+@lru_cache(maxsize=1)
+def _bank() -> tuple[Integers, Array, Array, Array]:
+    """Shapes in all sizes and places: shape [t], at [t, 2], radius [t] and coverage of every 2x2 pixels [t, 256]."""
+    middles = np.arange(5, SIZE - 4, STRIDE, dtype=np.float32)
+    shape, radius, row, column = (
+        each.ravel() for each in np.meshgrid(np.arange(len(SHAPES)), RADII, middles, middles, indexing="ij")
+    )
+    at = np.stack([row, column], 1)
+    radius = radius.astype(np.float32)
+    return shape, at, radius, _coarse(coverage(shape, at, radius)).reshape(len(shape), -1)
+
+
+def _coarse(x: Array) -> Array:
+    """Means over 2x2 pixels of [..., 32, 32]."""
+    return x.reshape(*x.shape[:-2], SIZE // 2, 2, SIZE // 2, 2).mean((-3, -1))
+
+
+def _proposals(place: list[_Place], look: Look, parts: bool) -> tuple[_Fit, Integers, Flags]:
+    """The best object of each of three shapes of the bank for m pictures, in or behind what was found.
+
+    place: where it goes if it is before and if it is behind the others. Returns 3 m hypotheses, which of the two places each
+    has, and whether the picture [m] has anything to explain.
+    """
+    m = len(place[0].picture)
+    palette = look.palette()
+    tones = palette if parts else np.concatenate([palette, palette + np.float32(LIGHT / 2) * (1 - palette)])
+    shape, at, radius, cover = _bank()
+    halves = [cover] if not parts else _halved()
+    gains, kinds = [], []
+    for where in place:
+        share, under, left = (_coarse(each) for each in (where.share, where.under, where.picture - where.rest))
+        change = share[:, None, None] * (tones[None, :, :, None, None] - under[:, None])
+        change = change.reshape(m, len(tones), 3, -1) * np.float32(2)  # of four pixels
+        left = left.reshape(m, 1, 3, -1) * np.float32(2)
+        along, full = (change * left).sum(2), (change * change).sum(2)  # [m, tones, 256]
+        often = np.maximum(2 * along - full, 0).sum(2).argsort(1)[:, -TONES:]
+        along, full = (np.take_along_axis(each, often[:, :, None], 1) for each in (along, full))
+        total, ideal, kind = np.float32(0), np.float32(0), []
+        for half in halves:
+            cost = full @ (half * half).T
+            gain = 2 * (along @ half.T) - cost  # [m, TONES, t]
+            best = gain.argmax(1)[:, None]
+            kind.append(np.take_along_axis(often, best[:, 0], 1))
+            total = total + np.take_along_axis(gain, best, 1)[:, 0]
+            ideal = ideal + np.take_along_axis(cost, best, 1)[:, 0]
+        gains.append(np.where((total > GAIN) & (total > EXPLAINS * ideal), total, -np.inf))
+        kinds.append(kind)
+    gain = np.stack(gains, 2).reshape(m, len(SHAPES), -1)  # of every shape: in all sizes and places, before and behind
+    best = gain.argmax(2)
+    gain = np.take_along_axis(gain, best[:, :, None], 2)[:, :, 0]
+    some = gain.max(1) > 0
+    shapes = gain.argsort(1)[:, -TRIED:]
+    best = np.take_along_axis(best, shapes, 1)
+    row, which = best // len(place), best % len(place)
+    row = row + shapes * (len(shape) // len(SHAPES))
+    tone = [np.stack([kind[i] for kind in kinds], 2)[np.arange(m)[:, None], row, which].ravel() for i in range(len(halves))]
+    row = row.ravel()
+    n = len(row)
+    colour = tone[0] % len(COLOURS)
+    texture, lower = (np.full(n, HALVES), tone[1]) if parts else (np.full(n, PLAIN), np.full(n, -1))
+    fit = _Fit(shape[row], at[row], radius[row], texture, tones[tone[0]], tones[tone[-1]], colour, lower)
+    return fit, which.ravel(), some
+
+
+@lru_cache(maxsize=1)
+def _halved() -> list[Array]:
+    """The upper and the lower halves of the bank."""
+    _, at, _, cover = _bank()
+    low = _coarse(pattern(np.full(len(at), HALVES), at)).reshape(cover.shape)
+    return [cover * (1 - low), cover * low]
+
+
+def _move(fit: _Fit, place: _Place, look: Look, times: int) -> Array:
+    """Move and scale objects so that the pictures fit better, by so many steps of Gauss-Newton. Returns the errors [m]."""
+    drawn = place.drawn(fit, look)
+    error = _energy(place.picture - drawn)
+    for _ in range(times):
+        slopes = [place.drawn(fit, look, shift) - place.drawn(fit, look, -shift) for shift in _SHIFTS]
+        slope = np.stack(slopes, 1).reshape(len(error), 3, -1) / np.float32(2 * DELTA)
+        left = (place.picture - drawn).reshape(len(error), -1)
+        square = np.matmul(slope, slope.transpose(0, 2, 1)) + np.float32(0.05) * np.eye(3, dtype=np.float32)
+        step = np.linalg.solve(square, np.matmul(slope, left[:, :, None]))[:, :, 0]
+        step = np.clip(step, (-1.5, -1.5, -0.6), (1.5, 1.5, 0.6)).astype(np.float32)
+        new = fit.take(np.arange(len(error)))
+        new.at = np.clip(fit.at + step[:, :2], 1, SIZE - 1)
+        new.radius = np.clip(fit.radius + step[:, 2], 2.2, 6.8)
+        other = place.drawn(new, look)
+        after = _energy(place.picture - other)
+        better = after < error
+        fit.put(better, new.take(better))
+        drawn[better], error = other[better], np.where(better, after, error)
+    return error
+
+
+def _colour(fit: _Fit, place: _Place, look: Look, parts: bool) -> None:
+    """Give objects the colour and the texture that fit best."""
+    m = len(fit.shape)
+    white = np.ones((m, 3), np.float32)
+    cover, shade = paint(fit.shape, fit.at, fit.radius, np.full(m, PLAIN), white, white, look)
+    share = place.share * cover
+    wanted = place.picture - place.rest + share[:, None] * place.under  # what share times shade times tone should be
+    weight = (share * shade[:, 0]).reshape(m, -1)
+    wanted = wanted.reshape(m, 3, -1)
+    palette = look.palette()
+    kinds = len(palette)
+    light = np.float32(LIGHT) * (1 - palette)
+    errors, options = [], []
+    for texture in (PLAIN, STRIPED, DOTTED, HALVES)[: 4 if parts else 3]:
+        second = pattern(np.full(m, texture), fit.at).reshape(m, -1) * weight
+        one, two = (np.einsum("ncp,np->nc", wanted, each) for each in (weight, second))
+        squares = [np.einsum("np,np->n", a, b)[:, None] for a, b in ((weight, weight), (weight, second), (second, second))]
+        ups, downs = np.arange(kinds), np.full(kinds, -1)
+        if texture == HALVES:
+            ups, downs = (each.ravel() for each in np.meshgrid(ups, ups, indexing="ij"))
+        first = palette[ups]
+        more = palette[downs] - first if texture == HALVES else light[ups]
+        fits = one @ first.T + two @ more.T
+        norms = [(first * first).sum(1), (first * more).sum(1), (more * more).sum(1)]
+        errors.append(squares[0] * norms[0] + 2 * squares[1] * norms[1] + squares[2] * norms[2] - 2 * fits)
+        options += [(up, texture, down) for up, down in zip(ups, downs, strict=True)]
+    best = np.array(options)[np.concatenate(errors, 1).argmin(1)]
+    fit.colour, fit.texture, fit.lower = best.T
+    fit.first = palette[fit.colour]
+    fit.second = np.where((fit.texture == HALVES)[:, None], palette[fit.lower], fit.first + light[fit.colour])
+
+
+def _best(fit: _Fit, errors: Array, of: int) -> tuple[_Fit, Integers]:
+    """The best of every so many hypotheses, and its number."""
+    m = len(errors) // of
+    which = errors.reshape(m, of).argmin(1)
+    return fit.take(np.arange(m) * of + which), which
+
+
+class _Drawing:
+    """What was found in m pictures: MOST slots, in `order` [m, MOST] from the front to the back."""
+
+    def __init__(self, picture: Array, look: Look, parts: bool) -> None:
+        self.picture, self.look, self.parts = picture, look, parts
+        m = len(picture)
+        rim = np.concatenate([picture[:, :, 0], picture[:, :, -1], picture[:, :, 1:-1, 0], picture[:, :, 1:-1, -1]], 2)
+        base = np.median(rim, 2)
+        away = np.sqrt(((base[:, None] - GROUND) ** 2).sum(2))
+        nearest = away.argmin(1)
+        self.background = np.where(away.min(1) < OFF, nearest, -1)
+        usual = ground(nearest, look)
+        self.ground = usual + (base - usual[:, :, :2, :4].mean((2, 3)))[:, :, None, None]
+        across = np.abs(picture[..., 1:] - picture[..., :-1]).reshape(m, -1)
+        self.noise = np.median(across, 1) * np.float32(1.4826 / 2**0.5)
+        self.order = np.tile(np.arange(MOST), (m, 1))
+        self.there = np.zeros((m, MOST), bool)
+        self.cover = np.zeros((m, MOST, SIZE, SIZE), np.float32)
+        self.tone = np.zeros((m, MOST, 3, SIZE, SIZE), np.float32)
+        none, zeros = np.zeros(m, np.int64), np.zeros((m, 3), np.float32)
+        self.fits = [
+            _Fit(none.copy(), zeros[:, :2].copy(), zeros[:, 0] + 3, none.copy(), zeros.copy(), zeros.copy(), none.copy(), none - 1)
+            for _ in range(MOST)
+        ]  # fmt: skip
+
+    def composed(self, rows: Integers, order: Integers) -> Array:
+        """The pictures of some rows, with their objects in that order."""
+        picture, each = self.ground[rows], np.arange(len(rows))
+        cover, tone = self.cover[rows], self.tone[rows]
+        for i in reversed(range(MOST)):
+            slot = order[:, i]
+            picture = picture + cover[each, slot][:, None] * (tone[each, slot] - picture)
+        return picture
+
+    def place(self, rows: Integers, slot: int) -> _Place:
+        """Where the object of a slot goes in some rows."""
+        each, cover, tone = np.arange(len(rows)), self.cover[rows], self.tone[rows]
+        under, share, over = self.ground[rows], np.ones((len(rows), SIZE, SIZE), np.float32), np.zeros(len(rows), bool)
+        rest = under
+        for i in reversed(range(MOST)):
+            other = self.order[rows, i]
+            own = other == slot
+            over |= own
+            shown = cover[each, other] * ~own[:, None, None]
+            rest = rest + shown[:, None] * (tone[each, other] - rest)
+            under = np.where(over[:, None, None, None], under, rest)
+            share = np.where(over[:, None, None], share * (1 - shown), share)
+        return _Place(self.picture[rows], rest, share, under)
+
+    def put(self, rows: Integers, slot: int, fit: _Fit) -> None:
+        """An object of that slot in some rows."""
+        self.fits[slot].put(rows, fit)
+        self.there[rows, slot] = True
+        self.cover[rows, slot], self.tone[rows, slot] = fit.painted(self.look)
+
+    def find(self, slot: int, rows: Integers) -> Integers:
+        """Look for one more object in some rows. Returns those in which there is one."""
+        front = self.place(rows, slot)  # an empty slot: all that was found is the rest
+        rest = self.composed(rows, self.order[rows])
+        before = _Place(front.picture, rest, np.ones_like(front.share), rest)
+        clear = (1 - self.cover[rows]).prod(1)
+        places = [before, _Place(front.picture, rest, clear, self.ground[rows])][: 2 if slot else 1]
+        worth = _energy(front.picture - rest) > GAIN
+        if not worth.all():
+            return self.find(slot, rows[worth]) if worth.any() else rows[:0]
+        fit, which, some = _proposals(places, self.look, self.parts)
+        if not some.any():
+            return rows[:0]
+        keep = np.repeat(some, TRIED)
+        fit, which, source = fit.take(keep), which[keep], np.repeat(np.flatnonzero(some), TRIED)
+        place = before.take(source)
+        if slot:
+            behind = which == 1
+            place.share[behind], place.under[behind] = clear[source[behind]], self.ground[rows[source[behind]]]
+        _move(fit, place, self.look, 3)
+        _colour(fit, place, self.look, self.parts)
+        errors = _move(fit, place, self.look, 1)
+        best, number = _best(fit, errors, TRIED)
+        rows, behind = rows[some], which.reshape(-1, TRIED)[np.arange(some.sum()), number] == 1
+        self.put(rows, slot, best)
+        others = np.array([i for i in range(MOST) if i != slot])
+        for i, row in enumerate(rows):  # what is not there yet may stand anywhere
+            rest_order = [j for j in self.order[row] if j != slot and self.there[row, j]]
+            full = [*rest_order, slot] if behind[i] else [slot, *rest_order]
+            self.order[row] = [*full, *(j for j in others if j not in full)]
+        return rows
+
+    def arrange(self, slots: int) -> None:
+        """The order in which the objects of the first slots hide each other best; as found, if none hides another."""
+        rows = np.flatnonzero(self.there.sum(1) > 1)
+        if not len(rows):
+            return
+        orders = [np.array([*order, *range(slots, MOST)]) for order in permutations(range(slots))]
+        now = _energy(self.picture[rows] - self.composed(rows, self.order[rows]))
+        tried = np.stack([
+            _energy(self.picture[rows] - self.composed(rows, np.tile(order, (len(rows), 1)))) for order in orders
+        ])  # fmt: skip
+        better = tried.min(0) < now - 1e-3
+        self.order[rows[better]] = np.array(orders)[tried.argmin(0)[better]]
+
+    def polish(self, slot: int, rows: Integers) -> None:
+        """Fit the object of a slot again beside the others in some rows; in every shape, where it does not fit well."""
+        rows = rows[self.there[rows, slot]]
+        if not len(rows):
+            return
+        place, fit = self.place(rows, slot), self.fits[slot].take(rows)
+        _move(fit, place, self.look, 1)
+        left = place.errors(fit, self.look) - self.expected(rows)
+        poor = left > FITS * _energy(place.share[:, None] * self.cover[rows, slot][:, None] * (self.tone[rows, slot] - place.under))
+        if poor.any():
+            kinds = len(SHAPES)
+            source = np.repeat(np.flatnonzero(poor), kinds)
+            places, tried = place.take(source), fit.take(source)
+            tried.shape = np.tile(np.arange(kinds), poor.sum())
+            _move(tried, places, self.look, 2)
+            _colour(tried, places, self.look, self.parts)
+            best, _ = _best(tried, places.errors(tried, self.look), kinds)
+            _move(best, place.take(poor), self.look, 1)
+            fit.put(poor, best)
+        self.put(rows, slot, fit)
+
+    def expected(self, rows: Integers) -> Array:
+        """What noise alone leaves unexplained in the pictures of some rows."""
+        return self.noise[rows] ** 2 * (3 * SIZE * SIZE)
+
+    def prune(self, slots: int) -> None:
+        """Take away what need not be there: the object that explains least, if the others explain nearly as much alone."""
+        rows = np.flatnonzero(self.there.sum(1) > 1)
+        if not len(rows):
+            return
+        now = _energy(self.picture[rows] - self.composed(rows, self.order[rows]))
+        costs = np.full((slots, len(rows)), np.inf, np.float32)
+        for slot in range(slots):
+            own = self.there[rows, slot]
+            costs[slot, own] = _energy(self.picture[rows[own]] - self.place(rows[own], slot).rest)
+        least, more = costs.argmin(0), costs.min(0) - now
+        small = more < SPARE
+        rows, now, least = rows[small], now[small], least[small]
+        kept = [fit.take(rows) for fit in self.fits]
+        before = self.cover[rows].copy(), self.tone[rows].copy(), self.there[rows].copy()
+        self.there[rows, least], self.cover[rows, least] = False, 0
+        for slot in range(slots):
+            self.polish(slot, rows)
+        worse = _energy(self.picture[rows] - self.composed(rows, self.order[rows])) > now + GAIN
+        again = rows[worse]
+        self.cover[again], self.tone[again], self.there[again] = (each[worse] for each in before)
+        for fit, old in zip(self.fits, kept, strict=True):
+            fit.put(again, old.take(worse))
+
+    def judged(self) -> Reading:
+        """What was found, and whether it looks like it."""
+        m = len(self.picture)
+        each = np.arange(m)
+        fits = [{name: value for name, value in vars(fit).items()} for fit in self.fits]
+        by_slot = {name: np.stack([fit[name] for fit in fits], 1) for name in fits[0]}
+        values = {name: np.take_along_axis(v, self.order.reshape(m, MOST, *[1] * (v.ndim - 2)), 1) for name, v in by_slot.items()}
+        there = np.take_along_axis(self.there, self.order, 1)
+        drawn = self.composed(each, self.order)
+        left = self.picture - drawn
+        variance = (self.noise**2)[:, None]
+        sharpness, misfit, seen = (np.zeros((m, MOST), np.float32) for _ in range(3))
+        near = np.zeros((m, SIZE, SIZE), bool)
+        clear = np.ones((m, SIZE, SIZE), np.float32)
+        for i in range(MOST):
+            slot = self.order[:, i]
+            cover = self.cover[each, slot]
+            shown, clear_of = cover * clear, clear
+            clear = clear * (1 - cover)
+            region = maximum_filter(shown > 0, (0, 3, 3)) & (clear_of > 0.5)
+            near |= maximum_filter(cover > 0, (0, 5, 5))
+            place = self._under(slot)
+            change = shown[:, None] * (self.tone[each, slot] - place)
+            full = _energy(change)
+            pixels = region.reshape(m, -1).sum(1)
+            unexplained = _energy(left * region[:, None]) - 3 * variance[:, 0] * pixels
+            misfit[:, i] = np.where(full > 0, unexplained / np.maximum(full, 1e-6), 0)
+            along = square = np.float32(0)
+            for axis in (2, 3):
+                both = np.take(region, range(1, SIZE), axis - 1) & np.take(region, range(SIZE - 1), axis - 1)
+                one, two = np.diff(drawn, axis=axis) * both[:, None], np.diff(self.picture, axis=axis) * both[:, None]
+                along = along + np.einsum("nchw,nchw->n", one, two)
+                square = square + _energy(one)
+            sharpness[:, i] = np.where(there[:, i], along / np.maximum(square, 1e-6), 0)
+            seen[:, i] = shown.reshape(m, -1).sum(1)
+        sure = there & (sharpness > SHARP) & (misfit < MISFIT) & (seen > AREA)
+        smooth = uniform_filter(left, (0, 0, 3, 3))
+        odd = np.sqrt((smooth**2).sum(1)) > np.maximum(0.1, 2.5 * self.noise)[:, None, None]
+        stray = (odd & ~near).reshape(m, -1).sum(1).astype(np.float32)
+        legible = (sure == there).all(1) & (stray < STRAY) & (self.noise < NOISE) & (self.background >= 0)
+        shape = np.where(there, values["shape"], -1)
+        scenes = Scenes(
+            shape, values["colour"], values["texture"], values["lower"], values["at"], values["radius"], self.background
+        )
+        return Reading(scenes, sure, sharpness, misfit, self.noise, stray, legible)
+
+    def _under(self, slot: Integers) -> Array:
+        """What lies under the object of a slot [m] of its own in every picture."""
+        found = self.ground.copy()
+        for which in range(MOST):
+            rows = np.flatnonzero(slot == which)
+            found[rows] = self.place(rows, which).under
+        return found
+
+
+def parse(images: Tensor, look: Look = USUAL, parts: bool = False) -> Reading:
+    """Read pictures float32 [n, 3, 32, 32] in [-1, 1]; values beyond are cut off.
+
+    Args:
+        look: how the scenes are drawn.
+        parts: objects may have a lower half of another colour.
+    """
+    pixels = ((images.detach().cpu().float().clamp(-1, 1) + 1) / 2).numpy()
+    return joined([_read(pixels[start : start + CHUNK], look, parts) for start in range(0, len(pixels), CHUNK)])
+
+
+def joined(readings: list[Reading]) -> Reading:
+    """Readings one after the other as one."""
+
+    def all_of(values: list) -> NDArray:
+        return np.concatenate(values)
+
+    scenes = Scenes(**{name: all_of([getattr(r.scenes, name) for r in readings]) for name in vars(readings[0].scenes)})
+    rest = {name: all_of([getattr(r, name) for r in readings]) for name in vars(readings[0]) if name != "scenes"}
+    return Reading(scenes=scenes, **rest)
+
+
+def _read(pixels: Array, look: Look, parts: bool) -> Reading:
+    drawing = _Drawing(pixels, look, parts)
+    rows, slots = np.arange(len(pixels)), 0
+    while slots < MOST and len(rows):
+        rows = drawing.find(slots, rows)
+        slots += 1
+    drawing.arrange(slots)
+    rows = np.arange(len(pixels))
+    for slot in range(slots):
+        drawing.polish(slot, rows)
+    for _ in range(2):
+        drawing.arrange(slots)
+        drawing.prune(slots)
+    drawing.arrange(slots)
+    return drawing.judged()
