@@ -135,11 +135,11 @@ def _draw(count: Integers, rng: np.random.Generator, fixed: dict[str, Integers])
 def describe(scenes: Scenes, look: Look = USUAL) -> list[Caption]:
     """Full captions: all attributes of all objects, and which of the first two is in front where one hides the other."""
     attributes = np.stack([scenes.attribute(name) for name in ATTRIBUTES], 2)
-    front, sketch = related(scenes)[:, 4], look != USUAL
+    front, pastel = related(scenes)[:, 4], look != USUAL
     found = []
     for i in range(len(scenes)):
         things = tuple(Thing(*values) for values in attributes[i].tolist() if values[0] >= 0)
-        found.append(Caption(things, 4 if front[i] else None, int(scenes.background[i]), sketch=sketch))
+        found.append(Caption(things, 4 if front[i] else None, int(scenes.background[i]), pastel=pastel))
     return found
 
 

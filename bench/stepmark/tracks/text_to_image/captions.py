@@ -2,7 +2,7 @@
 
 ::
 
-    caption    = objects ["on" BACKGROUND] ["in" "the" REGION] ["as" "sketch"] ["and" "no" thing]
+    caption    = objects ["on" BACKGROUND] ["in" "the" REGION] ["as" "pastel"] ["and" "no" thing]
     objects    = object [RELATION object] {"and" object}
     object     = ("a" | "an") thing ["with" COLOUR "top" "and" COLOUR "bottom"] ["at" PLACE]
     thing      = [SIZE] [COLOUR] [TEXTURE] (SHAPE | "object")
@@ -49,7 +49,7 @@ VOCABULARY: tuple[str, ...] = (
     *TEXTURES,
     *BACKGROUNDS,
     *REGIONS,
-    *("as", "sketch"),
+    *("as", "pastel"),
     *("make", "turn", "into", "add", "remove", "move", "to", "background"),  # of instructions to edit
 )
 _NUMBER = {word: i for i, word in enumerate(VOCABULARY)}
@@ -82,7 +82,7 @@ class Caption:
     relation: int | None = None  # of the first object to the second, index in RELATIONS
     background: int | None = None
     region: int | None = None
-    sketch: bool = False
+    pastel: bool = False
     absent: Thing | None = None
 
 
@@ -113,8 +113,8 @@ def write(caption: Caption) -> str:
         text += f" on {BACKGROUNDS[caption.background]}"
     if caption.region is not None:
         text += f" in the {REGIONS[caption.region]}"
-    if caption.sketch:
-        text += " as sketch"
+    if caption.pastel:
+        text += " as pastel"
     if caption.absent is not None:
         text += f" and no {_words(caption.absent, article=False)}"
     return text.strip()
@@ -184,11 +184,11 @@ def read(text: str) -> Caption:
             objects.append(reader.thing())
     background = reader.needed(BACKGROUNDS) if reader.take("on") else None
     region = reader.needed(REGIONS) if reader.take("in the") else None
-    sketch = reader.take("as sketch")
+    pastel = reader.take("as pastel")
     absent = reader.thing(article=False) if reader.take("and no") else None
     if reader.at < len(reader.words):
         raise ValueError(f"no caption: {text!r}: nothing can follow word {reader.at}")
-    return Caption(tuple(objects), relation, background, region, sketch, absent)
+    return Caption(tuple(objects), relation, background, region, pastel, absent)
 
 
 def swapped(caption: Caption) -> Caption:

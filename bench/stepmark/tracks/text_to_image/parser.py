@@ -8,8 +8,8 @@ other is chosen.
 
 What was found counts as an object only if it looks like one. ``sharpness`` is how much of the drawn contrast between
 neighbouring pixels the picture has (1 for a render; white noise leaves it where it is, blur does not), ``misfit`` what the
-drawing leaves unexplained, noise subtracted, as a share of what the object changes in the picture. A blurred, transparent or
-broken object is found but not ``sure``. A picture is ``legible`` if everything found in it is, and if nothing else is there.
+drawing leaves unexplained, noise subtracted, as a share of what the object changes in the picture, ``opacity`` how far the
+picture goes from what lies under the object to its colour. A blurred, transparent or broken object is found but not ``sure``. A picture is ``legible`` if everything found in it is, and if nothing else is there.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ STRIDE = 2  # pixels between the places where the bank has its shapes
 TONES = 5  # colours that are tried at once: those that occur most
 GAIN = 1.2  # least of what an object must explain, in squared contrast times pixels
 EXPLAINS = 0.3  # and its share of what it would explain if it were there to the full
-SHARP = 0.62  # least sharpness
-MISFIT = 0.12  # largest misfit
+SHARP = 0.65  # least sharpness
+MISFIT = 0.07  # largest misfit, beside two standard deviations of what noise adds to it
+OPAQUE = (0.8, 1.2)  # least and largest opacity
 NOISE = 0.15  # largest standard deviation of noise, of a range of 1
 OFF = 0.14  # largest distance of the background from its colour, of a range of 1
 STRAY = 8  # pixels outside all objects that may differ from the background
@@ -58,7 +59,7 @@ TRIED = 3  # shapes of which a new object is fitted
 FITS = 0.02  # misfit below which no other shape is tried
 SPARE = 4.0  # most of what an object may explain, in squared contrast times pixels, that might not be needed
 DELTA = 0.4  # pixels: of the differences that stand for slopes
-_SHIFTS = np.float32(DELTA) * np.eye(3, dtype=np.float32)
+_AXES = np.eye(3, dtype=np.float32)
 
 Array = NDArray[np.float32]
 Integers = NDArray[np.int64]
@@ -70,7 +71,7 @@ class Reading:
     """What was read from n pictures.
 
     scenes: k = 4 objects each, every one in front of those that follow; background -1 where it is none of the known ones.
-    sure bool [n, 4]: objects that look like one. sharpness, misfit float32 [n, 4]; 0 where nothing was found.
+    sure bool [n, 4]: objects that look like one. sharpness, misfit, opacity float32 [n, 4]; 0 where nothing was found.
     noise float32 [n]: standard deviation of the noise, of a range of 1. stray float32 [n]: pixels of the background that
     differ from it. legible bool [n]: everything found is sure and nothing else is there.
     """
@@ -79,6 +80,7 @@ class Reading:
     sure: Flags
     sharpness: Array
     misfit: Array
+    opacity: Array
     noise: Array
     stray: Array
     legible: Flags
@@ -104,10 +106,10 @@ class _Fit:
     colour: Integers
     lower: Integers
 
-    def painted(self, look: Look, shift: Array | None = None) -> tuple[Array, Array]:
+    def painted(self, shift: Array | None = None) -> tuple[Array, Array]:
         """As `paint`; shift [3]: added to row, column and radius."""
         move = np.zeros(3, np.float32) if shift is None else shift
-        return paint(self.shape, self.at + move[:2], self.radius + move[2], self.texture, self.first, self.second, look)
+        return paint(self.shape, self.at + move[:2], self.radius + move[2], self.texture, self.first, self.second)
 
     def take(self, which: Integers | Flags) -> _Fit:
         return _Fit(**{name: value[which] for name, value in vars(self).items()})
@@ -129,12 +131,12 @@ class _Place:
     def take(self, which: Integers | Flags) -> _Place:
         return _Place(**{name: value[which] for name, value in vars(self).items()})
 
-    def drawn(self, fit: _Fit, look: Look, shift: Array | None = None) -> Array:
-        cover, tone = fit.painted(look, shift)
+    def drawn(self, fit: _Fit, shift: Array | None = None) -> Array:
+        cover, tone = fit.painted(shift)
         return self.rest + (self.share * cover)[:, None] * (tone - self.under)
 
-    def errors(self, fit: _Fit, look: Look) -> Array:
-        return _energy(self.picture - self.drawn(fit, look))
+    def errors(self, fit: _Fit) -> Array:
+        return _energy(self.picture - self.drawn(fit))
 
 
 def _energy(x: Array) -> Array:
@@ -214,13 +216,15 @@ def _halved() -> list[Array]:
     return [cover * (1 - low), cover * low]
 
 
-def _move(fit: _Fit, place: _Place, look: Look, times: int) -> Array:
+def _move(fit: _Fit, place: _Place, times: int) -> Array:
     """Move and scale objects so that the pictures fit better, by so many steps of Gauss-Newton. Returns the errors [m]."""
-    drawn = place.drawn(fit, look)
+    drawn = place.drawn(fit)
     error = _energy(place.picture - drawn)
-    for _ in range(times):
-        slopes = [place.drawn(fit, look, shift) - place.drawn(fit, look, -shift) for shift in _SHIFTS]
-        slope = np.stack(slopes, 1).reshape(len(error), 3, -1) / np.float32(2 * DELTA)
+    for i in range(times):
+        # A rim on the edge of a pixel shows in one direction only, so that the two take turns.
+        delta = np.float32(-DELTA if i % 2 else DELTA)
+        slopes = [place.drawn(fit, delta * axis) - drawn for axis in _AXES]
+        slope = np.stack(slopes, 1).reshape(len(error), 3, -1) / delta
         left = (place.picture - drawn).reshape(len(error), -1)
         square = np.matmul(slope, slope.transpose(0, 2, 1)) + np.float32(0.05) * np.eye(3, dtype=np.float32)
         step = np.linalg.solve(square, np.matmul(slope, left[:, :, None]))[:, :, 0]
@@ -228,7 +232,7 @@ def _move(fit: _Fit, place: _Place, look: Look, times: int) -> Array:
         new = fit.take(np.arange(len(error)))
         new.at = np.clip(fit.at + step[:, :2], 1, SIZE - 1)
         new.radius = np.clip(fit.radius + step[:, 2], 2.2, 6.8)
-        other = place.drawn(new, look)
+        other = place.drawn(new)
         after = _energy(place.picture - other)
         better = after < error
         fit.put(better, new.take(better))
@@ -239,12 +243,9 @@ def _move(fit: _Fit, place: _Place, look: Look, times: int) -> Array:
 def _colour(fit: _Fit, place: _Place, look: Look, parts: bool) -> None:
     """Give objects the colour and the texture that fit best."""
     m = len(fit.shape)
-    white = np.ones((m, 3), np.float32)
-    cover, shade = paint(fit.shape, fit.at, fit.radius, np.full(m, PLAIN), white, white, look)
-    share = place.share * cover
-    wanted = place.picture - place.rest + share[:, None] * place.under  # what share times shade times tone should be
-    weight = (share * shade[:, 0]).reshape(m, -1)
-    wanted = wanted.reshape(m, 3, -1)
+    share = place.share * coverage(fit.shape, fit.at, fit.radius)
+    wanted = (place.picture - place.rest + share[:, None] * place.under).reshape(m, 3, -1)  # what share times tone should be
+    weight = share.reshape(m, -1)
     palette = look.palette()
     kinds = len(palette)
     light = np.float32(LIGHT) * (1 - palette)
@@ -281,15 +282,15 @@ class _Drawing:
     def __init__(self, picture: Array, look: Look, parts: bool) -> None:
         self.picture, self.look, self.parts = picture, look, parts
         m = len(picture)
-        rim = np.concatenate([picture[:, :, 0], picture[:, :, -1], picture[:, :, 1:-1, 0], picture[:, :, 1:-1, -1]], 2)
-        base = np.median(rim, 2)
+        bare = ground(np.zeros(1, np.int64), look)[0, 0, 0] == 0  # columns that have no lines
+        sides = [picture[..., column] for column in (0, SIZE - 1) if bare[column]]
+        base = np.median(np.concatenate([picture[:, :, 0, bare], picture[:, :, -1, bare], *sides], 2), 2)
         away = np.sqrt(((base[:, None] - GROUND) ** 2).sum(2))
         nearest = away.argmin(1)
         self.background = np.where(away.min(1) < OFF, nearest, -1)
-        usual = ground(nearest, look)
-        self.ground = usual + (base - usual[:, :, :2, :4].mean((2, 3)))[:, :, None, None]
+        self.ground = ground(nearest, look) + (base - GROUND[nearest])[:, :, None, None]
         across = np.abs(picture[..., 1:] - picture[..., :-1]).reshape(m, -1)
-        self.noise = np.median(across, 1) * np.float32(1.4826 / 2**0.5)
+        self.noise = np.quantile(across, 0.683, 1).astype(np.float32) * np.float32(2**-0.5)
         self.order = np.tile(np.arange(MOST), (m, 1))
         self.there = np.zeros((m, MOST), bool)
         self.cover = np.zeros((m, MOST, SIZE, SIZE), np.float32)
@@ -328,7 +329,7 @@ class _Drawing:
         """An object of that slot in some rows."""
         self.fits[slot].put(rows, fit)
         self.there[rows, slot] = True
-        self.cover[rows, slot], self.tone[rows, slot] = fit.painted(self.look)
+        self.cover[rows, slot], self.tone[rows, slot] = fit.painted()
 
     def find(self, slot: int, rows: Integers) -> Integers:
         """Look for one more object in some rows. Returns those in which there is one."""
@@ -349,9 +350,9 @@ class _Drawing:
         if slot:
             behind = which == 1
             place.share[behind], place.under[behind] = clear[source[behind]], self.ground[rows[source[behind]]]
-        _move(fit, place, self.look, 3)
+        _move(fit, place, 3)
         _colour(fit, place, self.look, self.parts)
-        errors = _move(fit, place, self.look, 1)
+        errors = _move(fit, place, 1)
         best, number = _best(fit, errors, TRIED)
         rows, behind = rows[some], which.reshape(-1, TRIED)[np.arange(some.sum()), number] == 1
         self.put(rows, slot, best)
@@ -381,18 +382,18 @@ class _Drawing:
         if not len(rows):
             return
         place, fit = self.place(rows, slot), self.fits[slot].take(rows)
-        _move(fit, place, self.look, 1)
-        left = place.errors(fit, self.look) - self.expected(rows)
+        _move(fit, place, 2)
+        left = place.errors(fit) - self.expected(rows)
         poor = left > FITS * _energy(place.share[:, None] * self.cover[rows, slot][:, None] * (self.tone[rows, slot] - place.under))
         if poor.any():
             kinds = len(SHAPES)
             source = np.repeat(np.flatnonzero(poor), kinds)
             places, tried = place.take(source), fit.take(source)
             tried.shape = np.tile(np.arange(kinds), poor.sum())
-            _move(tried, places, self.look, 2)
+            _move(tried, places, 2)
             _colour(tried, places, self.look, self.parts)
-            best, _ = _best(tried, places.errors(tried, self.look), kinds)
-            _move(best, place.take(poor), self.look, 1)
+            best, _ = _best(tried, places.errors(tried), kinds)
+            _move(best, place.take(poor), 2)
             fit.put(poor, best)
         self.put(rows, slot, fit)
 
@@ -434,8 +435,8 @@ class _Drawing:
         there = np.take_along_axis(self.there, self.order, 1)
         drawn = self.composed(each, self.order)
         left = self.picture - drawn
-        variance = (self.noise**2)[:, None]
-        sharpness, misfit, seen = (np.zeros((m, MOST), np.float32) for _ in range(3))
+        variance = self.noise**2
+        sharpness, misfit, opacity, seen, allowed = (np.zeros((m, MOST), np.float32) for _ in range(5))
         near = np.zeros((m, SIZE, SIZE), bool)
         clear = np.ones((m, SIZE, SIZE), np.float32)
         for i in range(MOST):
@@ -449,8 +450,11 @@ class _Drawing:
             change = shown[:, None] * (self.tone[each, slot] - place)
             full = _energy(change)
             pixels = region.reshape(m, -1).sum(1)
-            unexplained = _energy(left * region[:, None]) - 3 * variance[:, 0] * pixels
-            misfit[:, i] = np.where(full > 0, unexplained / np.maximum(full, 1e-6), 0)
+            unexplained = _energy(left * region[:, None]) - 3 * variance * pixels
+            allowed[:, i] = MISFIT + 2 * variance * np.sqrt(6 * pixels) / np.maximum(full, 1e-6)
+            misfit[:, i] = np.where(there[:, i], unexplained / np.maximum(full, 1e-6), 0)
+            more = np.einsum("nchw,nchw->n", left, change)
+            opacity[:, i] = np.where(there[:, i], 1 + more / np.maximum(full, 1e-6), 0)
             along = square = np.float32(0)
             for axis in (2, 3):
                 both = np.take(region, range(1, SIZE), axis - 1) & np.take(region, range(SIZE - 1), axis - 1)
@@ -459,7 +463,8 @@ class _Drawing:
                 square = square + _energy(one)
             sharpness[:, i] = np.where(there[:, i], along / np.maximum(square, 1e-6), 0)
             seen[:, i] = shown.reshape(m, -1).sum(1)
-        sure = there & (sharpness > SHARP) & (misfit < MISFIT) & (seen > AREA)
+        solid = (opacity > OPAQUE[0]) & (opacity < OPAQUE[1])
+        sure = there & (sharpness > SHARP) & (misfit < allowed) & solid & (seen > AREA)
         smooth = uniform_filter(left, (0, 0, 3, 3))
         odd = np.sqrt((smooth**2).sum(1)) > np.maximum(0.1, 2.5 * self.noise)[:, None, None]
         stray = (odd & ~near).reshape(m, -1).sum(1).astype(np.float32)
@@ -468,7 +473,7 @@ class _Drawing:
         scenes = Scenes(
             shape, values["colour"], values["texture"], values["lower"], values["at"], values["radius"], self.background
         )
-        return Reading(scenes, sure, sharpness, misfit, self.noise, stray, legible)
+        return Reading(scenes, sure, sharpness, misfit, opacity, self.noise, stray, legible)
 
     def _under(self, slot: Integers) -> Array:
         """What lies under the object of a slot [m] of its own in every picture."""

@@ -94,12 +94,11 @@ class Scenes:
 
 @dataclass(frozen=True)
 class Look:
-    """How scenes are drawn. pale: how far colours are from their own to white. outline: width of a dark line inside the rim
-    of every object, pixels. lines: how much every other pair of columns of the background is darker or lighter.
+    """How scenes are drawn. pale: how far the colours of objects are from their own to white. lines: how much every other
+    pair of columns of the background is darker (of bright ones) or lighter (of dark ones), of a range of 1.
     """
 
     pale: float = 0.0
-    outline: float = 0.0
     lines: float = 0.0
 
     def palette(self) -> Array:
@@ -107,7 +106,7 @@ class Look:
         return PALETTE + np.float32(self.pale) * (1 - PALETTE)
 
 
-USUAL = Look()
+USUAL, PASTEL = Look(), Look(pale=0.45, lines=0.1)
 
 
 def _reach(shape: Integers, t: Array) -> tuple[Array, Array]:
@@ -196,15 +195,11 @@ def tones(colour: Integers, texture: Integers, lower: Integers, look: Look = USU
 
 
 def paint(
-    shape: Integers, at: Array, radius: Array, texture: Integers, first: Array, second: Array, look: Look = USUAL
+    shape: Integers, at: Array, radius: Array, texture: Integers, first: Array, second: Array
 ) -> tuple[Array, Array]:
     """Objects [m] in the two colours of `tones`: what they cover float32 [m, 32, 32], and their colour [m, 3, 32, 32]."""
-    cover = coverage(shape, at, radius)
     tone = first[:, :, None, None] + pattern(texture, at)[:, None] * (second - first)[:, :, None, None]
-    if look.outline:
-        inside = coverage(shape, at, np.asarray(radius, np.float32) - np.float32(look.outline))
-        tone = tone * (np.float32(0.15) + np.float32(0.85) * inside[:, None])
-    return cover, tone
+    return coverage(shape, at, radius), tone
 
 
 def ground(background: Integers, look: Look = USUAL) -> Array:
@@ -222,9 +217,7 @@ def _painted(scenes: Scenes, look: Look) -> tuple[Array, Array]:
     if there.any():
         texture = scenes.texture[there]
         two = tones(scenes.colour[there], texture, scenes.lower[there], look)
-        cover[there], tone[there] = paint(
-            scenes.shape[there], scenes.at[there], scenes.radius[there], texture, *two, look
-        )
+        cover[there], tone[there] = paint(scenes.shape[there], scenes.at[there], scenes.radius[there], texture, *two)
     return cover, tone
 
 
