@@ -56,7 +56,16 @@ DATASET = Dataset(
     version=1,
     summary="32x32 RGB scenes of one to three objects with captions, masks, layouts, depth and edges, from a seed",
     licence="Apache-2.0",
-    digests={},
+    digests={
+        "train": "496dead9bf1652b4756038339304903daeade812ab741a3e648a5f1d2b019fe2",
+        "test": "005cd18847479f048d728ce934751b3214e8085b8119c9eff21177c202b8483c",
+        "one": "7a1d1793a51b6f069367d0462aa9da38ffe53b18b621a36e80d53b300fb5c9bf",
+        "two": "c48af000f4bfd5823b7a19234d077219ea642e930d72f1f19bd2d68acff27ca3",
+        "three": "fc98b79ad01fdb8e8f6fbe3b936c1707433626e3a3e115c2d51477a3192ba2b2",
+        "free": "121931700851ffd1406d16b773373cd0c942362dd55a7b7bc8c598945652a97c",
+        "negative": "9c925f6dd24843db909ad669cc57e005610c56266a9cf1a355b53fb8c7dea74f",
+        "protected": "15727016b3edf559bcbfe2d7fa015181956a81a7f7cd00a02cd1bd0ec0bd79ea",
+    },
 )
 MOST = 3  # objects of a scene
 MIDDLES = (9.0, 16.0, 23.0)  # pixels: of the thirds of the picture
@@ -69,9 +78,9 @@ PROTECTED = Caption((Thing(5, 3, 2, 1, 3), Thing(4, 2, 1, 0, 4)), background=7) 
 SEEDS = {name: 320 + i for i, name in enumerate(COUNTS)}
 
 
-def _between(rng: np.random.Generator, low: Array | float, high: Array | float, *shape: int) -> Array:
-    """Multiples of 1/64, so that they are the same in single precision."""
-    return (np.floor((low + (np.asarray(high) - low) * rng.random(shape)) * 64) / 64).astype(np.float32)
+def between(rng: np.random.Generator, low: Array | float, high: Array | float, *shape: int) -> Array:
+    """Numbers of that shape between two others, in multiples of 1/1024: exact in single precision."""
+    return (np.floor((low + (np.asarray(high) - low) * rng.random(shape)) * 1024) / 1024).astype(np.float32)
 
 
 # How far a shape of radius 1 extends up, down and sideways from its centre of mass.
@@ -86,7 +95,7 @@ def settle(place: Integers, shape: Integers, radius: Array, rng: np.random.Gener
     up, down, aside = np.moveaxis(EXTENT[shape], -1, 0) * radius
     low = np.maximum(middle - WANDER, np.stack([up, aside], -1))
     high = np.minimum(middle + WANDER, SIZE - np.stack([down, aside], -1))
-    return _between(rng, low, np.maximum(low, high), *middle.shape)
+    return between(rng, low, np.maximum(low, high), *middle.shape)
 
 
 def draw(count: Integers, rng: np.random.Generator, **fixed: Integers) -> Scenes:
@@ -105,7 +114,7 @@ def draw(count: Integers, rng: np.random.Generator, **fixed: Integers) -> Scenes
     return scenes
 
 
-def _apart(kinds: int, fixed: Integers | None, n: int, rng: np.random.Generator) -> Integers:
+def apart(kinds: int, fixed: Integers | None, n: int, rng: np.random.Generator) -> Integers:
     """Three different ones of so many kinds, int64 [n, 3]; those that `fixed` [n, 3] names stay."""
     order = rng.random((n, kinds)).argsort(1, kind="stable")
     if fixed is None:
@@ -123,9 +132,9 @@ def _draw(count: Integers, rng: np.random.Generator, fixed: dict[str, Integers])
         return np.where(fixed[name] >= 0, fixed[name], drawn) if name in fixed else drawn
 
     shape, size, texture = (chosen(name, len(ATTRIBUTES[name]), MOST) for name in ("shape", "size", "texture"))
-    colour = _apart(len(COLOURS), fixed.get("colour"), n, rng)
-    place = _apart(len(PLACES), fixed.get("place"), n, rng)
-    radius = (np.take(RADII, size) * _between(rng, 0.95, 1.05, n, MOST)).astype(np.float32)
+    colour = apart(len(COLOURS), fixed.get("colour"), n, rng)
+    place = apart(len(PLACES), fixed.get("place"), n, rng)
+    radius = (np.take(RADII, size) * between(rng, 0.95, 1.05, n, MOST)).astype(np.float32)
     at = settle(place, shape, radius, rng)
     shape = np.where(np.arange(MOST) < count[:, None], shape, -1)
     background = chosen("background", len(BACKGROUNDS))

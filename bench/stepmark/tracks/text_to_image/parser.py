@@ -1,24 +1,29 @@
 """The eye: reads scenes back from pictures by drawing them again, with no network.
 
 Objects are found one at a time, the one that explains most of the picture first. A bank of shapes in all sizes and places is
-laid over what is not yet explained, in the colours that occur there, before and behind what was found (matching pursuit); the
-best three shapes are moved and scaled until the drawn picture fits best (Gauss-Newton), colour and texture are chosen, the
-shape that fits best stays. At the end every object is fitted again beside the others, and the order in which they hide each
-other is chosen.
+laid over what is not yet explained, in the colours that occur there, before and behind what was found (matching pursuit);
+the best three shapes are moved and scaled until the drawn picture fits best (Gauss-Newton), colour and texture are chosen,
+and the shape that fits best stays. At the end every object is fitted again beside the others, what is not needed is taken
+away, and the order in which they hide each other is chosen.
 
 What was found counts as an object only if it looks like one. ``sharpness`` is how much of the drawn contrast between
-neighbouring pixels the picture has (1 for a render; white noise leaves it where it is, blur does not), ``misfit`` what the
-drawing leaves unexplained, noise subtracted, as a share of what the object changes in the picture, ``opacity`` how far the
-picture goes from what lies under the object to its colour. A blurred, transparent or broken object is found but not ``sure``. A picture is ``legible`` if everything found in it is, and if nothing else is there.
+neighbouring pixels the picture has (1 for a render; white noise leaves it where it is, blur does not). ``misfit`` is what
+the drawing leaves unexplained, noise subtracted, as a share of what the object changes in the picture. ``opacity`` is how
+far the picture goes from what lies under the object to its colour. A blurred, transparent or broken object is found but not
+``sure``. A picture is ``legible`` if everything found in it is sure and nothing else is there.
+
+TABLE
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import permutations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.ndimage import maximum_filter, uniform_filter
 from torch import Tensor
@@ -54,11 +59,13 @@ NOISE = 0.15  # largest standard deviation of noise, of a range of 1
 OFF = 0.14  # largest distance of the background from its colour, of a range of 1
 STRAY = 8  # pixels outside all objects that may differ from the background
 CHUNK = 50  # pictures that are read at a time
+ODD = 0.1  # how far they must differ, in means over 3x3 pixels, of a range of 1
 AREA = 8.0  # pixels of an object that must be seen
 TRIED = 3  # shapes of which a new object is fitted
 FITS = 0.02  # misfit below which no other shape is tried
 SPARE = 4.0  # most of what an object may explain, in squared contrast times pixels, that might not be needed
 DELTA = 0.4  # pixels: of the differences that stand for slopes
+READ = ("shape", "colour", "texture", "lower", "at", "radius")
 _AXES = np.eye(3, dtype=np.float32)
 
 Array = NDArray[np.float32]
@@ -131,6 +138,10 @@ class _Place:
     def take(self, which: Integers | Flags) -> _Place:
         return _Place(**{name: value[which] for name, value in vars(self).items()})
 
+    def put(self, which: Integers | Flags, other: _Place) -> None:
+        for name, value in vars(self).items():
+            value[which] = getattr(other, name)
+
     def drawn(self, fit: _Fit, shift: Array | None = None) -> Array:
         cover, tone = fit.painted(shift)
         return self.rest + (self.share * cover)[:, None] * (tone - self.under)
@@ -199,7 +210,9 @@ def _proposals(place: list[_Place], look: Look, parts: bool) -> tuple[_Fit, Inte
     best = np.take_along_axis(best, shapes, 1)
     row, which = best // len(place), best % len(place)
     row = row + shapes * (len(shape) // len(SHAPES))
-    tone = [np.stack([kind[i] for kind in kinds], 2)[np.arange(m)[:, None], row, which].ravel() for i in range(len(halves))]
+    tone = [
+        np.stack([kind[i] for kind in kinds], 2)[np.arange(m)[:, None], row, which].ravel() for i in range(len(halves))
+    ]
     row = row.ravel()
     n = len(row)
     colour = tone[0] % len(COLOURS)
@@ -244,7 +257,9 @@ def _colour(fit: _Fit, place: _Place, look: Look, parts: bool) -> None:
     """Give objects the colour and the texture that fit best."""
     m = len(fit.shape)
     share = place.share * coverage(fit.shape, fit.at, fit.radius)
-    wanted = (place.picture - place.rest + share[:, None] * place.under).reshape(m, 3, -1)  # what share times tone should be
+    wanted = (place.picture - place.rest + share[:, None] * place.under).reshape(
+        m, 3, -1
+    )  # what share times tone should be
     weight = share.reshape(m, -1)
     palette = look.palette()
     kinds = len(palette)
@@ -253,7 +268,9 @@ def _colour(fit: _Fit, place: _Place, look: Look, parts: bool) -> None:
     for texture in (PLAIN, STRIPED, DOTTED, HALVES)[: 4 if parts else 3]:
         second = pattern(np.full(m, texture), fit.at).reshape(m, -1) * weight
         one, two = (np.einsum("ncp,np->nc", wanted, each) for each in (weight, second))
-        squares = [np.einsum("np,np->n", a, b)[:, None] for a, b in ((weight, weight), (weight, second), (second, second))]
+        squares = [
+            np.einsum("np,np->n", a, b)[:, None] for a, b in ((weight, weight), (weight, second), (second, second))
+        ]
         ups, downs = np.arange(kinds), np.full(kinds, -1)
         if texture == HALVES:
             ups, downs = (each.ravel() for each in np.meshgrid(ups, ups, indexing="ij"))
@@ -267,6 +284,17 @@ def _colour(fit: _Fit, place: _Place, look: Look, parts: bool) -> None:
     fit.colour, fit.texture, fit.lower = best.T
     fit.first = palette[fit.colour]
     fit.second = np.where((fit.texture == HALVES)[:, None], palette[fit.lower], fit.first + light[fit.colour])
+
+
+def _sharpness(picture: Array, drawn: Array, region: Flags) -> Array:
+    """How much of the differences between drawn neighbours in a region [m, 32, 32] the picture has, float32 [m]."""
+    along = square = np.zeros(len(picture), np.float32)
+    for axis in (2, 3):
+        both = np.take(region, range(1, SIZE), axis - 1) & np.take(region, range(SIZE - 1), axis - 1)
+        steps = np.diff(drawn, axis=axis) * both[:, None]
+        along = along + np.einsum("nchw,nchw->n", steps, np.diff(picture, axis=axis))
+        square = square + _energy(steps)
+    return (along / np.maximum(square, 1e-6)).astype(np.float32)
 
 
 def _best(fit: _Fit, errors: Array, of: int) -> tuple[_Fit, Integers]:
@@ -297,9 +325,9 @@ class _Drawing:
         self.tone = np.zeros((m, MOST, 3, SIZE, SIZE), np.float32)
         none, zeros = np.zeros(m, np.int64), np.zeros((m, 3), np.float32)
         self.fits = [
-            _Fit(none.copy(), zeros[:, :2].copy(), zeros[:, 0] + 3, none.copy(), zeros.copy(), zeros.copy(), none.copy(), none - 1)
+            _Fit(none + 0, zeros[:, :2] + 0, zeros[:, 0] + 3, none + 0, zeros + 0, zeros + 0, none + 0, none - 1)
             for _ in range(MOST)
-        ]  # fmt: skip
+        ]
 
     def composed(self, rows: Integers, order: Integers) -> Array:
         """The pictures of some rows, with their objects in that order."""
@@ -333,34 +361,27 @@ class _Drawing:
 
     def find(self, slot: int, rows: Integers) -> Integers:
         """Look for one more object in some rows. Returns those in which there is one."""
-        front = self.place(rows, slot)  # an empty slot: all that was found is the rest
-        rest = self.composed(rows, self.order[rows])
-        before = _Place(front.picture, rest, np.ones_like(front.share), rest)
+        rows = rows[_energy(self.picture[rows] - self.composed(rows, self.order[rows])) > GAIN]
+        if not len(rows):
+            return rows
+        picture, rest = self.picture[rows], self.composed(rows, self.order[rows])
         clear = (1 - self.cover[rows]).prod(1)
-        places = [before, _Place(front.picture, rest, clear, self.ground[rows])][: 2 if slot else 1]
-        worth = _energy(front.picture - rest) > GAIN
-        if not worth.all():
-            return self.find(slot, rows[worth]) if worth.any() else rows[:0]
-        fit, which, some = _proposals(places, self.look, self.parts)
+        places = [_Place(picture, rest, np.ones_like(clear), rest), _Place(picture, rest, clear, self.ground[rows])]
+        fit, which, some = _proposals(places if slot else places[:1], self.look, self.parts)
         if not some.any():
             return rows[:0]
-        keep = np.repeat(some, TRIED)
-        fit, which, source = fit.take(keep), which[keep], np.repeat(np.flatnonzero(some), TRIED)
-        place = before.take(source)
-        if slot:
-            behind = which == 1
-            place.share[behind], place.under[behind] = clear[source[behind]], self.ground[rows[source[behind]]]
+        keep, source = np.repeat(some, TRIED), np.repeat(np.flatnonzero(some), TRIED)
+        fit, which, place = fit.take(keep), which[keep], places[0].take(source)
+        place.put(which == 1, places[1].take(source[which == 1]))
         _move(fit, place, 3)
         _colour(fit, place, self.look, self.parts)
-        errors = _move(fit, place, 1)
-        best, number = _best(fit, errors, TRIED)
-        rows, behind = rows[some], which.reshape(-1, TRIED)[np.arange(some.sum()), number] == 1
+        best, number = _best(fit, _move(fit, place, 1), TRIED)
+        rows, behind = rows[some], which[np.arange(some.sum()) * TRIED + number] == 1
         self.put(rows, slot, best)
-        others = np.array([i for i in range(MOST) if i != slot])
-        for i, row in enumerate(rows):  # what is not there yet may stand anywhere
-            rest_order = [j for j in self.order[row] if j != slot and self.there[row, j]]
-            full = [*rest_order, slot] if behind[i] else [slot, *rest_order]
-            self.order[row] = [*full, *(j for j in others if j not in full)]
+        for row, last in zip(rows, behind, strict=True):
+            found = [other for other in self.order[row] if other < slot]
+            self.order[row, : slot + 1] = [*found, slot] if last else [slot, *found]
+            self.order[row, slot + 1 :] = range(slot + 1, MOST)  # slots that are empty yet
         return rows
 
     def arrange(self, slots: int) -> None:
@@ -384,7 +405,8 @@ class _Drawing:
         place, fit = self.place(rows, slot), self.fits[slot].take(rows)
         _move(fit, place, 2)
         left = place.errors(fit) - self.expected(rows)
-        poor = left > FITS * _energy(place.share[:, None] * self.cover[rows, slot][:, None] * (self.tone[rows, slot] - place.under))
+        shown = place.share * self.cover[rows, slot]
+        poor = left > FITS * _energy(shown[:, None] * (self.tone[rows, slot] - place.under))
         if poor.any():
             kinds = len(SHAPES)
             source = np.repeat(np.flatnonzero(poor), kinds)
@@ -428,51 +450,38 @@ class _Drawing:
     def judged(self) -> Reading:
         """What was found, and whether it looks like it."""
         m = len(self.picture)
-        each = np.arange(m)
-        fits = [{name: value for name, value in vars(fit).items()} for fit in self.fits]
-        by_slot = {name: np.stack([fit[name] for fit in fits], 1) for name in fits[0]}
-        values = {name: np.take_along_axis(v, self.order.reshape(m, MOST, *[1] * (v.ndim - 2)), 1) for name, v in by_slot.items()}
-        there = np.take_along_axis(self.there, self.order, 1)
+        each, rows = np.arange(m), np.arange(m)[:, None]
+        there = self.there[rows, self.order]
         drawn = self.composed(each, self.order)
-        left = self.picture - drawn
-        variance = self.noise**2
-        sharpness, misfit, opacity, seen, allowed = (np.zeros((m, MOST), np.float32) for _ in range(5))
-        near = np.zeros((m, SIZE, SIZE), bool)
-        clear = np.ones((m, SIZE, SIZE), np.float32)
+        left, variance = self.picture - drawn, self.noise**2
+        sharpness, misfit, opacity, allowed, seen = (np.zeros((m, MOST), np.float32) for _ in range(5))
+        near, clear = np.zeros((m, SIZE, SIZE), bool), np.ones((m, SIZE, SIZE), np.float32)
         for i in range(MOST):
             slot = self.order[:, i]
             cover = self.cover[each, slot]
-            shown, clear_of = cover * clear, clear
+            shown = cover * clear
+            region = maximum_filter(shown > 0, (1, 3, 3)) & (
+                clear > 0.5
+            )  # the object and its rim, but for what hides it
+            near |= maximum_filter(cover > 0, (1, 5, 5))
             clear = clear * (1 - cover)
-            region = maximum_filter(shown > 0, (0, 3, 3)) & (clear_of > 0.5)
-            near |= maximum_filter(cover > 0, (0, 5, 5))
-            place = self._under(slot)
-            change = shown[:, None] * (self.tone[each, slot] - place)
-            full = _energy(change)
-            pixels = region.reshape(m, -1).sum(1)
-            unexplained = _energy(left * region[:, None]) - 3 * variance * pixels
-            allowed[:, i] = MISFIT + 2 * variance * np.sqrt(6 * pixels) / np.maximum(full, 1e-6)
-            misfit[:, i] = np.where(there[:, i], unexplained / np.maximum(full, 1e-6), 0)
-            more = np.einsum("nchw,nchw->n", left, change)
-            opacity[:, i] = np.where(there[:, i], 1 + more / np.maximum(full, 1e-6), 0)
-            along = square = np.float32(0)
-            for axis in (2, 3):
-                both = np.take(region, range(1, SIZE), axis - 1) & np.take(region, range(SIZE - 1), axis - 1)
-                one, two = np.diff(drawn, axis=axis) * both[:, None], np.diff(self.picture, axis=axis) * both[:, None]
-                along = along + np.einsum("nchw,nchw->n", one, two)
-                square = square + _energy(one)
-            sharpness[:, i] = np.where(there[:, i], along / np.maximum(square, 1e-6), 0)
-            seen[:, i] = shown.reshape(m, -1).sum(1)
+            change = shown[:, None] * (self.tone[each, slot] - self._under(slot))
+            full, pixels = np.maximum(_energy(change), 1e-6), region.sum((1, 2))
+            sharpness[:, i] = _sharpness(self.picture, drawn, region)
+            misfit[:, i] = (_energy(left * region[:, None]) - 3 * variance * pixels) / full
+            allowed[:, i] = MISFIT + 2 * variance * np.sqrt(6 * pixels) / full
+            opacity[:, i] = 1 + np.einsum("nchw,nchw->n", left, change) / full
+            seen[:, i] = shown.sum((1, 2))
         solid = (opacity > OPAQUE[0]) & (opacity < OPAQUE[1])
         sure = there & (sharpness > SHARP) & (misfit < allowed) & solid & (seen > AREA)
-        smooth = uniform_filter(left, (0, 0, 3, 3))
-        odd = np.sqrt((smooth**2).sum(1)) > np.maximum(0.1, 2.5 * self.noise)[:, None, None]
-        stray = (odd & ~near).reshape(m, -1).sum(1).astype(np.float32)
+        odd = np.sqrt((uniform_filter(left, (1, 1, 3, 3)) ** 2).sum(1))  # noise is smaller in means over 3x3 pixels
+        stray = ((odd > np.maximum(ODD, 2.5 * self.noise)[:, None, None]) & ~near).sum((1, 2)).astype(np.float32)
         legible = (sure == there).all(1) & (stray < STRAY) & (self.noise < NOISE) & (self.background >= 0)
-        shape = np.where(there, values["shape"], -1)
-        scenes = Scenes(
-            shape, values["colour"], values["texture"], values["lower"], values["at"], values["radius"], self.background
-        )
+        values = {name: np.stack([getattr(fit, name) for fit in self.fits], 1)[rows, self.order] for name in READ}
+        scenes = Scenes(background=self.background, **values)
+        scenes = replace(scenes, shape=np.where(there, scenes.shape, -1))
+        for measure in (sharpness, misfit, opacity):
+            measure[~there] = 0
         return Reading(scenes, sure, sharpness, misfit, opacity, self.noise, stray, legible)
 
     def _under(self, slot: Integers) -> Array:
@@ -485,25 +494,27 @@ class _Drawing:
 
 
 def parse(images: Tensor, look: Look = USUAL, parts: bool = False) -> Reading:
-    """Read pictures float32 [n, 3, 32, 32] in [-1, 1]; values beyond are cut off.
+    """Read pictures float32 [n, 3, 32, 32] in [-1, 1]; values beyond are cut off, pictures with none are not legible.
 
     Args:
         look: how the scenes are drawn.
         parts: objects may have a lower half of another colour.
     """
-    pixels = ((images.detach().cpu().float().clamp(-1, 1) + 1) / 2).numpy()
-    return joined([_read(pixels[start : start + CHUNK], look, parts) for start in range(0, len(pixels), CHUNK)])
+    shown = (images.detach().cpu().float().clamp(-1, 1) + 1) / 2
+    whole = shown.isfinite().all((1, 2, 3))
+    pixels = torch.where(whole[:, None, None, None], shown, 0).numpy()
+    found = joined([_read(pixels[start : start + CHUNK], look, parts) for start in range(0, len(pixels), CHUNK)])
+    return replace(found, legible=found.legible & whole.numpy())
 
 
-def joined(readings: list[Reading]) -> Reading:
+def joined(readings: Sequence[Reading]) -> Reading:
     """Readings one after the other as one."""
-
-    def all_of(values: list) -> NDArray:
-        return np.concatenate(values)
-
-    scenes = Scenes(**{name: all_of([getattr(r.scenes, name) for r in readings]) for name in vars(readings[0].scenes)})
-    rest = {name: all_of([getattr(r, name) for r in readings]) for name in vars(readings[0]) if name != "scenes"}
-    return Reading(scenes=scenes, **rest)
+    first = readings[0]
+    scenes = {name: np.concatenate([getattr(each.scenes, name) for each in readings]) for name in vars(first.scenes)}
+    rest = {
+        name: np.concatenate([getattr(each, name) for each in readings]) for name in vars(first) if name != "scenes"
+    }
+    return Reading(scenes=Scenes(**scenes), **rest)
 
 
 def _read(pixels: Array, look: Look, parts: bool) -> Reading:

@@ -198,8 +198,8 @@ def paint(
     shape: Integers, at: Array, radius: Array, texture: Integers, first: Array, second: Array
 ) -> tuple[Array, Array]:
     """Objects [m] in the two colours of `tones`: what they cover float32 [m, 32, 32], and their colour [m, 3, 32, 32]."""
-    tone = first[:, :, None, None] + pattern(texture, at)[:, None] * (second - first)[:, :, None, None]
-    return coverage(shape, at, radius), tone
+    share = pattern(texture, at)[:, None]
+    return coverage(shape, at, radius), (1 - share) * first[:, :, None, None] + share * second[:, :, None, None]
 
 
 def ground(background: Integers, look: Look = USUAL) -> Array:
@@ -229,10 +229,19 @@ def render(scenes: Scenes, look: Look = USUAL) -> Tensor:
         cover, tone = _painted(some, look)
         picture = ground(some.background, look)
         for i in reversed(range(cover.shape[1])):
-            picture = picture + cover[:, i, None] * (tone[:, i] - picture)
-        parts.append(np.round(picture * 255))
-    bits = np.concatenate(parts) if parts else np.zeros((0, 3, SIZE, SIZE), np.float32)
-    return torch.from_numpy(bits / np.float32(127.5) - 1)
+            picture = over(picture, cover[:, i], tone[:, i])
+        parts.append(picture)
+    return pixels(np.concatenate(parts) if parts else np.zeros((0, 3, SIZE, SIZE), np.float32))
+
+
+def over(picture: Array, cover: Array, tone: Array) -> Array:
+    """Pictures [n, 3, 32, 32] with objects laid over them; where those cover all, nothing at all is left of what was there."""
+    return (1 - cover[:, None]) * picture + cover[:, None] * tone
+
+
+def pixels(pictures: Array) -> Tensor:
+    """Pictures [n, 3, 32, 32] in [0, 1] rounded to 8 bits, float32 in [-1, 1]."""
+    return torch.from_numpy(np.round(pictures * 255) / np.float32(127.5) - 1)
 
 
 def masks(scenes: Scenes) -> Array:
@@ -246,6 +255,14 @@ def masks(scenes: Scenes) -> Array:
     for i in range(k):
         seen[:, i], clear = seen[:, i] * clear, clear * (1 - seen[:, i])
     return seen
+
+
+def open_ground(scenes: Scenes) -> Array:
+    """How much of the background every pixel shows, float32 [n, 32, 32]."""
+    there = scenes.there
+    cover = np.zeros((*there.shape, SIZE, SIZE), np.float32)
+    cover[there] = coverage(scenes.shape[there], scenes.at[there], scenes.radius[there])
+    return (1 - cover).prod(1)
 
 
 def area(cover: Array) -> Array:
