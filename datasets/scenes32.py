@@ -30,6 +30,7 @@ from stepmark.tracks.text_to_image.captions import (
     BACKGROUNDS,
     COLOURS,
     PLACES,
+    RELATIONS,
     SHAPES,
     Caption,
     Thing,
@@ -141,14 +142,15 @@ def _draw(count: Integers, rng: np.random.Generator, fixed: dict[str, Integers])
     return Scenes(shape, colour, texture, np.full_like(shape, -1), at, radius, background)
 
 
-def describe(scenes: Scenes, look: Look = USUAL) -> list[Caption]:
+def describe(scenes: Scenes) -> list[Caption]:
     """Full captions: all attributes of all objects, and which of the first two is in front where one hides the other."""
     attributes = np.stack([scenes.attribute(name) for name in ATTRIBUTES], 2)
-    front, pastel = related(scenes)[:, 4], look != USUAL
+    front = related(scenes)[:, RELATIONS.index("in front of")]
     found = []
     for i in range(len(scenes)):
         things = tuple(Thing(*values) for values in attributes[i].tolist() if values[0] >= 0)
-        found.append(Caption(things, 4 if front[i] else None, int(scenes.background[i]), pastel=pastel))
+        relation = RELATIONS.index("in front of") if front[i] else None
+        found.append(Caption(things, relation, int(scenes.background[i])))
     return found
 
 
