@@ -12,7 +12,40 @@ the drawing leaves unexplained, noise subtracted, as a share of what the object 
 far the picture goes from what lies under the object to its colour. A blurred, transparent or broken object is found but not
 ``sure``. A picture is ``legible`` if everything found in it is sure and nothing else is there.
 
-TABLE
+What it reads in 400 pictures a line (200 means and nearest training pictures, 378 and 359 with one object more), in per
+cent: single objects by attribute, then full captions of one, two and three objects that are wholly right. Noise and shifts
+of the colours are in units of pictures, whose range is 2, and pictures are cut off at its ends; blurs are in pixels::
+
+                                      shape   col  size  text place     one   two three
+    render                            100.0 100.0 100.0 100.0 100.0   100.0  99.5  98.8
+    noise 0.05                        100.0 100.0 100.0 100.0 100.0   100.0  99.2  97.2
+    noise 0.1                         100.0 100.0 100.0 100.0 100.0   100.0  97.2  93.0
+    noise 0.2                          99.8 100.0 100.0 100.0 100.0    98.8  97.5  91.2
+    noise 0.4                          83.8  84.2  84.2  84.2  84.2    11.0  13.0  11.8
+    Gaussian blur 0.4                 100.0 100.0 100.0 100.0 100.0   100.0  99.2  98.5
+    Gaussian blur 0.5                 100.0 100.0 100.0 100.0 100.0   100.0  99.2  98.0
+    Gaussian blur 0.6                  67.5  67.5  67.5  67.5  67.5    67.5  46.2  31.8
+    Gaussian blur 0.75                  8.8   9.0   9.0   8.5   9.0     8.2   0.0   0.2
+    Gaussian blur 1.0                   0.0   0.0   0.0   0.0   0.0     0.0   0.0   0.0
+    Gaussian blur 1.5                   0.0   0.0   0.0   0.0   0.0     0.0   0.0   0.0
+    box blur 2                         68.0  68.2  68.2  68.2  68.2    68.0  47.0  32.2
+    box blur 3                          0.0   0.2   0.2   0.0   0.2     0.0   0.0   0.0
+    colour shift 0.1                  100.0 100.0 100.0 100.0 100.0   100.0  99.5  96.8
+    colour shift 0.2                   75.2  74.8  75.2  75.0  75.2    11.5   9.8   9.8
+    mean of 64 renders of the caption   0.0   0.0   0.0   0.0   0.0     0.0   0.0   0.0
+    objects of opacity 0.85           100.0 100.0 100.0 100.0 100.0    99.8  98.8  94.5
+    objects of opacity 0.7              6.8   3.8   6.8   3.5   6.8     0.0   0.0   0.0
+    objects of opacity 0.5              0.0   0.0   0.0   0.0   0.0     0.0   0.0   0.0
+    half of one beside half of another  4.8   5.0   3.0   4.0   5.5     0.2   0.5   0.5
+    halves of two shapes, one colour    9.0  13.0  11.2  12.2  13.0     5.5   2.5   2.0
+    one object more                    98.7  99.2  98.9  99.2  98.9     0.0   0.0
+    nothing but noise                   4.2   3.0  10.0   7.0   2.5     0.0   0.0   0.0
+    no object                           0.0   0.0   0.0   0.0   0.0     0.0   0.0   0.0
+    nearest training picture           86.5  82.0  95.0  94.5  84.0    29.0   0.0   0.0
+
+A nearest training picture is right where the training set has the very caption, as 29 % do of those of one object. Two
+halves of one colour pass where both shapes fit what is left of them. That sharpness parts soft from blurred pictures between
+blurs of 0.5 and 0.75 is a choice: an autoencoder may soften edges by half a pixel, and no more.
 """
 
 from __future__ import annotations
