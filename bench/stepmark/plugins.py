@@ -274,8 +274,9 @@ def _read(paths: Iterable[Path], skipped: dict[Path, str]) -> Iterator[tuple[Pat
 
 
 def tracks() -> list[str]:
-    """Names of the tracks: packages in `tracks/`."""
-    return sorted(entry.name for entry in _entries(PACKAGE / "tracks") if entry.is_dir())
+    """Names of the tracks: packages in `tracks/` that have tasks. One without any is what a track will stand on."""
+    folders = sorted(Path(entry) for entry in _entries(PACKAGE / "tracks") if entry.is_dir())
+    return [f.name for f in folders if "\nTASKS" in (f / "__init__.py").read_text(encoding="utf-8")]
 
 
 @lru_cache(maxsize=1)
