@@ -275,8 +275,8 @@ def _read(paths: Iterable[Path], skipped: dict[Path, str]) -> Iterator[tuple[Pat
 
 def tracks() -> list[str]:
     """Names of the tracks: packages in `tracks/` that have tasks. One without any is what a track will stand on."""
-    folders = sorted(Path(entry) for entry in _entries(PACKAGE / "tracks") if entry.is_dir())
-    return [f.name for f in folders if "\nTASKS" in (f / "__init__.py").read_text(encoding="utf-8")]
+    files = sorted(Path(entry) / "__init__.py" for entry in _entries(PACKAGE / "tracks") if entry.is_dir())
+    return [f.parent.name for f in files if f.is_file() and "\nTASKS" in f.read_text(encoding="utf-8")]
 
 
 @lru_cache(maxsize=1)
