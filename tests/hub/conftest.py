@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,9 @@ def folders(root: Path) -> None:
         DDIMScheduler,
         DiTTransformer2DModel,
         FlowMatchEulerDiscreteScheduler,
+        FluxTransformer2DModel,
         PixArtTransformer2DModel,
+        SD3Transformer2DModel,
         UNet2DConditionModel,
         UNet2DModel,
     )
@@ -47,6 +50,13 @@ def folders(root: Path) -> None:
     pixart = PixArtTransformer2DModel(
         **tokens, in_channels=4, out_channels=8, cross_attention_dim=16, caption_channels=12
     )
+    joint = {"num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 1, "joint_attention_dim": 12,
+             "pooled_projection_dim": 8}  # fmt: skip
+    sd3 = SD3Transformer2DModel(**joint, **latent, sample_size=8, caption_projection_dim=16, pos_embed_max_size=8)
+    flux = FluxTransformer2DModel(
+        **joint, in_channels=16, num_single_layers=1, axes_dims_rope=(4, 4, 8), guidance_embeds=True
+    )
+    shifted = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scaled = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     for name, network, scheduler in (
         ("unet_text", cross, scaled),
@@ -54,9 +64,13 @@ def folders(root: Path) -> None:
         ("dit", dit, DDIMScheduler(prediction_type="v_prediction")),
         ("dit_flow", straight, FlowMatchEulerDiscreteScheduler()),
         ("pixart", pixart, DDIMScheduler()),
+        ("sd3", sd3, shifted),
+        ("flux", flux, shifted),
     ):
         network.save_pretrained(root / name)
         scheduler.save_pretrained(root / name / "scheduler")
+    config = root / "flux" / "config.json"  # which does not say how large an image is
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": 8}))
     small = {
         "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2,

@@ -121,7 +121,7 @@ BAD: list[tuple[str, Callable[[Path], None], str]] = [
     ),
     ("llama", rename("model.safetensors", "pytorch_model.bin"), "can run code when it is loaded"),
     ("llama", lambda folder: (folder / "model.safetensors").unlink(), "holds no model.safetensors; download"),
-    ("dit", change(_class_name="FluxTransformer2DModel"), "FluxTransformer2DModel cannot be measured"),
+    ("dit", change(_class_name="HunyuanDiT2DModel"), "HunyuanDiT2DModel cannot be measured; UNet2DModel, UNet2DCond"),
     ("dit", change(num_layers=3), "the weights lack transformer_blocks.2"),
     ("dit", change(num_attention_heads=4), "cannot be loaded"),
     ("llama", change(intermediate_size=32), "other shapes than config.json asks for"),

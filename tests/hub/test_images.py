@@ -54,6 +54,8 @@ TARGETS = [
     ("pixart", {"guidance": 2.0}, 4),
     ("dit_flow", {}, 2),
     ("dit_flow", {"guidance": 2.0}, 4),
+    ("sd3", {"guidance": 2.0}, 4),
+    ("flux", {"guidance": 2.0}, 2),
 ]
 ON = [
     (name, options, rung, method)

@@ -54,11 +54,11 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "a checkpoint of your own (tier hub)",
         "A folder in one of Hugging Face's formats, with weights in safetensors; nothing is downloaded and no code of\n"
-        "the folder is run. Image networks (UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel,\n"
-        "PixArtTransformer2DModel, alone with a scheduler_config.json or as a whole pipeline) are followed to where their\n"
-        "own ODE leads: endpoint_error is the distance from there. Language models, every decoder of transformers whose\n"
-        "cache is one of its own, write greedily: first_divergence is how many tokens of plain greedy decoding a budget\n"
-        "buys. Methods that need training data are skipped.",
+        "the folder is run. Image networks of diffusers (UNets of Stable Diffusion and its XL, transformers of DiT, PixArt,\n"
+        "Stable Diffusion 3, Flux, AuraFlow, Sana, Lumina 2 and Qwen-Image; alone with a scheduler_config.json, or as a\n"
+        "whole pipeline) are followed to where their own ODE leads: endpoint_error is the distance from there. Language\n"
+        "models, every decoder of transformers whose cache is one of its own, write greedily: first_divergence is how many\n"
+        "tokens of plain greedy decoding a budget buys. Methods that need training data are skipped.",
     )
     group.add_argument(
         "--backbone", metavar="FOLDER", help="the checkpoint; may be the unet/ or transformer/ of a pipeline"
@@ -69,7 +69,8 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         default=1.0,
         metavar="W",
         help="images: what is sampled is guided by scale W, null + W (conditional - null). An evaluation then takes two "
-        "rows of the network and counts as 2 NFE: rung 20 is ten steps. Default 1, no guidance",
+        "rows of the network and counts as 2 NFE: rung 20 is ten steps. A network that is told its guidance (FLUX.1 dev, "
+        "latent consistency models) is given W, and takes one row. Default 1, no guidance",
     )
     group.add_argument(
         "--prompts",

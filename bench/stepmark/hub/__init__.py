@@ -1,8 +1,8 @@
 """A user's own checkpoint folder as a source of tasks, for `stepmark run --backbone FOLDER`.
 
 The folder is one of Hugging Face's formats, already on this machine: nothing is downloaded, no code of the folder is
-run, weights are read from safetensors only. Images: diffusers' UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel
-and PixArtTransformer2DModel, alone or in a pipeline. Texts: causal language models of transformers with a cache of
+run, weights are read from safetensors only. Images: the classes of diffusers that `image_kinds.KINDS` lists, alone or in a
+pipeline. Texts: causal language models of transformers with a cache of
 its own kind.
 
 Nothing else in Stepmark knows of folders. While one is open, its task stands among the others, and what is different
@@ -11,6 +11,7 @@ about it stands in the fields of `Task`: its module, its words on the command li
     choice.py, folders.py      what was chosen; what lies in a folder
     image_tasks.py, text_tasks.py, tasks.py, digests.py      the task that is made of it, from configurations alone
     prompts.py                 texts to go on with, and their tokens
+    image_kinds.py, image_prompts.py      what each class of image networks is called with; its conditions
     image_networks.py, text_networks.py, pretrained.py       the networks
     presented.py, stage.py, layers.py, whole.py              a language model as the track drives one
     image.py, decoding.py      inputs, check and score of the tasks, as a track has them

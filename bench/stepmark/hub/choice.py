@@ -96,6 +96,7 @@ class Made:
         kind: what an image network predicts: "flow", "epsilon", "v" or "sample"; "text" of a language model.
         family: how the ids begin of tasks of Stepmark's own whose methods apply.
         new_tokens: tokens written to a prompt at most; 0 of images.
+        shape: of an image, or of the latents that stand for it: channels, height, width; () of texts.
     """
 
     choice: Choice
@@ -106,16 +107,9 @@ class Made:
     kind: str
     family: tuple[str, ...]
     new_tokens: int = 0
+    shape: tuple[int, ...] = ()
 
     @property
     def folder(self) -> Path:
         """The folder that was named."""
         return Path(self.choice.folder)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Of an image, or of the latents that stand for it: channels, height, width."""
-        config = self.parts["teacher"].config
-        size = config["sample_size"]
-        height, width = size if isinstance(size, list) else (size, size)
-        return config["in_channels"], height, width

@@ -14,7 +14,7 @@ from stepmark.hub.text_tasks import prompts_of
 from stepmark.task import DTYPES
 
 TOKENIZER = ("tokenizer*.json", "tokenizer.model", "chat_template*")
-ENCODERS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
+ENCODERS = ("tokenizer", "tokenizer_2", "tokenizer_3", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 def of_network(made: Made, role: str) -> str:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from stepmark.hub.choice import Part
+from stepmark.hub.image_kinds import KINDS
 
-IMAGE_CLASSES = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "PixArtTransformer2DModel")
+IMAGE_CLASSES = tuple(KINDS)
 TEXT_CLASSES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # of the last those that write text alone
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 
@@ -79,6 +80,12 @@ def _weights(folder: Path, stem: str) -> tuple[tuple[Path, ...], str | None]:
     raise FileNotFoundError(f"{folder} holds no {stem}.safetensors; download the weights too")
 
 
+def beside(part: Part, name: str) -> dict[str, Any]:
+    """The configuration of another part of the pipeline that a network is of; {} where there is none."""
+    path = part.folder.parent / name / "config.json"
+    return read_json(path) if path.is_file() else {}
+
+
 def schedule_in(folder: Path, part: Part) -> tuple[dict[str, Any], str]:
     """The configuration of the noise schedule, and what the network predicts: "flow", "epsilon", "v" or "sample".
 
@@ -99,6 +106,8 @@ def schedule_in(folder: Path, part: Part) -> tuple[dict[str, Any], str]:
     name = str(config.get("_class_name", ""))
     if name.startswith(("EDM", "ScoreSdeVe", "KarrasVe", "CMStochastic", "Cosine", "VQDiffusion")):
         raise ValueError(f"{path}: {name} is no schedule of steps beta or of straight paths; it cannot be measured")
+    if config.get("invert_sigmas"):
+        raise ValueError(f"{path}: invert_sigmas turns time around; it cannot be measured")
     kinds = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample", "flow_prediction": "flow"}
     said = "flow_prediction" if "FlowMatch" in name else config.get("prediction_type", "epsilon")
     if said not in kinds:

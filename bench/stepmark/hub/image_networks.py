@@ -1,24 +1,26 @@
-"""Image networks of checkpoint folders, with the same face as the embedded teachers, and their conditions.
+"""Image networks of checkpoint folders, with the same face as the embedded teachers.
 
 Called as `network(x, t, condition)` with x [B, C, H, W] in the network's own space (often latents; no decoder is
 needed), t float [B] and condition int64 [B]: a class, or a row of a table of text embeddings. The last row stands for
-"no condition". Whatever the network predicts, the wrapper gives noise, or for flows the velocity.
+"no condition". Whatever the network predicts, the wrapper gives noise, or for flows the velocity. Networks whose tokens
+are patches that their pipeline puts together (Flux) get them here.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from stepmark.hub.choice import Made, Part
-from stepmark.hub.folders import read_json
-from stepmark.hub.image_tasks import PROMPTS, classes_of, encoders, text_width
+from stepmark.hub.image_kinds import KINDS, classes_of, distilled, text_width
+from stepmark.hub.image_prompts import encoded, made_up
 from stepmark.hub.pretrained import first_line, opened, whole
 from stepmark.method import Skip, skip
 
-TOKENS = 77  # length of the embeddings that stand in for prompts
 LEAST_ABAR = 2.0**-24  # of schedules that end in pure noise: x0 must not be divided by nought
 # What methods written for Stepmark's own UNet look for in a teacher.
 OWN_PARTS = ("unet", "table", "embed", "kinds", "patch", "coordinates")
@@ -40,6 +42,7 @@ class Network(nn.Module):
         table: {"embeddings": [rows, L, D]}, with "mask" [rows, L] and "pooled" [rows, P] where the model takes them;
             {} for classes. The last row is the null condition.
         classes: rows of the model's own table of classes, the null condition among them; 0 where there is none.
+        told: the model was distilled to take guidance as a number, and costs no second row.
     """
 
     def __init__(
@@ -51,11 +54,19 @@ class Network(nn.Module):
         table: dict[str, Tensor],
         classes: int,
         guidance: float = 1.0,
+        told: bool = False,
     ) -> None:
         super().__init__()
         self.role = "unet" if type(model).__name__.startswith("UNet") else "transformer"
         self.add_module(self.role, model)
-        self.kind, self.steps, self.guidance, self.classes = kind, steps, guidance, classes
+        self.takes, self.kind, self.steps, self.classes = KINDS[type(model).__name__], kind, steps, classes
+        self.guidance = 1.0 if told else guidance
+        self.told: float | None = guidance if told else None
+        config: Any = model.config
+        self.time_scale = float(config.get("timestep_scale", 1))
+        if told and self.takes.distilled == "time_cond_proj_dim":
+            row = waves(guidance - 1, int(config["time_cond_proj_dim"]))
+            self.register_buffer("told_as", row, persistent=False)
         self.prediction = "flow" if kind == "flow" else "epsilon"
         self.alphas_cumprod = abar
         self.columns = tuple(table)
@@ -91,27 +102,60 @@ class Network(nn.Module):
         return self._converted(torch.lerp(unconditional, conditional, self.guidance), x, t)
 
     def _evaluated(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        time = t * self.steps if self.kind == "flow" else t
-        whole, x = (
-            x,
-            x.to(next(self.model.parameters()).dtype),
-        )  # solvers stay in float32, whatever the network computes in
-        given: dict[str, Any] = {"timestep": time, "return_dict": False}
-        name = type(self.model).__name__
-        if self.columns:
-            given["encoder_hidden_states"] = self.table_embeddings[condition].to(x.dtype)
+        # solvers stay in float32, whatever the network computes in
+        latents = x.to(next(self.model.parameters()).dtype)
+        given: dict[str, Any] = {"timestep": self._clock(t), "return_dict": False}
+        given |= self._conditions(latents, condition) | self._beside(latents)
+        if self.takes.packed:
+            height, width = (side // 2 for side in x.shape[-2:])
+            tokens = pixel_unshuffle(latents, 2).flatten(2).mT
+            out = pixel_shuffle(self.model(tokens, **given)[0].mT.unflatten(2, (height, width)), 2)
+        else:
+            out = self.model(latents, **given)[0]
+        out = out[:, : x.shape[1]].to(x.dtype)  # a learned variance comes after the prediction
+        return -out if self.takes.clock == "reversed" else out
+
+    def _clock(self, t: Tensor) -> Tensor:
+        """What the network takes for time."""
+        if self.kind != "flow":
+            return t
+        if self.takes.clock == "steps":
+            return t * self.steps * self.time_scale
+        if self.takes.clock == "reversed":
+            return 1 - t
+        return t * (self.steps / 1000)  # of which the network makes thousands itself
+
+    def _conditions(self, x: Tensor, condition: Tensor) -> dict[str, Any]:
+        """The rows of the table that are asked for."""
+        if not self.columns:
+            return {"class_labels": condition} if self.classes else {}
+        given: dict[str, Any] = {"encoder_hidden_states": self.table_embeddings[condition].to(x.dtype)}
         if "mask" in self.columns:
-            given["encoder_attention_mask"] = self.table_mask[condition]
-        if name == "PixArtTransformer2DModel":
-            given["added_cond_kwargs"] = self._sizes(x)
-        elif "pooled" in self.columns:
+            given[self.takes.mask] = self.table_mask[condition]
+        if "pooled" in self.columns:
+            pooled = self.table_pooled[condition].to(x.dtype)
+            if self.takes.pooled:
+                return given | {"pooled_projections": pooled}
             height, width = (8 * side for side in x.shape[-2:])  # pixels of the latents
             times = x.new_tensor([height, width, 0, 0, height, width]).expand(len(x), -1)
-            given["added_cond_kwargs"] = {"text_embeds": self.table_pooled[condition].to(x.dtype), "time_ids": times}
-        elif self.classes:
-            given["class_labels"] = condition
-        out = self.model(x, **given)[0]
-        return out[:, : x.shape[1]].to(whole.dtype)  # a learned variance comes after the prediction
+            given["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": times}
+        return given
+
+    def _beside(self, x: Tensor) -> dict[str, Any]:
+        """What a network is told beside its condition: sizes, places of tokens, a distilled guidance."""
+        name, given, height, width = type(self.model).__name__, dict[str, Any](), *x.shape[-2:]
+        if name == "PixArtTransformer2DModel":
+            given["added_cond_kwargs"] = self._sizes(x)
+        if name == "QwenImageTransformer2DModel":
+            given["img_shapes"] = [[(1, height // 2, width // 2)]] * len(x)
+        if name == "FluxTransformer2DModel":
+            given["img_ids"] = places(height // 2, width // 2, x.device)
+            given["txt_ids"] = given["img_ids"].new_zeros(self.table_embeddings.shape[1], 3)
+        if self.told is not None and name == "FluxTransformer2DModel":
+            given["guidance"] = x.new_full((len(x),), self.told, dtype=torch.float32)
+        elif self.told is not None:
+            given["timestep_cond"] = self.told_as.to(x.dtype).expand(len(x), -1)
+        return given
 
     def _sizes(self, x: Tensor) -> dict[str, Tensor | None]:
         if not self.model.use_additional_conditions:
@@ -136,60 +180,19 @@ class Network(nn.Module):
         return (x - alpha * out) / sigma.clamp(min=1e-6)
 
 
-# -- conditions -----------------------------------------------------------------------------------------------------
+def places(height: int, width: int, device: torch.device) -> Tensor:
+    """Where the tokens of an image stand, row by row: (0, row, column) [height * width, 3]."""
+    at = torch.zeros(height, width, 3, device=device)
+    at[..., 1] = torch.arange(height, device=device)[:, None]
+    at[..., 2] = torch.arange(width, device=device)
+    return at.flatten(0, 1)
 
 
-def made_up(part: Part) -> dict[str, Tensor]:
-    """Standard-normal embeddings in the place of prompts, always the same; zeros are the null condition."""
-    draw = torch.Generator().manual_seed(0)
-    rows = torch.randn(PROMPTS, TOKENS, text_width(part), generator=draw)
-    found = {"embeddings": torch.cat([rows, torch.zeros_like(rows[:1])])}
-    if part.config.get("addition_embed_type") == "text_time":
-        config = part.config
-        width = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        pooled = torch.randn(PROMPTS, width, generator=draw)
-        found["pooled"] = torch.cat([pooled, torch.zeros_like(pooled[:1])])
-    return found
-
-
-@torch.no_grad()
-def encoded(made: Made, lines: list[str], device: str) -> dict[str, Tensor]:
-    """The prompts and the empty one, by the pipeline's own tokenizers and text encoders."""
-    import transformers
-
-    part = made.parts["teacher"]
-    index = made.folder / "model_index.json"
-    pipeline = read_json(index) if index.is_file() else {}
-    texts = [*lines, ""]
-    states, found = [], {}
-    both = part.config.get("addition_embed_type") == "text_time"
-    for words, encoder in encoders(made.folder):
-        tokenizer = opened(transformers.AutoTokenizer, words, trust_remote_code=False)
-        name = (read_json(encoder / "config.json").get("architectures") or [""])[0]
-        if name not in ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"):
-            raise ValueError(f"{encoder}: {name or 'no class'} cannot be used; leave out --prompts")
-        model = opened(getattr(transformers, name), encoder, use_safetensors=True, dtype=torch.float32)
-        model = model.to(device).eval()
-        length = min(tokenizer.model_max_length, TOKENS)
-        if name == "T5EncoderModel":
-            length = 300 if "Sigma" in str(pipeline.get("_class_name")) else 120
-        ids = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").to(device)
-        masked = name == "T5EncoderModel" or model.config.to_dict().get("use_attention_mask")
-        out = model(ids.input_ids, attention_mask=ids.attention_mask if masked else None, output_hidden_states=True)
-        states.append(out.hidden_states[-2] if both else out[0])
-        if both and name == "CLIPTextModelWithProjection":
-            found["pooled"] = out.text_embeds
-        if part.kind == "PixArtTransformer2DModel":
-            found["mask"] = ids.attention_mask
-    embeddings = torch.cat(states, -1) if both else states[0]
-    if embeddings.shape[-1] != text_width(part) or both != ("pooled" in found):
-        raise ValueError(
-            f"{made.folder}: its text encoders give {embeddings.shape[-1]} numbers a token, the network takes "
-            f"{text_width(part)}; leave out --prompts"
-        )
-    if both and pipeline.get("force_zeros_for_empty_prompt", True):
-        embeddings[-1], found["pooled"][-1] = 0, 0
-    return {name: rows.cpu() for name, rows in (found | {"embeddings": embeddings}).items()}
+def waves(value: float, width: int) -> Tensor:
+    """A number as sines and cosines [width], the way latent consistency models take their guidance less one."""
+    half = width // 2
+    angles = 1000 * value * torch.exp(-math.log(10000) * torch.arange(half) / (half - 1))
+    return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()]), (0, width % 2))
 
 
 # -- loading --------------------------------------------------------------------------------------------------------
@@ -244,7 +247,7 @@ def build(made: Made, device: str) -> Network:
         abar = torch.cumprod(1 - betas(made.scheduler), 0).clamp(min=LEAST_ABAR)
         steps = len(abar)
     model = load_model(part, getattr(torch, made.choice.dtype))
-    network = Network(model, made.kind, steps, abar, table, classes_of(part), made.choice.guidance)
+    network = Network(model, made.kind, steps, abar, table, classes_of(part), made.choice.guidance, distilled(part))
     network = network.to(device).eval().requires_grad_(False)
     _try(network, made, device)
     return network
