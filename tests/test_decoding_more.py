@@ -135,7 +135,9 @@ def test_one_draft_without_ngrams_is_greedy_decoding() -> None:
     assert compared >= 3
 
 
-def reference(model: Any, texts: list[list[int]], prompt: list[int], length: int, k: int) -> list[list[int]]:
+def reference(
+    model: Any, texts: list[list[int]], prompt: list[int], length: int, k: int, alpha: float = 0.54
+) -> list[list[int]]:
     """Superposed decoding by its equations: every pass over the whole text, every draft with every word."""
     counted = Counter(tuple(row[i : i + n]) for row in texts for n in range(1, 7) for i in range(len(row) - n + 1))
     table = model.model.embed_tokens.weight
@@ -156,8 +158,8 @@ def reference(model: Any, texts: list[list[int]], prompt: list[int], length: int
                     for n, weight in enumerate((0.01, 0.04, 0.15, 0.18, 0.12), start=1)
                     if n <= len(text) and counted[tuple(text[-n:])]
                 )
-                log_p = 0.46 * math.log(p[token] / sum(float(p[i]) for i in top))
-                rows.append((log_p, log_p + 0.54 * math.log(q) if q else -math.inf, token))
+                log_p = (1 - alpha) * math.log(p[token] / sum(float(p[i]) for i in top))
+                rows.append((log_p, log_p + alpha * math.log(q or float(alpha == 0)) if q or not alpha else -math.inf, token))
             known = any(math.isfinite(with_ngrams) for _, with_ngrams, _ in rows)
             for alone, with_ngrams, token in rows:
                 grown.append((score + (with_ngrams if known else alone - 200.0), [*draft, token]))
