@@ -382,12 +382,17 @@ def test_the_drafter_learns_masked_words_of_the_blocks_behind_beginnings() -> No
     windows: list[list[int]] = []
     session = session_of(draft_diffusion=names["Drafter"]())
     session.train = {"prompt": ["anna saw one kite"] * 3, "target": [lm.decode(words_of(s, 30)) for s in range(3)]}
-    session.scale, session.progress = lambda embedded, smoke: (6, 8) if smoke == (3, 4) else smoke, lambda steps, _: steps
+    session.scale, session.progress = (
+        lambda embedded, smoke: (6, 8) if smoke == (3, 4) else smoke,
+        lambda steps, _: steps,
+    )
     own = names["masked_loss"]
     names["masked_loss"] = lambda network, rows, rng: windows.extend(rows.tolist()) or own(network, rows, rng)
     names["train_diffusion"](session)
     whole = [[*lm.encode(f"anna saw one kite {text}"), *[lm.EOS] * 20] for text in session.train["target"]]
-    every = {tuple(names["window"](text[:cut], text[cut : cut + 20])): cut - 4 for text in whole for cut in range(4, 35)}
+    every = {
+        tuple(names["window"](text[:cut], text[cut : cut + 20])): cut - 4 for text in whole for cut in range(4, 35)
+    }
     cuts = {every[tuple(row)] for row in windows}
     assert len(windows) == 48 and len(cuts) > 15 and min(cuts) < 5 and max(cuts) > 25
 
@@ -399,7 +404,7 @@ def test_drafts_are_tuned_for_the_fewest_layers_a_word(name: str) -> None:
     rng, temperatures = random.Random(0), set()
 
     def decode(session: Any, target: Any, *given: Any) -> list[int]:
-        _, room, _, temperature, block, steps, calls = given
+        _, _room, _, temperature, block, steps, calls = given
         temperatures.add(temperature)
         written, target.layer_calls, spent = rng.randint(20, 90), rng.randint(40, 90), rng.randint(5, 60)
         tried[block, steps] = written, target.layer_calls, spent
@@ -408,7 +413,7 @@ def test_drafts_are_tuned_for_the_fewest_layers_a_word(name: str) -> None:
 
     session = session_of(target=model_of(0, 1))
     session.train = {"prompt": ["anna saw one kite"]}
-    session.scale = lambda embedded, smoke: 1 if embedded == 4 else embedded
+    session.scale = lambda embedded, smoke: 1 if (embedded, smoke) == (4, 1) else embedded  # one prompt, every pair
     session.progress = lambda steps, says: steps
     method.decode = decode
     kinds = set()

@@ -159,7 +159,9 @@ def reference(
                     if n <= len(text) and counted[tuple(text[-n:])]
                 )
                 log_p = (1 - alpha) * math.log(p[token] / sum(float(p[i]) for i in top))
-                rows.append((log_p, log_p + alpha * math.log(q or float(alpha == 0)) if q or not alpha else -math.inf, token))
+                rows.append(
+                    (log_p, log_p + alpha * math.log(q or float(alpha == 0)) if q or not alpha else -math.inf, token)
+                )
             known = any(math.isfinite(with_ngrams) for _, with_ngrams, _ in rows)
             for alone, with_ngrams, token in rows:
                 grown.append((score + (with_ngrams if known else alone - 200.0), [*draft, token]))

@@ -7,6 +7,7 @@ text, which tree or which state a rule was applied to.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -83,7 +84,7 @@ def test_llmcads_threshold_moves_after_a_check_and_by_the_branch_that_matched_be
     kinds: Counter[str] = Counter()
     for seed in range(8):
         trees, text, _ = trees_of("llmcad", seed, BRANCH=0.1, ALPHA=0.01)
-        for (before, most, alpha, tree), (_, _, after, _) in zip(trees, trees[1:], strict=False):
+        for (before, _most, alpha, tree), (_, _, after, _) in itertools.pairwise(trees):
             last, correct = -1, 0
             while True:
                 wanted = text[len(before) + correct]
@@ -112,7 +113,7 @@ def test_llmcads_trees_and_those_of_its_controls() -> None:
     ended = full = doubtful = 0
     for seed in (0, 1):
         for name in ("llmcad", "tree_fixed_threshold", "chain_of_drafts"):
-            trees, text, method = trees_of(name, seed)
+            trees, _text, _method = trees_of(name, seed)
             alphas = [alpha for _, _, alpha, _ in trees]
             assert alphas[0] == (0.0 if name == "chain_of_drafts" else 0.01)
             assert name == "llmcad" or len(set(alphas)) == 1
@@ -376,5 +377,5 @@ def test_medusas_heads_read_the_last_state_of_the_token_that_was_kept_last(decod
             with torch.no_grad():
                 states = model.model(torch.tensor([[*prompt, *truth][:length]]), use_cache=False).last_hidden_state
             torch.testing.assert_close(hidden, states[0, -1], rtol=1e-3, atol=1e-3)
-        kept |= {after - before for (before, _), (after, _) in zip(asked, asked[1:], strict=False)}
+        kept |= {after - before for (before, _), (after, _) in itertools.pairwise(asked)}
     assert kept == {1, 2, 3}
