@@ -22,6 +22,7 @@ def records(task: str) -> list[Record]:
 
 def test_each_checkpoint_has_a_table_and_none_is_ranked(made: Path, opened: Callable[..., hub.Made]) -> None:
     from stepmark.leaderboard import ledger, models_page, pace
+    from stepmark.leaderboard.estimates import figure
     from stepmark.leaderboard.pages import Board
 
     target = opened("llama", items=2, new_tokens=8, rungs=(1, 4))
@@ -46,6 +47,6 @@ def test_each_checkpoint_has_a_table_and_none_is_ranked(made: Path, opened: Call
         r for r in kept.brought if (r.method, r.rung, r.place.checkpoint) == ("prompt_lookup", 4, mine[0].checkpoint)
     )
     per_token = pace.pace(row, kept.brought).ms_per_token
-    assert per_token is not None and f"{per_token:.3g}" in text
+    assert per_token is not None and f">{figure(per_token)}<" in text
     nothing = models_page.page(Board(ledger.of([]), plugins.methods(), plugins.tasks()))
     assert "make real-model" in nothing[-1]
