@@ -442,6 +442,7 @@ def test_the_drafter_reads_the_end_of_the_text_and_looks_both_ways() -> None:
     with torch.no_grad():
         assert (drafter(ids)[0, 0] - drafter(changed)[0, 0]).nan_to_num(0).abs().max() > 0
         assert drafter(ids).shape == (1, 20, len(lm.VOCABULARY))
+        assert bool((drafter(ids)[..., own["mdlm"].MASK] == -torch.inf).all()), "a mask is no word"
 
 
 def test_the_classic_drafter_of_equal_training_leaves_greedy_decoding_as_it_is() -> None:
@@ -459,6 +460,8 @@ def test_the_classic_drafter_of_equal_training_leaves_greedy_decoding_as_it_is()
     with torch.no_grad():
         method.decode(session, Decoder(model, 60), prompt, 30, 60, 0.0, 4, 4, calls)
     assert sum(calls) == session.ledger.evaluations()["draft_chain"] == spent["draft_chain"]
+    read = session.ledger.entries["draft_chain"].as_dict()["positions"]
+    assert read <= len(prompt) + len(truth) + sum(calls), "the cache of the drafter is not kept"
     assert spent["target"] <= 1 + -(-(len(truth) - 1) // 5)
     assert spent["draft_chain"] <= 4 * (spent["target"] - 1)
 

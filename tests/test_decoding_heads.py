@@ -14,6 +14,7 @@ from rigs.decoding import load, run, tiny, truth_of
 from scipy import stats
 from torch import Tensor
 
+from stepmark.backbones import lm
 from stepmark.meter.counts import Ledger, watch
 from stepmark.tracks.decoding.decoder import Decoder
 
@@ -144,6 +145,77 @@ def test_untrained_medusa_heads_repeat_the_target() -> None:
     hidden = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(heads(hidden), model.lm_head(hidden)[:, None].expand(-1, 4, -1))
+
+
+def test_medusas_heads_are_residual_blocks_of_the_paper() -> None:
+    """softmax(W2 (SiLU(W1 h + b) + h)) of every head by itself."""
+    heads = load("medusa").run.__globals__["MedusaHeads"](tiny(3))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter += 0.5 * torch.randn(parameter.shape, generator=generator)
+        hidden = torch.randn(5, 16, generator=generator)
+        for k, (block, output) in enumerate(zip(heads.blocks, heads.outputs, strict=True)):
+            inner = hidden @ block.weight.t() + block.bias
+            wanted = (inner * inner.sigmoid() + hidden) @ output.weight.t()
+            torch.testing.assert_close(heads(hidden)[:, k], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_medusas_heads_learn_what_stands_ahead_of_answers() -> None:
+    """Head k from the target's last state, normalised, for the token k + 1 places on, its loss weighed by 0.8^k; the
+    accuracies are those of the trained heads on batches that they were not trained on."""
+    names = load("medusa").run.__globals__
+    model = lm.build(32, 2, 0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    model.eval().requires_grad_(False)
+    heads, read, said, pulled = names["MedusaHeads"](model), list[Tensor](), list[Tensor](), list[Tensor]()
+
+    def note(_: Any, given: Any, output: Tensor) -> None:
+        read.append(given[0])
+        if output.requires_grad:
+            said.append(output.detach())
+            output.register_hook(pulled.append)
+
+    heads.register_forward_hook(note)
+    words = torch.randint(6, 140, (60, 16), generator=torch.Generator().manual_seed(0)).tolist()
+    texts = [(lm.decode(row[:6]), lm.decode(row[6:])) for row in words]
+    session = SimpleNamespace(
+        networks={"target": model, "heads": heads},
+        train={"prompt": [prompt for prompt, _ in texts], "target": [text for _, text in texts]},
+        scale=lambda embedded, smoke: smoke,
+        seed=0,
+        device=torch.device("cpu"),
+        progress=lambda steps, says: steps,
+    )
+    with torch.enable_grad():
+        found = names["train_heads"](session)
+    rows = [(lm.encode(prompt), [*lm.encode(text), lm.EOS]) for prompt, text in texts]
+    states, ahead = list[Tensor](), list[Tensor]()
+    for ids, labels in itertools.islice(lm.batches(rows, 300, 0), 3):
+        with torch.no_grad():
+            hidden = model.model(ids, use_cache=False).last_hidden_state
+        places = (labels >= 0).nonzero().tolist()
+        told = [[*row, *[-100] * 4] for row in labels.tolist()]
+        states.append(torch.stack([hidden[row, i] for row, i in places]))
+        ahead.append(torch.tensor([[told[row][i + k] for k in range(1, 5)] for row, i in places]))
+    for number, logits in enumerate(said[:2]):  # the first batch is held back
+        q, labels = logits.softmax(-1), ahead[1 + number]
+        torch.testing.assert_close(read[number], states[1 + number])
+        for k in range(4):
+            known = labels[:, k] >= 0
+            wanted = torch.zeros_like(q[:, k])
+            one = torch.nn.functional.one_hot(labels[known, k], q.shape[2])
+            wanted[known] = 0.8**k * (q[known, k] - one) / known.sum()
+            torch.testing.assert_close(pulled[number][:, k], wanted, rtol=1e-3, atol=1e-6)
+    with torch.no_grad():
+        guesses = heads(states[0]).topk(6).indices
+    for k in range(4):
+        known = ahead[0][:, k] >= 0
+        right = (guesses[known, k] == ahead[0][known, k, None]).double().mean(0).sort(descending=True).values
+        torch.testing.assert_close(found["accuracy"][k].double(), right, rtol=1e-4, atol=1e-5)
 
 
 def test_chain_and_tree_stand_on_the_same_heads() -> None:

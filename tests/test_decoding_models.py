@@ -307,6 +307,16 @@ def test_steps_of_channels_err_less_than_unclipped_ones() -> None:
         assert bool((errors[0] <= errors[1] + 1e-6).all())
     assert steps[0] < 0.9 * 4.0 / LEVELS
     assert steps[2] > 0.9 / LEVELS
+    importance = torch.ones(400)
+    for first in (1.0, 1000.0):  # of a weight's rows likewise, errors weighed by column: what must be right is not cut
+        importance[0] = first
+        integers, steps = to_integers(states.t(), importance)
+        found = ((integers * steps[:, None] - states.t()).square() * importance).sum(1)
+        for share in torch.linspace(0.5, 1.0, 11).tolist():
+            tried = share * states.abs().amax(0)[:, None] / LEVELS
+            rounded = (states.t() / tried).round().clamp(-LEVELS, LEVELS) * tried
+            assert bool((found <= ((rounded - states.t()).square() * importance).sum(1) + 1e-4).all())
+        assert (float(steps[0]) < 0.9 * 4.0 / LEVELS) == (first == 1.0)
 
 
 def test_the_compensation_is_the_best_of_its_rank() -> None:
@@ -323,6 +333,66 @@ def test_the_compensation_is_the_best_of_its_rank() -> None:
         branch = (x @ part.down.t()) @ part.up.t()
         left.append(float((x @ low.t() - branch).norm() / (x @ low.t()).norm()))
     assert left[1] < 0.03 < 0.3 < left[0]
+
+
+def test_the_compensation_is_for_outputs_and_not_for_weights() -> None:
+    """Where some inputs are large, the best of its rank on the inputs is not that of the error's weights."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(300, 16, generator=generator) * torch.logspace(-1, 1, 16)
+    error = torch.randn(24, 16, generator=generator)
+    part = Int4Linear(16, 24, 3)
+    part.store(*to_integers(torch.randn(24, 16, generator=generator)))
+    part.correct(x, x @ (unpack(part.packed) * part.steps[:, None] + error).t())
+    u, size, v = torch.linalg.svd(error)
+    by_weights = (u[:, :3] * size[:3]) @ v[:3]
+    left = [float((x @ (error - branch).t()).norm()) for branch in (part.up @ part.down, by_weights)]
+    assert left[0] < 0.8 * left[1]
+    best = torch.linalg.svdvals(x @ error.t())[3:].square().sum().sqrt()  # no map of rank 3 leaves less of the outputs
+    assert left[0] < 1.05 * float(best)
+
+
+def test_every_branch_makes_up_for_the_integers_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each projection of a prepared model, on what it was fitted to: rank 8, and integers with their branch err less than
+    the integers alone, which already are most of it."""
+    given: list[tuple[Any, Tensor, Tensor]] = []
+    plugin: Any = plugins.load_class(plugins.methods()["mergequant"])
+    own = plugin.prepare.__globals__["Int4Linear"]
+    monkeypatch.setattr(plugins, "load_class", lambda info: plugin)
+    correct = own.correct
+    monkeypatch.setattr(own, "correct", lambda part, x, y: given.append((part, x, y)) or correct(part, x, y))
+    student = made_by("mergequant", tiny())
+    parts = [part for part in student.modules() if isinstance(part, own)]
+    assert {id(part) for part in parts} == {id(part) for part, _, _ in given} and len(given) == len(parts) == 14
+    for part, x, y in given:
+        assert len(part.down) == 8
+        alone = x @ (unpack(part.packed) * part.steps[:, None]).t()
+        whole = part(x.to(torch.int8) if torch.equal(x, x.round()) else x)
+        assert (y - whole).norm() < 0.95 * (y - alone).norm() < 0.6 * y.norm()
+
+
+def test_channels_are_split_by_what_is_left_of_their_parts_and_pruned_by_what_they_add() -> None:
+    own = module_of("mergequant")
+    folded = torch.tensor([[10.0, 6.0, 1.0, 2.0, 1.0, 4.0]])
+    channels, parts = own.reconstruct(folded, torch.tensor([9.0, 8.0, 5.0, 0.1, 4.0, 0.2]), 2)
+    assert channels.tolist() == [0, 0, 1, 1, 2, 4]  # 10 and 6 in two parts each; the fourth and the last add least
+    assert parts.tolist() == [2, 2, 2, 2, 1, 1]
+
+
+def test_one_step_for_a_tensor_is_set_by_the_greatest_input_of_the_calibration() -> None:
+    target, greatest = tiny(), dict[str, float]()
+    student = made_by("w4a4_static", target)
+    parts = {name: part for name, part in student.named_modules() if type(part).__name__ == "Int4Linear"}
+
+    def note(name: str, inputs: Any) -> None:
+        greatest[name] = max(greatest.get(name, 0.0), float(inputs[0].abs().max()))
+
+    for name in parts:
+        target.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: note(name, inputs))
+    for i in range(12):
+        text = f"tom has 1 2 pears . how many pears does tom have ? <cot> 1 2 + {i % 9} = 2 {i % 7} . ans {i % 5}"
+        target(torch.tensor([[*lm.encode(text), lm.EOS]]))
+    for name, part in parts.items():
+        assert float(part.input_step) * LEVELS == pytest.approx(greatest[name], rel=1e-5)
 
 
 def test_outlier_channels_leave_no_trace_where_steps_are_those_of_channels() -> None:

@@ -159,9 +159,8 @@ def reference(
                     if n <= len(text) and counted[tuple(text[-n:])]
                 )
                 log_p = (1 - alpha) * math.log(p[token] / sum(float(p[i]) for i in top))
-                rows.append(
-                    (log_p, log_p + alpha * math.log(q or float(alpha == 0)) if q or not alpha else -math.inf, token)
-                )
+                log_q = alpha * math.log(q) if q else -math.inf if alpha else 0.0
+                rows.append((log_p, log_p + log_q, token))
             known = any(math.isfinite(with_ngrams) for _, with_ngrams, _ in rows)
             for alone, with_ngrams, token in rows:
                 grown.append((score + (with_ngrams if known else alone - 200.0), [*draft, token]))
@@ -197,6 +196,59 @@ def test_superposed_drafts_are_those_of_the_equations() -> None:
         assert session.ledger.spent == 4
     assert different == 8
     assert ends > 0, "no draft ends: the end of a text is not tried"
+
+
+def test_superposed_drafts_without_ngrams_are_those_of_the_equations_at_alpha_nought() -> None:
+    for seed in range(4):
+        model, prompt = tiny(seed, spread=0.15), words_of(seed, 5)
+        session = session_of(model)
+        session.state = superposed([words_of(seed, 60)])[1]
+        expected = reference(model, [], prompt, 6, 3, alpha=0.0)
+        batch = {"prompt": [prompt], "max_new_tokens": [6], "drafts": [3]}
+        found = run(load("superposed_alone"), session, batch, 20)[0]
+        assert found == [token for draft in expected for token in [*draft, *[0] * (6 - len(draft))]]
+
+
+def test_runs_are_counted_in_prompts_and_texts_up_to_their_ends() -> None:
+    pairs = list(zip(STORY["prompt"], STORY["target"], strict=True))[:50]
+    session = SimpleNamespace(
+        train={"prompt": [p for p, _ in pairs], "target": [t for _, t in pairs]}, scale=lambda embedded, smoke: 50
+    )
+    rows = [[*lm.encode(prompt), *lm.encode(text), lm.EOS] for prompt, text in pairs]
+    method = load("superposed_decoding")
+    code, tables = method.run.__globals__["code"], method.prepare(session)
+    for n in range(1, 7):
+        counted = Counter(code(row[i : i + n]) for row in rows for i in range(len(row) - n + 1))
+        assert dict(zip(tables[f"codes{n}"].tolist(), tables[f"counts{n}"].tolist(), strict=True)) == counted
+
+
+def test_drafts_of_the_ngrams_are_a_beam_of_the_interpolated_counts() -> None:
+    """The control: scores are sums over the whole draft, every context is the text's own, and a draft that ended stays."""
+    texts = [[5 + word if word < 11 else lm.EOS for word in words_of(seed, 40)] for seed in range(6)]
+    _, tables = superposed(texts)
+    counted = Counter(tuple(row[i : i + n]) for row in texts for n in range(1, 7) for i in range(len(row) - n + 1))
+    ended = 0
+    for seed in range(3):
+        prompt = texts[seed][3 : 8 + seed]
+        beam: list[tuple[float, list[int]]] = [(0.0, [])]
+        for _ in range(5):
+            grown = [pair for pair in beam if pair[1][-1:] == [lm.EOS]]
+            for score, draft in beam:
+                text = [*prompt, *draft]
+                for token in range(len(lm.VOCABULARY)) if draft[-1:] != [lm.EOS] else ():
+                    p = 1e-12
+                    for n, weight in enumerate((0.01, 0.04, 0.15, 0.18, 0.12), start=1):
+                        if n <= len(text) and counted[tuple(text[-n:])]:
+                            p += weight * counted[(*text[-n:], token)] / counted[tuple(text[-n:])]
+                    grown.append((score + math.log(p), [*draft, token]))
+            beam = sorted(grown, key=lambda pair: -pair[0])[:3]
+        session = session_of(tiny(0))
+        session.state = tables
+        found = run(load("ngram_drafts"), session, {"prompt": [prompt], "max_new_tokens": [5], "drafts": [3]}, 20)[0]
+        assert found == [token for _, draft in beam for token in [*draft, *[lm.PAD] * (5 - len(draft))]]
+        assert session.ledger.spent == 0
+        ended += sum(draft[-1] == lm.EOS for _, draft in beam)
+    assert ended
 
 
 def test_nucleus_drafts_share_the_first_pass_and_the_budget() -> None:
@@ -271,12 +323,15 @@ def test_alignment_reads_the_text_after_each_prompt() -> None:
     for seed in range(3):
         model, prompt, plain = tiny(seed, spread=0.2), words_of(seed, 7), words_of(seed + 50, 5)
         batch = {"prompt": [prompt], "plain": [plain], "max_new_tokens": [10], "temperature": [0.7]}
-        found = run(load("linear_alignment"), session_of(model, seed), batch, 1000)[0]
-        rng, expected = torch.Generator().manual_seed(seed), []
-        while len(expected) < 10 and 1 not in expected:
-            pair = [plain_logits(model, [*start, *expected]) / 0.7 for start in (prompt, plain)]
-            expected.append(draw(function(*pair, 2.0, 0.8), float(torch.rand((), generator=rng))))
-        assert found == expected
+        for name in ("linear_alignment", "context_aware"):
+            found = run(load(name), session_of(model, seed), batch, 1000)[0]
+            rng, expected = torch.Generator().manual_seed(seed), []
+            while len(expected) < 10 and 1 not in expected:
+                wished, without = (plain_logits(model, [*start, *expected]) / 0.7 for start in (prompt, plain))
+                wider = (1.5 * wished - 0.5 * without).softmax(-1)  # context-aware decoding: r = 0.5, all words
+                p = wider if name == "context_aware" else function(wished, without, 2.0, 0.8)
+                expected.append(draw(p, float(torch.rand((), generator=rng))))
+            assert found == expected
         found = run(load("linear_alignment_greedy"), session_of(model, seed), batch, 1000)[0]
         for i, token in enumerate(found):
             pair = [plain_logits(model, [*start, *found[:i]]) / 0.7 for start in (prompt, plain)]

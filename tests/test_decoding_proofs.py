@@ -344,6 +344,63 @@ def test_draft_and_verify_begins_every_prompt_at_the_papers_threshold() -> None:
     assert len({gamma for gamma, _, _ in given}) > 1
 
 
+def test_masks_are_searched_by_evaluations_a_word_and_the_controls_do_not_search() -> None:
+    """The cost of a mask is what decoding the prompts with it takes, over the words written; `random_search` keeps the best
+    of the five first masks and as many more; `random_skips` skips as many sub-layers as were found, others."""
+    method = load("self_speculative_decoding")
+    names = method.run.__globals__
+    kind, model = names["SelfSpeculativeDecoding"], lm.build(32, 4, 0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    session = session_of(target=model.eval().requires_grad_(False))
+    session.train = {"prompt": ["tom has 1 2 pears .", "anna saw one red kite ."]}
+    session.scale, session.seed = lambda embedded, smoke: {4: 2, 32: 12, 80: 6}[embedded], 0
+    session.progress = lambda steps, says: steps
+    tried: list[tuple[list[bool], int, float]] = []
+    decode, costs, searches = kind.decode, list[tuple[list[bool], float]](), list[int]()
+
+    def spy(self: Any, target: Any, prompt: Any, room: int, *given: Any) -> list[int]:
+        found: list[int] = decode(self, target, prompt, room, *given)
+        tried.append((given[2].flatten().tolist(), len(found), target.spent))
+        return found
+
+    def search(cost: Any, layers: int, tries: Any, rng: Any) -> Any:
+        searches.append(layers)
+        for mask in kind.beginnings(2 * layers, rng):
+            costs.append((mask.tolist(), cost(mask)))
+        return mask
+
+    kind.decode, kind.search = spy, staticmethod(search)
+    names["searched"](session, True)
+    assert searches == [4] and len(costs) == 5
+    for (mask, price), (same, *first), (_, *second) in zip(costs, tried[::2], tried[1::2], strict=True):
+        assert mask == same and price == pytest.approx((first[1] + second[1]) / (first[0] + second[0]))
+    tried.clear()
+    kept = names["searched"](session, False)["skipped"].flatten().tolist()
+    paid = {tuple(a[0]): (a[2] + b[2]) / (a[1] + b[1]) for a, b in zip(tried[::2], tried[1::2], strict=True)}
+    assert searches == [4] and len(tried) == 2 * 11 and len(paid) > 8
+    assert [mask for mask, *_ in tried[:10:2]] == [mask for mask, _ in costs], "it begins with other masks"
+    assert paid[tuple(kept)] == min(paid.values()) < max(paid.values())
+
+    found = torch.tensor([[1, 1], [1, 0], [0, 0], [0, 1], [0, 0], [0, 0]]).bool()
+    masks, asked = {}, {}
+    for name in ("self_speculative_decoding", "random_search", "random_skips"):
+        wanted = list[Any]()
+        session.once = lambda function, bayes, wanted=wanted: (
+            wanted.append((function.__name__, bayes)) or {"skipped": found}
+        )
+        masks[name], asked[name] = load(name).prepare(session)["skipped"], wanted
+    assert asked == {
+        "self_speculative_decoding": [("searched", True)],
+        "random_search": [("searched", False)],
+        "random_skips": [("searched", True)],
+    }
+    assert torch.equal(masks["self_speculative_decoding"], found) and torch.equal(masks["random_search"], found)
+    assert masks["random_skips"].sum() == found.sum() and not torch.equal(masks["random_skips"], found)
+
+
 # -- Medusa -----------------------------------------------------------------------------------------------------------
 
 

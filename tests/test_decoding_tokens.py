@@ -420,6 +420,28 @@ def test_strategies_differ_in_their_tokens_alone() -> None:
     assert sizes.pop() <= 1_000_000
 
 
+def test_training_reads_documents_behind_their_beginnings_line_by_line() -> None:
+    """Windows of one stream, each read once an epoch: BEGIN, then the tokens of each line by itself; the next are told."""
+    read, told = list[Tensor](), list[Tensor]()
+    embed, losses = torch.nn.Embedding.forward, F.cross_entropy
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Embedding, "forward", lambda self, ids: read.append(ids) or embed(self, ids))
+        patch.setattr(F, "cross_entropy", lambda found, after: told.append(after) or losses(found, after))
+        session, state = prepared("mgpt", 30)
+    own = Tokens.stored(state["tokenizer"])
+    stream = [
+        token
+        for text in session.train["document"][:40]
+        for token in (BEGIN, *(i for each in text.splitlines(keepends=True) for i in own.encode(each)))
+    ]
+    count = (len(stream) - 1) // 40
+    after = {tuple(stream[i * 40 : i * 40 + 40]): stream[i * 40 + 1 : i * 40 + 41] for i in range(count)}
+    rows = [tuple(row) for ids in read for row in ids.tolist()]
+    assert [row for part in told for row in part.view(-1, 40).tolist()] == [after[row] for row in rows]
+    epoch = min(len(after), len(rows))
+    assert len(set(rows[:epoch])) == epoch > 60, "a window comes again before all have been read"
+
+
 def test_training_is_deterministic_and_learns() -> None:
     ids = [i for each in load_split("dialects", "train")["document"][:5] for i in (BEGIN, *_ids(each))]
     rows = torch.tensor(ids[:40])[None]
