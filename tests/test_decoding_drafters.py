@@ -512,7 +512,7 @@ def diver_without_caches(
     return written[:room], divergences
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.5])
+@pytest.mark.parametrize("temperature", [0.0, 20.0])  # so high that spans which tell the input worse are drawn too
 def test_diver_is_its_definition(temperature: float) -> None:
     """Trees, kept branches and the running cache of the backward passes change nothing; the budget holds for both directions."""
     method = load("diver")

@@ -222,6 +222,18 @@ def test_relaxed_decisions_are_logistic_at_a_temperature() -> None:
         assert float(spread) == pytest.approx(3.14159265 / 3**0.5, rel=0.03)  # of the logistic distribution
 
 
+def test_decisions_read_a_normalised_state() -> None:
+    """As large as the residual stream may grow from layer to layer, a state in the same direction is decided on alike."""
+    evictor = load("dms_hyper_scaling").run.__globals__["Evictor"](2, 16, 2).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    evictor.weight.normal_(generator=generator)
+    hidden = torch.randn(1, 9, 16, generator=generator)
+    wide = nn.functional.normalize(hidden[0], dim=1) * 4  # of mean square 1
+    for layer in range(2):
+        torch.testing.assert_close(evictor(hidden, layer), (wide @ evictor.weight[layer]).T - 5, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(evictor(7 * hidden, layer), evictor(hidden, layer), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(("name", "left"), [("dms_hyper_scaling", 31), ("dms_immediate", 0)])
 def test_a_run_of_dms_holds_the_doomed_for_their_window(name: str, left: int, decoders: list[Decoder]) -> None:
     """With everything to be evicted the next token sees 31 old ones and itself, or nothing old at all."""

@@ -401,6 +401,48 @@ def test_masks_are_searched_by_evaluations_a_word_and_the_controls_do_not_search
     assert masks["random_skips"].sum() == found.sum() and not torch.equal(masks["random_skips"], found)
 
 
+# -- lookahead decoding -----------------------------------------------------------------------------------------------
+
+
+def test_lookahead_keeps_the_longest_prefix_that_the_target_agrees_with() -> None:
+    """Algorithm 3, against every n-gram by itself; the first to agree is not always the one that agrees longest."""
+    method, later = load("lookahead_decoding", N=4), 0
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        ngrams = torch.randint(2, (5, 3), generator=generator).tolist()
+        table = {key: int(torch.randint(2, (), generator=generator)) for key in range(40)}
+
+        def answer(text: list[int], table: dict[int, int] = table) -> int:
+            return table[int("1" + "".join(map(str, text)), 2)]
+
+        own = torch.eye(2)[[answer([])]]
+        answers = torch.eye(2)[[answer(ngram[: k + 1]) for ngram in ngrams for k in range(3)]]
+        agreeing = [next((k for k in range(3) if ngram[k] != answer(ngram[:k])), 3) for ngram in ngrams]
+        kept, branch = method.verify_greedy(ngrams, own, answers)
+        assert len(kept) - 1 == max(agreeing)
+        assert max(agreeing) == 0 or agreeing[branch] == max(agreeing)
+        assert kept == [*ngrams[branch][: len(kept) - 1], answer(ngrams[branch][: len(kept) - 1])]
+        first = next((agreed for agreed in agreeing if agreed), 0)
+        later += first < max(agreeing)
+    assert later > 5
+
+
+def test_lookahead_offers_all_ngrams_that_still_agree_and_runs_as_wide_as_the_papers() -> None:
+    """Algorithm 4: of two that begin alike the second may be right where the first is not, at any place. The setting of the
+    paper's 7B model: 15 columns, n-grams of 5, 15 of them, 120 positions with the last token."""
+    method = load("lookahead_decoding", N=4)
+    ngrams = [(0, 1, 1), (0, 2, 0), (0, 2, 1)]
+    certain = torch.full((9, 3), -1e4)
+    for row, token in enumerate([2, 0, 0, 2, 1, 0, 2, 1, 0]):  # after 0 comes 2, after 0 2 comes 1, after 0 2 1 comes 0
+        certain[row, token] = 0.0
+    own = torch.tensor([[0.0, -1e4, -1e4]])
+    assert method.verify_sampling(ngrams, own, certain, [0.5] * 12) == ([0, 2, 1, 0], 2)
+    for name, (w, n, g) in {"lookahead_decoding": (15, 5, 15), "lookahead_small": (5, 3, 5)}.items():
+        mask, ahead = load(name).layout()
+        assert len(mask) == w * (n - 1) - 1 + g * (n - 1)
+        assert int(ahead[: w * (n - 1) - 1].max()) == w + n - 3 and int(ahead[w * (n - 1) - 1 :].max()) == n - 1
+
+
 # -- Medusa -----------------------------------------------------------------------------------------------------------
 
 
