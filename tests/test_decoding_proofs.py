@@ -443,6 +443,35 @@ def test_lookahead_offers_all_ngrams_that_still_agree_and_runs_as_wide_as_the_pa
         assert int(ahead[: w * (n - 1) - 1].max()) == w + n - 3 and int(ahead[w * (n - 1) - 1 :].max()) == n - 1
 
 
+def test_lookahead_verifies_at_the_temperature_that_is_asked_for() -> None:
+    """What decides on the n-grams of a step are the target's logits after the text and after each n-gram, over 0.5."""
+    method, checked = load("lookahead_decoding", W=4, N=4, G=3), 0
+    kind, verify = type(method), method.verify_sampling
+    for seed in range(3):
+        model, prompt = tiny(seed), prompt_of(seed)
+        steps: list[tuple[list[Any], Tensor, Tensor, list[int]]] = []
+
+        def spy(self: Any, ngrams: Any, own: Tensor, answers: Tensor, u: list[float], steps: Any = steps) -> Any:
+            found = verify(ngrams, own, answers, u)
+            steps.append((list(ngrams), own, answers, found[0]))
+            return found
+
+        kind.verify_sampling = spy
+        session = session_of(seed, target=model)
+        run(method, session, [prompt], 20, 1000, temperature=0.5)
+        session.ledger.reset()
+        text = list(prompt)
+        for ngrams, own, answers, kept in steps:
+            torch.testing.assert_close(own[0], last_logits(model, text) / 0.5, rtol=1e-3, atol=1e-3)
+            for branch, ngram in enumerate(ngrams):
+                for k in range(3):
+                    wanted = last_logits(model, [*text, *ngram[: k + 1]]) / 0.5
+                    torch.testing.assert_close(answers[3 * branch + k], wanted, rtol=1e-3, atol=1e-3)
+                    checked += 1
+            text += kept
+    assert checked > 30
+
+
 # -- Medusa -----------------------------------------------------------------------------------------------------------
 
 
