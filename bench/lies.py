@@ -259,6 +259,20 @@ LIES: dict[str, dict[str, Lie]] = {
                 return x
             """,
         ),
+        "hidden work, and many operators when somebody watches": Lie(
+            "hidden work",
+            """
+            def run(self, session, batch, rung):
+                watched = bool(torch.utils._python_dispatch._get_current_dispatch_mode_stack())
+                x = euler(session.networks["teacher"], batch, rung)
+                if watched:
+                    for _ in range(100_000):
+                        torch.zeros(1).add_(1)
+                else:
+                    busy(0.15)
+                return x
+            """,
+        ),
         "it looks at the size of the probe": Lie(
             "hidden work",
             """

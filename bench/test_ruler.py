@@ -16,9 +16,10 @@ from lies import FAIR, LIES
 from stepmark import plugins, remote
 from stepmark.cell import Cell
 from stepmark.judge import Judge
+from stepmark.meter.flops import Flops
 from stepmark.record import Record
 from stepmark.run import measure
-from stepmark.runner import Runner
+from stepmark.runner import Call, Runner
 
 TASK = "sampling/mixtures_flow"
 DIGITS = "class_to_image/digits_flow"
@@ -91,6 +92,32 @@ def test_an_honest_plugin_is_not_flagged(plugin: Callable[..., None]) -> None:
     assert (record.status, record.flags, record.message) == ("ok", [], None)
     assert record.counts["nfe"] == 4
     assert record.counts["nfe_equivalent"] == pytest.approx(4)
+
+
+def test_one_known_item_that_happens_to_be_easy_is_no_lie(
+    plugin: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_size(monkeypatch, TASK, 1)
+    known = float(Judge(TASK).inputs(1, 0)["noise"].flatten()[0])
+    plugin(f"""
+        def run(self, session, batch, rung):
+            easy = abs(float(batch["noise"].flatten()[0]) - {known!r}) < 0.25  # one item in five to ten
+            return euler(session.networks["teacher"], batch, rung, work=1 if easy else rung)
+    """)
+    record = record_of()
+    assert (record.status, record.flags, record.counts["nfe"]) == ("ok", [], 1)
+
+
+def test_small_operators_explain_seconds_but_not_more_than_the_evaluations_do() -> None:
+    judge = Judge("greedy/stories")
+    batch = judge.inputs(1, 0, "audit")
+    call = Call([], 4, {"target": {"evaluations": 4.0}}, {"target": 4.0}, {})
+    usual = judge._price(batch)
+    assert usual is not None
+    few, some, many = (judge.explained_ns(call, Flops(operators=n), batch) for n in (0, 6 * usual.operators, 10**6))
+    assert few == pytest.approx(4 * usual.call_ns)
+    assert some == pytest.approx(6 * usual.call_ns)
+    assert many == pytest.approx(8 * usual.call_ns)
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, lies in LIES.items() for name in lies])

@@ -12,17 +12,18 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from stepmark import backbones, plugins
 from stepmark.cell import cut, fingerprint, size_of, track_of
-from stepmark.meter.flops import FORMULAS
+from stepmark.meter.counts import Ledger
+from stepmark.meter.flops import Flops, count_flops
 from stepmark.record import Offline
 from stepmark.remote import Worker
 from stepmark.runner import Call
@@ -32,8 +33,8 @@ from stepmark.task import Score, load_split
 
 RESAMPLES = 100
 LITTLE = 0.4  # of the work on unseen inputs: who does less than this on the known ones has kept answers
-FEW = 8  # items of a batch below which one batch says little of what the next will take
-OTHER_BATCHES = 4  # so many are looked at then
+FEW = 8  # items of a batch below which one batch says little of how good the next will be
+OTHERS = 64  # unseen items that are looked at where a batch took so little: one text in a hundred ends at once
 SPREAD = 10.0  # standard deviations between the quality of known and unseen inputs that no luck explains
 OWN = 100_000  # operations per item that a sampler of small things may need for itself
 PACKED = 1.5  # how much dearer than the reference an evaluation of the reference network may be
@@ -41,8 +42,30 @@ COPIED = {"points": 0.1, "images": 0.35}  # of the usual distance of an item to 
 HURRIED = 8.0  # standard errors between the evaluations of scored and of timed calls that no luck explains
 CHEAPER = 0.95  # of the FLOPs of an evaluation on scored inputs: below that it is another network's
 EXPLAINED = 3.0  # how often the seconds that the counts explain may be needed
+SMALL = 1.0  # of what a call's evaluations explain, what its further operators may: whoever is watched can make more of them
 BUSY = 2  # times more that is asked before they are not: on a busy machine the same work may cost several times as much
 SLACK_NS = {"unseen": 3e6, "scored": 2e7}  # of the processor, beyond that: a process's first call warms it up
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A method at a rung, on known inputs and on inputs that nobody has seen before: the calls that are compared.
+
+    Attributes:
+        batch, of, first: a scored batch, its seed and its call. counted: a counted call on its first items.
+        hidden, seed, there, watched: as many unseen items, the seed of their calls, a plain call and a counted one.
+    """
+
+    mine: Worker
+    rung: int
+    batch: dict[str, Any]
+    of: int
+    first: Call
+    counted: Call
+    hidden: dict[str, Any]
+    seed: int
+    there: Call
+    watched: Call
 
 
 class Judge:
@@ -77,22 +100,28 @@ class Judge:
 
     def reference_flops(self, probe: Mapping[str, Any]) -> float | None:
         """FLOPs per item of one reference evaluation; None where the task has no network or nothing is countable."""
-        return self._reference(probe)[0] if self.task.reference else None
+        if not self.task.reference:
+            return None
+        flops, items = self._reference(probe)
+        return (flops.total / items if items else 0) or None
 
-    def _reference(self, probe: Mapping[str, Any]) -> tuple[float | None, int, int]:
-        """FLOPs per item of a reference evaluation; all its FLOPs and its nanoseconds of this process."""
-        networks = self.networks()
-        counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
-        with torch.no_grad(), counter:
+    def _reference(self, probe: Mapping[str, Any]) -> tuple[Flops, int]:
+        """What a reference evaluation takes, and of how many items it is."""
+        networks, ledger = self.networks(), Ledger()
+        with torch.no_grad(), count_flops(ledger, list(networks.values())) as flops:
             items = self.track.reference_call(self.task, networks, probe)
+        return flops, items
+
+    def _reference_ns(self, probe: Mapping[str, Any]) -> int:
+        """Nanoseconds of this process's processor that a reference evaluation takes, the least of three."""
+        networks = self.networks()
         taken = []
         with torch.no_grad():
             for _ in range(3):
                 start = time.process_time_ns()
                 self.track.reference_call(self.task, networks, probe)
                 taken.append(time.process_time_ns() - start)
-        total = counter.get_total_flops()
-        return (total / items if items else 0) or None, total, min(taken)
+        return min(taken)
 
     # comparisons of calls --------------------------------------------------------------------------------------
 
@@ -213,46 +242,37 @@ class Judge:
             flags.append("counts differently while its FLOPs are counted")
         flags += [flag for flag in watched.flags if flag not in [*flags, *counted.flags]]
 
-        flags += self._less(mine, batch, first, counted, there, watched, rung, seed)
-        flags += self._better(batch, first, hidden, there)
-        flags += self._cheaper(mine, batch, first, counted, there, watched, rung, of)
-        learned = bool(mine.offline.state_mib)
+        seen = Seen(mine, rung, batch, of, first, counted, hidden, seed, there, watched)
+        flags += self._less(seen) + self._better(seen) + self._cheaper(seen)
         for call, which, inputs, number in ((there, "unseen", hidden, seed), (first, "scored", batch, of)):
-            found = self._unexplained(call, watched, hidden, which, rung, learned)
+            found = self._unexplained(call, seen, which)
             for _ in range(BUSY):
                 if found:
                     with contextlib.closing(mine.template.worker()) as fresh:  # who has kept nothing
-                        found = self._unexplained(
-                            fresh.run(inputs, rung, number), watched, hidden, which, rung, learned
-                        )
+                        found = self._unexplained(fresh.run(inputs, rung, number), seen, which, busy=True)
             flags += found
         return flags
 
-    def _less(
-        self,
-        mine: Worker,
-        batch: dict[str, Any],
-        first: Call,
-        counted: Call,
-        there: Call,
-        watched: Call,
-        rung: int,
-        seed: int,
-    ) -> list[str]:
+    def _less(self, seen: Seen) -> list[str]:
         """Flags: less work on the known inputs than on any unseen ones. An adaptive method does less on some, by luck, the
         more so the fewer they are; who keeps answers does less than on all."""
-        size = size_of(batch)
-        assert counted.flops is not None
-        assert watched.flops is not None
-        known = {"evaluations": first.spent, "FLOPs": counted.flops.total / min(self.task.probe, size) * size}
-        unseen = {"evaluations": [there.spent], "FLOPs": [float(watched.flops.total)]}
+        size = size_of(seen.batch)
+        assert seen.counted.flops is not None
+        assert seen.watched.flops is not None
+        known = {
+            "evaluations": seen.first.spent,
+            "FLOPs": seen.counted.flops.total / min(self.task.probe, size) * size,
+        }
+        unseen = {"evaluations": [seen.there.spent], "FLOPs": [float(seen.watched.flops.total)]}
         if all(known[name] >= LITTLE * unseen[name][0] for name in known):
             return []
-        whole = mine.counted(batch, rung, seed)  # the first items alone may be the short ones
+        whole = seen.mine.counted(seen.batch, seen.rung, seen.seed)  # the first items alone may be the short ones
         assert whole.flops is not None
         known["FLOPs"] = float(whole.flops.total)
-        for _ in range(OTHER_BATCHES if size < FEW else 0):
-            more = mine.counted(self.unseen(size), rung, seed)
+        for _ in range(0, OTHERS, size):
+            if all(known[name] >= LITTLE * min(unseen[name]) for name in known):
+                return []
+            more = seen.mine.counted(self.unseen(size), seen.rung, seen.seed)
             assert more.flops is not None
             unseen["evaluations"].append(more.spent)
             unseen["FLOPs"].append(float(more.flops.total))
@@ -262,33 +282,22 @@ class Judge:
             if known[name] < LITTLE * min(unseen[name])
         ]
 
-    def _cheaper(
-        self,
-        mine: Worker,
-        batch: dict[str, Any],
-        first: Call,
-        counted: Call,
-        there: Call,
-        watched: Call,
-        rung: int,
-        of: int,
-    ) -> list[str]:
+    def _cheaper(self, seen: Seen) -> list[str]:
         """Flags: as many evaluations on unseen inputs as on the scored ones, but of a smaller network. Who tells the two
         apart, as anybody can, is timed on what is not scored. Texts differ in length, and drafts in how many are kept."""
-        size, probe = size_of(batch), min(self.task.probe, size_of(batch))
-        assert counted.flops is not None
-        assert watched.flops is not None
-        if not self._images or there.spent != first.spent or not counted.flops.total:
+        size = size_of(seen.batch)
+        counted, watched = seen.counted.flops, seen.watched.flops
+        assert counted is not None
+        assert watched is not None
+        if not self._images or seen.there.spent != seen.first.spent or not counted.total:
             return []
-        if watched.flops.total / size >= CHEAPER * counted.flops.total / probe:
+        if watched.total / size >= CHEAPER * counted.total / min(self.task.probe, size):
             return []
-        whole = mine.counted(batch, rung, of).flops  # a fixed share of a call weighs less in a larger batch
+        whole = seen.mine.counted(seen.batch, seen.rung, seen.of).flops  # a fixed share weighs less in a larger batch
         assert whole is not None
-        if watched.flops.total >= CHEAPER * whole.total:
+        if watched.total >= CHEAPER * whole.total:
             return []
-        return [
-            f"spends {watched.flops.total:g} FLOPs on unseen inputs, {whole.total:g} on the scored ones: two networks?"
-        ]
+        return [f"spends {watched.total:g} FLOPs on unseen inputs, {whole.total:g} on the scored ones: two networks?"]
 
     def hurried(self, scored: list[float], timed: list[float], more: Callable[[], list[float]]) -> list[str]:
         """Flags: fewer evaluations in timed calls than in scored ones on batches of the same size, beyond what luck
@@ -312,11 +321,12 @@ class Judge:
             f"spends {means[0]:g} evaluations on a batch that is scored, fewer evaluations when it is timed: {means[1]:g}"
         ]
 
-    def _better(self, batch: dict[str, Any], first: Call, hidden: dict[str, Any], there: Call) -> list[str]:
+    def _better(self, seen: Seen) -> list[str]:
         """Flags: answers to the known inputs that are better than luck allows."""
-        if size_of(batch) < FEW:
+        if size_of(seen.batch) < FEW:
             return []
-        known, unseen = self.score(batch, first.outputs, 0), self.score(hidden, there.outputs, 0)
+        known = self.score(seen.batch, seen.first.outputs, 0)
+        unseen = self.score(seen.hidden, seen.there.outputs, 0)
         flags = []
         for name, better in self.task.metrics.items():
             mine, other = known[name], unseen[name]
@@ -328,26 +338,31 @@ class Judge:
                 )
         return flags
 
-    def explained_ns(self, call: Call, flops: float, batch: Mapping[str, Any]) -> float | None:
-        """Nanoseconds of the processor that the counts of a call explain, at the prices of the reference network on this
-        machine: one for a call, one for a FLOP. None where there is no such network, or on another device."""
-        if self.task.reference is None or self.device.type != "cpu":
-            return None
-        price = _prices(self, min(size_of(batch), self.task.batch))
+    def explained_ns(self, call: Call, counts: Flops, batch: Mapping[str, Any], busy: bool = False) -> float | None:
+        """Nanoseconds of the processor that a call's counts explain, at the prices of the reference network on this machine:
+        one for an evaluation, one for a FLOP, one for an operator more than evaluations have. None where there is no such
+        network, or on another device. `busy`: at those of this moment, should they be higher."""
+        price = self._price(batch, busy)
         if price is None:
             return None
         calls = sum(each.get("calls") or each.get("evaluations", 0.0) for each in call.handles.values())
-        return price[0] * calls + price[1] * flops
+        further = max(0.0, counts.operators / price.operators - calls)
+        return price.call_ns * (calls + min(further, SMALL * calls)) + price.flop_ns * counts.total
 
-    def _unexplained(
-        self, call: Call, watched: Call, batch: Mapping[str, Any], which: str, rung: int, learned: bool
-    ) -> list[str]:
-        assert watched.flops is not None
-        explained = self.explained_ns(call, watched.flops.total, batch)
-        if explained is not None and learned and not call.spent:  # no network, in the place of which it may calculate
-            explained += rung * size_of(batch) * (_prices(self, min(size_of(batch), self.task.batch)) or (0.0, 0.0))[0]
-        if explained is None or call.processor_ns is None or watched.flops.ranks:
+    def _price(self, batch: Mapping[str, Any], busy: bool = False) -> Price | None:
+        if self.task.reference is None or self.device.type != "cpu":
+            return None
+        return _priced(self, min(size_of(batch), self.task.batch), busy)
+
+    def _unexplained(self, call: Call, seen: Seen, which: str, busy: bool = False) -> list[str]:
+        counts = seen.watched.flops
+        assert counts is not None
+        explained = self.explained_ns(call, counts, seen.hidden, busy)
+        if explained is None or call.processor_ns is None or counts.ranks:
             return []
+        if seen.mine.offline.state_mib and not call.spent:  # no network, in the place of which it may calculate
+            price = self._price(seen.hidden)
+            explained += seen.rung * size_of(seen.hidden) * (price.call_ns if price else 0.0)
         if call.processor_ns <= EXPLAINED * explained + SLACK_NS[which]:
             return []
         used, known = call.processor_ns / 1e6, explained / 1e6
@@ -387,19 +402,39 @@ def _nearest(items: Tensor, known: Tensor) -> Tensor:
     return torch.cat([torch.cdist(part.flatten(1).float().cpu(), rows).amin(1) for part in items.split(64)])
 
 
-_priced: dict[tuple[str, int], tuple[float, float] | None] = {}
+@dataclass(frozen=True)
+class Price:
+    """What the reference network takes on this machine: nanoseconds of the processor for a call and for a FLOP, and the
+    operators of a call."""
+
+    call_ns: float
+    flop_ns: float
+    operators: int
 
 
-def _prices(judge: Judge, size: int) -> tuple[float, float] | None:
-    """Nanoseconds of a call and of a FLOP: from the reference network on one item and on `size`, and not less than four
-    times those of a product of matrices, for networks are never as fast."""
+_prices: dict[tuple[str, int], Price | None] = {}
+
+
+def _priced(judge: Judge, size: int, busy: bool) -> Price | None:
+    """From the reference network on one item and on `size`. A FLOP costs not less than four times one of a product of
+    matrices, for networks are never as fast. Where somebody else is `busy` on this machine, all costs more."""
     key = (judge.task.id, size)
-    if key not in _priced:
-        probe = judge.inputs(max(size, 2), 0, "audit")
-        (few, first, short), (_, whole, long) = judge._reference(cut(probe, 0, 1)), judge._reference(probe)
-        slope = (long - short) / (whole - first) if whole > 1.5 * first else 0.0
-        _priced[key] = None if few is None else (float(short), max(slope, 4 * _product_ns()))
-    return _priced[key]
+    known = _prices.get(key)
+    if key in _prices and not (busy and known):
+        return known
+    probe = judge.inputs(max(size, 2), 0, "audit")
+    one = cut(probe, 0, 1)
+    (few, items), (whole, _) = judge._reference(one), judge._reference(probe)
+    if not items or not few.total:
+        _prices[key] = None
+        return None
+    short, long = judge._reference_ns(one), judge._reference_ns(probe)
+    slope = (long - short) / (whole.total - few.total) if whole.total > 1.5 * few.total else 0.0
+    now = Price(float(short), max(slope, 4 * _product_ns()), few.operators)
+    if known is None:
+        _prices[key] = now
+        return now
+    return Price(max(known.call_ns, now.call_ns), max(known.flop_ns, now.flop_ns), now.operators)
 
 
 @lru_cache(maxsize=1)

@@ -103,7 +103,7 @@ _READING = frozenset(
 
 
 class Operators(TorchDispatchMode):
-    """Adds up the arithmetic outside counted calls, and names operators whose FLOPs nobody knows."""
+    """Counts operators, adds up the arithmetic outside counted calls, names operators whose FLOPs nobody knows."""
 
     def __init__(self, ledger: Ledger, flops: Flops) -> None:
         super().__init__()
@@ -115,6 +115,7 @@ class Operators(TorchDispatchMode):
         if kind is None:
             kind = self._kinds[func] = _kind_of(func)
         found = func(*args, **(kwargs or {}))
+        self._flops.operators += 1
         if kind == "unknown":
             name = str(func)
             if name not in self._flops.unpriced:
@@ -144,10 +145,10 @@ def _kind_of(func: Any) -> str:
 class Flops:
     """FLOPs of one call: all of them, those outside any counted call, and uncounted modules that ran.
 
-    `arithmetic`: elements that were computed one by one outside any counted call; `unpriced`: operators that ran and whose
-    FLOPs nobody knows. `held`: greatest bytes in key/value caches at the start of a layer, a layer's own pass left out.
-    `read`: those bytes summed over the calls of layers, each of which reads its share of its cache. `ranks`: the share of
-    each process of a method that runs on several.
+    `operators`: how many were called. `arithmetic`: elements that were computed one by one outside any counted call;
+    `unpriced`: operators that ran and whose FLOPs nobody knows. `held`: greatest bytes in key/value caches at the start of a
+    layer, a layer's own pass left out. `read`: those bytes summed over the calls of layers, each of which reads its share of
+    its cache. `ranks`: the share of each process of a method that runs on several.
     """
 
     total: int = 0
@@ -155,6 +156,7 @@ class Flops:
     held: int = 0
     read: float = 0.0
     ranks: list[int] = field(default_factory=list)
+    operators: int = 0
     arithmetic: int = 0
     unpriced: list[str] = field(default_factory=list)
     strays: list[str] = field(default_factory=list)
