@@ -586,3 +586,13 @@ def test_whole_texts_are_drawn_alike_and_the_one_that_tells_the_input_best_is_ke
             assert found == texts[best] and used == spent + 1
             chosen.add(best)
     assert len(chosen) > 1
+
+
+def test_texts_that_end_at_once_do_not_go_on_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a text takes no pass, and a budget of passes alone would never be used up."""
+    method = type(load("verify_whole"))
+    monkeypatch.setattr(method, "told", lambda backward, before, texts, x: torch.zeros(len(texts)))
+    ends = torch.full((1, len(lm.VOCABULARY)), -1e9)
+    ends[0, lm.EOS] = 0.0
+    target = SimpleNamespace(spent=1, device="cpu", forward=lambda ids, last=1: ends, rollback=lambda length: None)
+    assert method.decode_whole(target, None, [5, 6], 6, 5, 0.6, torch.Generator()) == [lm.EOS]

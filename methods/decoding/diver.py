@@ -180,10 +180,11 @@ class Diver(Method):
         temperature: float,
         rng: torch.Generator,
     ) -> list[int]:
-        """The text of several that tells the input best; another is begun where the budget allows one as long as the last."""
+        """The text of several that tells the input best; another is begun where the budget allows one as long as the last.
+        A text that ends at its first word takes no pass: there are at most as many texts as passes."""
         texts: list[list[int]] = []
         p = target.forward(prompt, last=1)[0]
-        while not texts or target.spent + len(texts[-1]) + 1 <= budget:
+        while not texts or (len(texts) < budget and target.spent + len(texts[-1]) + 1 <= budget):
             text, logits = list[int](), p
             target.rollback(len(prompt))
             while True:
