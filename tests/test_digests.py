@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from stepmark.datasets import mixtures
 
-from stepmark import digests, index, literals, plugins, syntax
+from stepmark import backbones, digests, index, literals, plugins, syntax
 
 METHOD = '''"""A method."""
 from stepmark.method import Claim, Method
@@ -165,3 +166,14 @@ def test_a_function_may_move_between_modules(monkeypatch: pytest.MonkeyPatch, tm
     assert found("", f"{step}\n\n{inner}", through) == whole
     late = "def run(x):\n    from stepmark.tracks.toy.steps import step\n\n    return step(x)\n"
     assert found("", f"{step}\n\n{inner}", late) == whole
+
+
+def test_the_digest_of_an_analytic_backbone_is_that_of_its_own_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of the library that its arguments are bound with: two recipes of one file, two digests; other numbers, another."""
+    monkeypatch.setattr(backbones, "_analytic", backbones._analytic.__wrapped__)
+    names = ["mixtures_flow", "mixtures_eps", "digits_flow_faint", "shapes16_flow_any"]
+    before = {name: backbones.digest(name) for name in names}
+    assert len(set(before.values())) == len(names)
+    monkeypatch.setattr(mixtures, "MEANS", mixtures.MEANS + 0.01)
+    after = {name: backbones.digest(name) for name in names}
+    assert [name for name in names if after[name] != before[name]] == ["mixtures_flow", "mixtures_eps"]

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,14 +81,27 @@ def recipe(backbone: str) -> Recipe:
 
 
 def digest(backbone: str) -> str:
-    """Digest of what `load` returns: the weights' sha256, or of the recipe's source for an analytic backbone."""
+    """Digest of what `load` returns: the weights' sha256; of an analytic backbone that of its source and of its numbers."""
     for prefix, (_, theirs) in _sources.items():
         if backbone.startswith(prefix):
             return theirs(backbone)
     if recipe(backbone).train is not None:
         return manifest()[backbone]["sha256"]
-    module = importlib.import_module(recipe(backbone).build.__module__)
-    return hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
+    return _analytic(backbone)
+
+
+@lru_cache(maxsize=64)
+def _analytic(backbone: str) -> str:
+    import torch
+
+    build = recipe(backbone).build
+    function = build.func if isinstance(build, partial) else build
+    said = repr((build.args, build.keywords)) if isinstance(build, partial) else ""
+    sha = hashlib.sha256(Path(str(importlib.import_module(function.__module__).__file__)).read_bytes() + said.encode())
+    module = build()
+    for name, value in sorted({**dict(module.named_buffers()), **dict(module.named_parameters())}.items()):
+        sha.update(name.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
 
 
 def load(backbone: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
