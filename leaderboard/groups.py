@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from stepmark.leaderboard.rows import AT_ONCE, Row, cells, headline, split
+from stepmark.leaderboard.rows import AT_ONCE, Row, cells, headline, shared_seeds, split
 
 from stepmark import plugins
 from stepmark.record import Record
@@ -35,7 +35,7 @@ def paired(
 
     alike: dict[tuple[int, ...], list[tuple[int, Any, Any]]] = defaultdict(list)
     for i, (a, b) in enumerate(pairs):
-        seeds = tuple(sorted(a.measured.keys() & b.measured.keys()))
+        seeds = tuple(shared_seeds([a, b]))
         first, second = look(a, seeds), look(b, seeds)
         if first is not None and second is not None and first[0].shape == second[0].shape:
             alike[first[0].shape].append((i, first, second))
@@ -85,9 +85,7 @@ def _common(candidates: Sequence[Row], metric: str) -> dict[str, NDArray[np.floa
     have = [row for row in candidates if metric in row.quality]
     if not have:
         return {}
-    shared = set.intersection(*(set(row.measured) for row in have)) or {
-        Counter(s for row in have for s in row.measured).most_common(1)[0][0]
-    }
+    shared = set(shared_seeds(have)) or {Counter(s for row in have for s in row.measured).most_common(1)[0][0]}
     tables = {row.method: table for row in have if (table := row.resamples(metric, shared)) is not None}
     size = Counter(table.shape[1] for table in tables.values()).most_common(1)
     return {name: table for name, table in tables.items() if table.shape[1] == size[0][0]}

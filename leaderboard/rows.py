@@ -18,7 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from stepmark.leaderboard.estimates import WILDEST, Estimate, sane
 
+from stepmark import plugins
 from stepmark.admission import sorted_out
+from stepmark.plugins import MethodInfo
 from stepmark.record import Quality, Record, version_key
 from stepmark.stats import bootstrap_medians, centred, drawn, intervals
 from stepmark.task import Task
@@ -66,12 +68,22 @@ class Row:
     rung: int
     records: dict[int, Record]
     group: int | None = None
-    seeds: int = 1  # that the task asks for
+    seeds: int = 1  # that the task, or the method, asks for
+    items: int = 1  # seeds of the task: a further one has the items of one of them
 
     @cached_property
     def measured(self) -> dict[int, Record]:
         """The seeds that gave figures."""
         return {s: r for s, r in self.records.items() if r.status in {"ok", "flagged"}}
+
+    def of(self, seed: int) -> Record:
+        """The record of a seed; of a seed beyond those of this row, which another method is trained with, that of the same
+        items.
+
+        Raises:
+            KeyError: it was not measured.
+        """
+        return self.measured[seed if seed in self.measured or seed < self.seeds else seed % self.items]
 
     @cached_property
     def first(self) -> Record:
@@ -86,16 +98,14 @@ class Row:
 
     @cached_property
     def status(self) -> str:
-        """The worst status over seeds; *incomplete* where all is well but some of the task's seeds are missing."""
+        """The worst status over seeds; *incomplete* where all is well but some of the seeds are missing."""
         found = {r.status for r in self.records.values()}
         worst = next(s for s in ("failed", "flagged", "skipped", "ok") if s in found)
         return "incomplete" if worst == "ok" and len(self.records) < self.seeds else worst
 
     @property
     def ranked(self) -> bool:
-        """Whether the figures take part in groups, fronts, comparisons and verdicts: all seeds of the task ran, none is
-        flagged.
-        """
+        """Whether the figures take part in groups, fronts, comparisons and verdicts: all seeds ran, none is flagged."""
         return self.status == "ok"
 
     @cached_property
@@ -118,7 +128,8 @@ class Row:
     def resamples(self, metric: str, seeds: Iterable[int] | None = None) -> NDArray[np.float64] | None:
         """Centred resamples [seeds, B] of the given seeds (default: all measured); None where they do not line up."""
         have = self.centred.get(metric, {})
-        tables = [have.get(s) for s in sorted(self.measured if seeds is None else set(seeds))]
+        wanted = sorted(self.measured if seeds is None else set(seeds))
+        tables = [have.get(s if s in have or s < self.seeds else s % self.items) for s in wanted]
         sizes = {None if table is None else table.size for table in tables}
         return None if None in sizes or len(sizes) != 1 else np.stack(tables)  # type: ignore[arg-type]
 
@@ -285,6 +296,7 @@ def cells(records: Iterable[Record], known: Mapping[str, tuple[str, Task]]) -> l
 
 def rows_of(records: Iterable[Record], known: Mapping[str, tuple[str, Task]]) -> list[Row]:
     """The rows of records, whether the board takes them in or not: of older versions, of which only the past is told."""
+    methods = plugins.methods()
     seeds: dict[tuple[Place, str, str, str, int], dict[int, Record]] = defaultdict(dict)
     for r in records:
         if r.task in known:
@@ -297,12 +309,30 @@ def rows_of(records: Iterable[Record], known: Mapping[str, tuple[str, Task]]) ->
             method,
             rung,
             by_seed,
-            seeds=1 if place.tier == "smoke" or place.checkpoint else known[task][1].seeds,
+            seeds=1 if place.checkpoint else asked(methods.get(method), known[task][1], place.tier),
+            items=known[task][1].seeds,
         )
         for (place, track, task, method, rung), by_seed in seeds.items()
     ]
     found.sort(key=order)
     return found
+
+
+def shared_seeds(rows: Sequence[Row]) -> list[int]:
+    """The seeds of which each of the rows has a record (`Row.of`)."""
+
+    def has(row: Row, seed: int) -> bool:
+        try:
+            return bool(row.of(seed))
+        except KeyError:
+            return False
+
+    return [s for s in sorted({s for row in rows for s in row.measured}) if all(has(row, s) for row in rows)]
+
+
+def asked(info: MethodInfo | None, task: Task, tier: str = "embedded") -> int:
+    """How many seeds a row of a method on a task needs."""
+    return info.seeds(task, tier) if info is not None else 1 if tier == "smoke" else task.seeds
 
 
 # asking -----------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 from stepmark.leaderboard.estimates import figure
-from stepmark.leaderboard.rows import Place, Row, index, places
+from stepmark.leaderboard.rows import Place, Row, index, places, shared_seeds
 
 from stepmark import claims, plugins
 from stepmark.claims import TIMES, Span
@@ -46,7 +46,7 @@ def judge(claim: Claim, info: MethodInfo, place: Place, found: Found) -> claims.
     check = check.at(rungs) if rungs else check
     references = check.references()
     rows = {r: found.get((place, task, r.method, r.rung)) for r in references if not isinstance(r.rung, Span)}
-    seeds = sorted(set.intersection(*(set(row.measured) if row else set() for row in rows.values())))
+    seeds = shared_seeds([row for row in rows.values() if row]) if all(rows.values()) else []
 
     def look(metric: str, method: str, rung: int) -> list[NDArray[np.float64]] | str:
         row = found.get((place, task, method, rung))
@@ -59,14 +59,14 @@ def judge(claim: Claim, info: MethodInfo, place: Place, found: Found) -> claims.
         if metric in TIMES:
             times = _times(metric, method, info.id, found.get((place, task, info.id, rung)), row)
             return times if isinstance(times, str) else [times] * len(seeds)
-        figures = [_figure(row, row.measured[s], metric) for s in seeds]
+        figures = [_figure(row, row.of(s), metric) for s in seeds]
         reason = row.reason(metric.removesuffix("_mib")) or "not measured"
         return reason if any(f is None for f in figures) else [f for f in figures if f is not None]
 
     def point(metric: str, method: str, rung: int) -> float | None:
         row = found[(place, task, method, rung)]
         if metric in row.first.quality:
-            return float(np.mean([row.measured[s].quality[metric].value for s in seeds]))
+            return float(np.mean([row.of(s).quality[metric].value for s in seeds]))
         return None
 
     verdict = claims.verdict(check, look, points=point)
@@ -163,7 +163,7 @@ class Arm:
 
 def arm(row: Row, method: str, seeds: Sequence[int]) -> Arm:
     """From the records of the seeds that a verdict rests on."""
-    costs = [cost for s in seeds if (cost := row.measured[s].offline) is not None]
+    costs = [cost for s in seeds if (cost := row.of(s).offline) is not None]
     if not costs:
         return Arm(method, 0.0, 0.0, 0.0, 0)
     made = {cost.seed for cost in costs if _trains(cost)}

@@ -12,6 +12,7 @@ import pytest
 
 from stepmark import engine, locks, plugins, suite
 from stepmark import record as records
+from stepmark.judge import Judge
 from stepmark.meter import machine
 
 SELECTION = suite.Selection(tier="smoke", methods=("euler",), tasks=("sampling/mixtures_flow",), rungs=(2, 4))
@@ -149,6 +150,24 @@ def test_the_quick_suite_has_each_method_once_a_kind_where_it_has_most_neighbour
 
 
 # which cells ------------------------------------------------------------------------------------
+
+
+def test_a_method_that_is_trained_thrice_has_three_seeds_of_the_same_items() -> None:
+    def seeds(method: str, tier: str) -> list[int]:
+        chosen = suite.Selection(tier, methods=(method,), tasks=("greedy/words",), rungs=(4,))
+        return [cell.seed for cell in suite.cells(chosen)]
+
+    assert plugins.tasks()["greedy/words"][1].seeds == 1
+    assert seeds("medusa", "embedded") == seeds("medusa_chain", "embedded") == [0, 1, 2]
+    assert seeds("medusa", "smoke") == seeds("autoregressive", "embedded") == [0]
+    judge = Judge("greedy/words")
+    assert judge.inputs(5, 2) == judge.inputs(5, 0) != judge.unseen(5)
+    three = Judge("sampling/mixtures_eps")  # a task of three seeds
+    assert not three.inputs(5, 2)["noise"].equal(three.inputs(5, 0)["noise"])
+    assert three.inputs(5, 4)["noise"].equal(three.inputs(5, 1)["noise"])
+    outputs = [[7, 1]] * 5
+    first, third = (judge.score(judge.inputs(5, 0), outputs, seed)["tokens"].resamples for seed in (0, 2))
+    assert first == third, "the same resamples of the items"
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,7 @@ def test_a_new_variant_leaves_the_digests_of_others_alone(toy: Path) -> None:
         ('says="twice as far out", ', "", "says"),
         ("scale=2.0", 'tasks="sampling/mixtures_eps"', "tasks must be a tuple of strings"),
         ("scale=2.0", "**{}", "Variant takes"),
+        ("scale=2.0", "trainings=0", "trainings says with how many seeds"),
         ('"toy_double", says', '"ddim", says', "stands in"),
     ],
 )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from rigs.records import few_seeds
+from stepmark.leaderboard.groups import paired
 from stepmark.leaderboard.rows import index, rows_of
 from stepmark.leaderboard.verdicts import Arm, judge, unequal
 
@@ -121,6 +123,31 @@ def test_a_single_training_is_never_more_than_inconclusive() -> None:
     old = {"offline": Offline(seconds=9.0, evaluations={}, state_mib=1.0)}  # of before trainings had seeds
     before = [record("fast", RUNGS[0], 1.0, s, **old) for s in (0, 1, 2)]
     assert verdict([*before, *base], claim).state == "inconclusive"
+
+
+def test_a_method_is_trained_more_often_than_its_task_has_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Further trainings are held against the same items of whoever needs none, in verdicts as in groups."""
+    known = plugins.tasks()
+    single = {TASK: (known[TASK][0], replace(known[TASK][1], seeds=1))}
+    monkeypatch.setattr(plugins, "tasks", lambda: single)
+    rung = RUNGS[0]
+    claim = f"sliced_w2[fast,{rung}] < sliced_w2[base,{rung}]"
+    base = [record("base", rung, 2.0)]
+    (alone,) = rows_of(base, single)
+    assert (alone.seeds, alone.of(2).seed) == (1, 0)
+    thrice = [replace(info(), id="fast", trainings=3), replace(info(), id="other", trainings=3)]
+    monkeypatch.setattr(plugins, "methods", lambda: {each.id: each for each in thrice})
+    three = [record("fast", rung, 1.0, s, **trained(s)) for s in range(3)]
+    found = verdict([*three, *base], claim)
+    assert found.state == "reproduced" and not [note for note in found.notes if "one training" in note]
+    spread = [record("fast", rung, 1.0 if s else 3.0, s, **trained(s)) for s in range(3)]
+    assert verdict([*spread, *base], claim).state == "inconclusive", "the second and third training count"
+    assert "1 of 3 seeds" in verdict(three[:1] + base, claim).text
+    other = [record("other", rung, 2.0, 0, **trained(0))]
+    assert "1 of 3 seeds" in verdict([*three, *other], claim.replace("base", "other")).text
+    rows = rows_of([*three, *base], single)
+    ((test, _),) = [found for found in paired([(rows[0], rows[1])], "sliced_w2") if found]
+    assert test.difference == pytest.approx(rows[0].quality["sliced_w2"].value - rows[1].quality["sliced_w2"].value)
 
 
 def test_another_setting_is_set_apart() -> None:

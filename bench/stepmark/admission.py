@@ -124,8 +124,9 @@ def _foreign(r: Record, known: Known, methods: Mapping[str, MethodInfo]) -> Iter
         what = f"--method {r.method} --task {r.task} --rung {r.rung} --seed {r.seed} --tier {r.tier}"
         if r.command != f"stepmark run {what}{where}":
             yield "its command is not the one that repeats it"
-    if r.seed >= (1 if r.tier == "smoke" else task.seeds):
-        yield f"seed {r.seed} is not one of the {task.seeds} of {r.task}"
+    seeds = info.seeds(task, r.tier) if info is not None else 1 if r.tier == "smoke" else task.seeds
+    if r.seed >= seeds:
+        yield f"seed {r.seed} is not one of the {seeds} of {r.method} on {r.task}"
     if not _of_its_machine(r):
         yield "its environment is of another machine"
     if r.status == "ok" and r.flags:

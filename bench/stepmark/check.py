@@ -146,6 +146,9 @@ def weak(claim: Claim, verdict: Verdict) -> Iterator[str]:
     """Warnings of what the records show: a claim that any method would meet, or one that n and seeds cannot tell."""
     if verdict.state == "inconclusive" and verdict.fraction is not None and 0.05 < verdict.fraction < 0.95:
         yield f"claim {claim.check!r}: its items and seeds cannot tell (it holds in {verdict.fraction:.0%} of the draws)"
+    for note in verdict.notes:
+        if note.startswith("one training of"):
+            yield f"claim {claim.check!r} rests on {note}: give the class trainings = 3"
     sizes = [abs(value) for value in verdict.values.values()]
     alike = len({name.partition("[")[0] for name in verdict.values}) == 1
     if verdict.holds and alike and len(sizes) == 2 and max(sizes) > TRIVIAL * min(sizes):

@@ -273,7 +273,9 @@ def _call(link: Link, runner: Runner, message: Mapping[str, Any]) -> dict[str, A
 
 def call_as_data(call: Call) -> dict[str, Any]:
     """A call to send."""
-    figures = {name: value for name, value in vars(call).items() if name not in ("outside_ns", "processor_ns")}
+    figures = {
+        name: value for name, value in vars(call).items() if name not in ("outside_ns", "processor_ns", "queued_ns")
+    }
     return figures | {"flops": None if call.flops is None else asdict(call.flops)}
 
 

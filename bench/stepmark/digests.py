@@ -18,7 +18,8 @@ from typing import NamedTuple
 from stepmark.places import PACKAGE
 from stepmark.syntax import parse
 
-METADATA = ("paper", "claims", "tasks", "variants", "unclaimed")  # of a method: what is said about it, not what runs
+# of a method: what is said about it, not what runs
+METADATA = ("paper", "claims", "tasks", "variants", "unclaimed", "trainings")
 SHARED = ("stepmark.tracks", "stepmark.backbones", "stepmark.hub")  # where what is imported is followed
 
 

@@ -31,6 +31,7 @@ class MethodInfo:
     baselines: tuple[str, ...]
     claims: tuple[Claim, ...]
     unclaimed: str = ""  # of a paper without a headline claim: why there is none
+    trainings: int = 1  # seeds that it is run with at least
     base: str | None = None  # of a variant: the id of the method in whose file it stands
     says: str = ""  # of a variant: what is different
     overrides: dict[str, Any] = field(default_factory=dict)  # of a variant: attributes that replace the method's
@@ -41,6 +42,13 @@ class MethodInfo:
         if self.says:
             return self.says
         return self.doc.strip().splitlines()[0] if self.doc else self.id
+
+    def seeds(self, task: Task, tier: str = "embedded") -> int:
+        """How many seeds it is run with on a task. Those beyond the task's own are further trainings: they get the items of
+        the task's seeds again, in turn."""
+        if tier == "smoke":
+            return 1
+        return task.seeds if task.untrained else max(task.seeds, self.trainings)
 
 
 def literal(node: ast.expr, path: Path) -> Any:

@@ -75,6 +75,9 @@ class Method:
     claims: tuple[Claim, ...] = ()
     variants: tuple[Variant, ...] = ()
     unclaimed: str = ""  # of a paper without a headline claim: why there is none
+    trainings: int = (
+        1  # seeds that it is prepared and run with at least, where a task asks for fewer: 3 if `prepare` draws
+    )
     ranks: int = 1  # processes in which `run` is called at once; they meet in `session.group`
 
     def networks(self, session: Session) -> dict[str, nn.Module]:

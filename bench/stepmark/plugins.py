@@ -34,7 +34,13 @@ from stepmark.syntax import PluginError
 from stepmark.task import Dataset, Task
 
 MOUNTS = ("methods", "datasets", "kernels", "leaderboard")
-NAMED = ("tasks", "baselines", "claims")  # what a variant may name anew, beside the attributes of its class
+MOST_TRAININGS = 10
+NAMED = (
+    "tasks",
+    "baselines",
+    "claims",
+    "trainings",
+)  # what a variant may name anew, beside the attributes of its class
 ID = r"[a-z0-9][a-z0-9_]{0,63}"
 DIGITS = 16  # of a digest, as records keep it
 TRACK_CALLS = ("handles", "layers", "inputs", "check", "reference_call", "score")  # what the harness asks of a track
@@ -105,7 +111,7 @@ def read_methods(path: Path) -> tuple[MethodInfo, ...]:
     if len(classes) != 1:
         raise PluginError(f"{source}: has {len(classes)} subclasses of Method, must have exactly one")
     node = classes[0]
-    values = literals.assigned(node.body, source, ("paper", "tasks", "baselines", "claims", "variants", "unclaimed"))
+    values = literals.assigned(node.body, source, ("paper", *NAMED, "variants", "unclaimed"))
     main = MethodInfo(
         id=path.stem,
         track=track_above(path),
@@ -117,6 +123,7 @@ def read_methods(path: Path) -> tuple[MethodInfo, ...]:
         baselines=values.get("baselines", ()),
         claims=values.get("claims", ()),
         unclaimed=values.get("unclaimed", ""),
+        trainings=values.get("trainings", 1),
     )
     _check_named(main, f"{source}")
     variants = values.get("variants", ())
@@ -144,6 +151,7 @@ def _variant(main: MethodInfo, variant: Variant, attributes: set[str]) -> Method
         tasks=overrides.pop("tasks", main.tasks),
         baselines=overrides.pop("baselines", tuple(b for b in main.baselines if b != variant.id)),
         claims=overrides.pop("claims", ()),
+        trainings=overrides.pop("trainings", main.trainings),
         base=main.id,
         says=variant.says,
         overrides=overrides,
@@ -163,6 +171,8 @@ def _check_named(info: MethodInfo, where: str) -> None:
         raise PluginError(f"{where}: claims must be a tuple of Claim(...)")
     if not isinstance(info.unclaimed, str):
         raise PluginError(f'{where}: unclaimed="..." says in words why there is no headline claim')
+    if type(info.trainings) is not int or not 1 <= info.trainings <= MOST_TRAININGS:
+        raise PluginError(f"{where}: trainings says with how many seeds it is prepared, 1 to {MOST_TRAININGS}")
     if not info.tasks:
         raise PluginError(f"{where}: tasks is empty; name at least one task (stepmark list tasks)")
 

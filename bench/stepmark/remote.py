@@ -248,11 +248,11 @@ class Worker:
         before = processor_ns(self.process)
         self._ask("call", batch, rung, seed, index=index, how="plain")
         _heard(self.link)
-        start = time.perf_counter_ns()
+        waited, start = _queued_ns(self.process), time.perf_counter_ns()
         self.link.send({"go": True})
         _heard(self.link)
-        outside = time.perf_counter_ns() - start
-        call = _call(_heard(self.link), outside, _since(before, self.process))
+        outside, waited = time.perf_counter_ns() - start, _queued_ns(self.process) - waited
+        call = _call(_heard(self.link), outside, _since(before, self.process), waited)
         most = rung * size_of(batch)
         if call.spent > most + 1e-6:
             raise BudgetExceeded(f"{call.spent:g} evaluations asked, the rung allows {most:g} for this batch")
@@ -261,7 +261,7 @@ class Worker:
     def counted(self, batch: Mapping[str, Any], rung: int, seed: int, index: int = 0) -> Call:
         """One call under the FLOP counter and the guard."""
         self._ask("call", batch, rung, seed, index=index, how="counted")
-        return _call(_heard(self.link), None, None)
+        return _call(_heard(self.link))
 
     def weighed(self, batch: Mapping[str, Any], rung: int, seed: int) -> memory.Memory:
         """The peak of one call above what is loaded."""
@@ -310,12 +310,14 @@ def _heard(link: Link) -> dict[str, Any]:
     return message
 
 
-def _call(message: Mapping[str, Any], outside_ns: int | None, used_ns: int | None) -> Call:
+def _call(
+    message: Mapping[str, Any], outside_ns: int | None = None, used_ns: int | None = None, queued_ns: int = 0
+) -> Call:
     try:
         said = dict(message["call"])
         if said["flops"] is not None:
             said["flops"] = Flops(**said["flops"])
-        call = Call(**said, outside_ns=outside_ns, processor_ns=used_ns)
+        call = Call(**said, outside_ns=outside_ns, processor_ns=used_ns, queued_ns=queued_ns)
         figures = [call.spent, *call.evaluations.values(), *call.reported.values()]
         figures += [value for each in call.handles.values() for value in each.values()]
         if not all(type(value) in (int, float) and 0 <= value < float("inf") for value in figures):
@@ -371,6 +373,16 @@ def processor_ns(process: int) -> int | None:
         return own + ended + sum(processor_ns(child) or 0 for child in _children(process))
     except (OSError, IndexError, ValueError):
         return None
+
+
+def _queued_ns(process: int) -> int:
+    """Nanoseconds that a process and this one have waited for a processor, which on a busy machine is most of the time; 0
+    where the system does not say."""
+    found = 0
+    for each in ("self", process):
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            found += int(Path(f"/proc/{each}/schedstat").read_text().split()[1])
+    return found
 
 
 def _children(process: int) -> list[int]:

@@ -44,7 +44,8 @@ class Call:
         ns, device_ns: wall time of the call by the clock of its process, and by the device's own.
         flops: where they were counted. flags: what was seen during the call.
         outside_ns, processor_ns: of a call in a process of its own, what the other side's clock read, and seconds of the
-            processor that the process used from the batch to the outputs.
+            processor that the process used from the batch to the outputs. queued_ns: how long it and the other side waited
+            for a processor meanwhile.
     """
 
     outputs: Any
@@ -58,6 +59,7 @@ class Call:
     flags: list[str] = field(default_factory=list)
     outside_ns: int | None = None
     processor_ns: int | None = None
+    queued_ns: int = 0
 
 
 class Networks(dict[str, nn.Module]):

@@ -84,7 +84,7 @@ def cells(selection: Selection) -> list[Cell]:
         asked = [task_id for task_id in info.tasks if not selection.tasks or task_id in selection.tasks]
         for task_id in most_shared(info, asked) if selection.quick else asked:
             task = plugins.tasks()[task_id][1]
-            seeds = range(1 if selection.tier == "smoke" else task.seeds)
+            seeds = range(info.seeds(task, selection.tier))
             chosen = tuple(rung for rung in task.rungs if rung in selection.rungs)
             ladder = chosen if selection.rungs else task.ladder(selection.tier)
             found += [
@@ -123,7 +123,7 @@ def unmet(selection: Selection, found: Sequence[Cell]) -> list[str]:
         absent = [name for name in (*selection.tracks, *selection.tasks) if name not in reached]
         said += [f"no method of the selection runs on {name}" for name in dict.fromkeys(absent)]
     rungs = {rung for _, task in pairs for rung in tasks[task][1].rungs}
-    seeds = {seed for _, task in pairs for seed in range(tasks[task][1].seeds if selection.tier != "smoke" else 1)}
+    seeds = {seed for info, task in pairs for seed in range(info.seeds(tasks[task][1], selection.tier))}
     for kind, asked, have in (("rung", selection.rungs, rungs), ("seed", selection.seeds, seeds)):
         off = [number for number in dict.fromkeys(asked) if number not in have]
         said += (

@@ -58,6 +58,7 @@ class DMS(Method):
     )
     tasks = ("recall/needles", "scaling/sums")
     baselines = ("autoregressive", "full_cache", "h2o", "tova", "dms_immediate")
+    trainings = 3
     claims = (
         Claim(
             "accuracy[dms_hyper_scaling,256] > accuracy[full_cache,128] "

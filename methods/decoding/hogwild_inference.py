@@ -60,6 +60,7 @@ class HogwildInference(Method):
     )
     tasks = ("parallel/friend_lists",)
     baselines = ("single_worker", "hogwild_unshared", "hogwild_untrained", "single_untrained")
+    trainings = 3
     claims = (
         Claim(
             "accuracy[hogwild_untrained,8..32] >= accuracy[single_untrained,8..32] + 0.05 "
@@ -98,6 +99,7 @@ class HogwildInference(Method):
             says="one worker: greedy decoding of a list of questions, one after the other",
             workers=1,
             baselines=(),
+            trainings=1,
         ),
         Variant(
             "hogwild_unshared",
@@ -110,6 +112,7 @@ class HogwildInference(Method):
             says="a shared cache with a model that has seen texts of single workers only",
             trained=False,
             baselines=("single_untrained",),
+            trainings=1,
         ),
         Variant(
             "single_untrained",
@@ -117,6 +120,7 @@ class HogwildInference(Method):
             trained=False,
             workers=1,
             baselines=(),
+            trainings=1,
         ),
     )
 

@@ -58,6 +58,7 @@ class Kangaroo(Method):
         "sampling/stories",
     )
     baselines = ("autoregressive", "early_exit_fixed", "speculative", "medusa")
+    trainings = 3
     claims = (
         Claim(
             "exact_match[kangaroo,*] >= 1 and latency_ms[kangaroo,64] <= 0.75 * latency_ms[autoregressive,64]",

@@ -63,6 +63,7 @@ class LESS(Method):
     )
     tasks = ("forced/stories", "recall/needles")
     baselines = ("h2o", "sink_window", "autoregressive")
+    trainings = 3
     claims = (
         Claim(
             "kv_bytes[less_kv,*] <= 1.01 * kv_bytes[h2o,*] "

@@ -45,6 +45,7 @@ class LongGen(Method):
     )
     tasks = ("recall/needles",)
     baselines = ("full_attention_trained", "autoregressive", "sink_window_trained", "sink_window")
+    trainings = 3
     claims = (
         Claim(
             "kv_bytes[longgen,*] <= 0.4 * kv_bytes[full_attention_trained,*] "

@@ -101,6 +101,7 @@ class Medusa(Method):
         "greedy/stories_deep",
     )
     baselines = ("autoregressive", "speculative")
+    trainings = 3
     claims = (
         Claim(
             "exact_match[medusa,*] >= 1 and 2.2 * latency_ms[medusa,*] / tokens[medusa,*] "

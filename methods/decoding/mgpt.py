@@ -65,6 +65,7 @@ class Mgpt(Method):
     )
     tasks = ("tokenisation/dialects",)
     baselines = ("char_tokens", "case_tokens", "arithmetic_tokens", "combined_tokens")
+    trainings = 3
     claims = (
         Claim(
             "bits_per_character[mgpt,*] < min(bits_per_character[case_tokens,*], "

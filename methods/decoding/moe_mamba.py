@@ -53,6 +53,7 @@ class MoeMamba(Method):
     )
     tasks = ("learning/tongues",)
     baselines = ("mamba_lm", "transformer_moe")
+    trainings = 3
     claims = (
         Claim(
             "loss[moe_mamba,800] <= loss[mamba_lm,1600] and loss[moe_mamba,400] <= loss[mamba_lm,800] "

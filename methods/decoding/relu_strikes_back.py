@@ -52,6 +52,7 @@ class ReluStrikesBack(Method):
     )
     tasks = ("converted/blend",)
     baselines = ("silu_tuned", "topk_activations", "topk_tuned", "narrow_tuned")
+    trainings = 3
     claims = (
         Claim(
             "3 * nfe_equivalent[relu_strikes_back,*] <= nfe_equivalent[silu_tuned,*] "

@@ -59,6 +59,7 @@ class SelfSpeculativeDecoding(Method):
     )
     tasks = ("greedy/sums_deep", "greedy/words_deep", "greedy/stories_deep")
     baselines = ("autoregressive", "speculative", "random_skips", "random_search")
+    trainings = 3
     claims = (
         Claim(
             "exact_match[self_speculative_decoding,*] >= 1 "

@@ -77,6 +77,7 @@ class SpecDiff(Method):
     )
     tasks = ("greedy/stories_deep", "greedy/stories", "sampling/stories")
     baselines = ("autoregressive", "specdiff_chain", "speculative")
+    trainings = 3
     claims = (
         Claim(
             "exact_match[specdiff,*] >= 1 and latency_ms[specdiff,96] <= 0.5 * latency_ms[autoregressive,96] "

@@ -59,6 +59,7 @@ class VocabExpansionLowres(Method):
     )
     tasks = ("bilingual/stories",)
     baselines = ("source_vocabulary", "random_expansion", "average_expansion", "focus_expansion")
+    trainings = 3
     claims = (
         Claim(
             "nfe[vocab_expansion_lowres,*] <= 0.7 * nfe[source_vocabulary,*] "

@@ -149,6 +149,7 @@ class AGD(Method):
     )
     tasks = ("guided/digits_flow",)
     baselines = ("ddim_cfg", "agd_noised_data", "euler")
+    trainings = 3
     claims = (
         Claim(
             "fd[agd,4] <= 1.05 * fd[ddim_cfg,8] and fd[agd,8] <= 1.05 * fd[ddim_cfg,16] "

@@ -243,6 +243,7 @@ class DDT(Method):
     )
     tasks = ("class_to_image/digits_dit",)
     baselines = ("ddt_every_step", "ddt_uniform")
+    trainings = 3
     claims = (
         Claim(
             "fd[ddt_every_step,16..50] < fd[ddt_undivided,16..50]",

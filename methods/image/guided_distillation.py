@@ -101,6 +101,7 @@ class GuidedDistillation(Method):
     )
     tasks = ("guided/digits_flow", "class_to_image/digits_flow")
     baselines = ("ddim_cfg", "euler")
+    trainings = 3
     claims = (
         Claim(
             "fd[guided_distillation,4..16] <= 1.25 * fd[ddim_cfg,64] "

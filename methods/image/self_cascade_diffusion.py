@@ -166,6 +166,7 @@ class SelfCascadeDiffusion(Method):
     )
     tasks = ("attributes_to_image/shapes32",)
     baselines = ("euler", "fully_finetuned", "self_cascade_free", "upsampled_samples")
+    trainings = 3
     claims = (
         Claim(
             "misfit[self_cascade_diffusion,*] <= misfit[fully_finetuned,*] and fd[self_cascade_diffusion,*] <= "
@@ -196,6 +197,7 @@ class SelfCascadeDiffusion(Method):
             "self_cascade_free",
             says="without upsamplers: the same network denoises the large image, and nothing is trained",
             large="free",
+            trainings=1,
             baselines=("euler", "upsampled_samples"),
             claims=(
                 Claim(
@@ -218,6 +220,7 @@ class SelfCascadeDiffusion(Method):
         Variant(
             "upsampled_samples",
             says="samples at the size of training, enlarged by bicubic interpolation",
+            trainings=1,
             large="interpolated",
             baselines=("euler",),
         ),
