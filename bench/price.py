@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 CELL, LIST, PREPARE, SITE, TESTS, TESTS_THEN, METHODS_THEN = 1.0, 0.5, 180.0, 60.0, 11.0, 20.0, 700
 WORKERS = 2  # cores that `make test` is to be cheap on
-TIMED = {"test_meter", "test_ruler"}  # as in the Makefile: alone on the machine
+TIMED = {"test_meter", "test_instruments"}  # as in the Makefile: alone on the machine
 ROOT = Path(__file__).parent.parent
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lies import FAIR, LIES
+from lie import FAIR
+from lies import LIES
 from stepmark import plugins, remote
 from stepmark.cell import Cell
 from stepmark.judge import Judge

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rigs.decoding import load
+from rigs.decoding import batch_of, last_logits, load, session_of
 from scipy import stats
 from stepmark.datasets import friend_lists
 from stepmark.methods.decoding.hogwild_inference import BlockDecoder, write_together
 from torch import Tensor
 
 from stepmark.backbones import lm
-from stepmark.meter.counts import Ledger, watch
 from stepmark.task import load_split
 from stepmark.tracks.decoding import parallel as decoding_parallel
 from stepmark.tracks.decoding.decoder import Decoder
@@ -25,10 +24,7 @@ from stepmark.tracks.decoding.parallel import answers
 from stepmark.tracks.decoding.speculation import draw, speculate, verify_sampling
 from stepmark.tracks.decoding.texts import nucleus
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def model_of(seed: int, depth: int, spread: float = 0.3, width: int = 64) -> Any:
@@ -44,28 +40,6 @@ def model_of(seed: int, depth: int, spread: float = 0.3, width: int = 64) -> Any
 
 def words_of(seed: int, length: int) -> list[int]:
     return torch.randint(6, 140, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def last_logits(model: Any, ids: list[int]) -> Tensor:
-    """Logits after a text, read whole and without a cache."""
-    with torch.no_grad():
-        return model(torch.tensor([ids]), use_cache=False).logits[0, -1]
-
-
-def session_of(seed: int = 0, **networks: Any) -> Any:
-    """What `run` sees, everything counted as the harness counts it."""
-    ledger = Ledger(bounded=("target",))
-    for name, model in networks.items():
-        for part in model.modules():
-            part.__dict__.pop("forward", None)
-        watch(ledger, name, model, list(getattr(getattr(model, "model", None), "layers", [])))
-    rng = torch.Generator().manual_seed(seed)
-    return SimpleNamespace(networks=networks, state={}, rng=rng, device=torch.device("cpu"), ledger=ledger)
-
-
-def batch_of(prompts: list[list[int]], room: int, temperature: float = 0.0) -> dict[str, Any]:
-    n = len(prompts)
-    return {"prompt": prompts, "max_new_tokens": [room] * n, "temperature": [temperature] * n}
 
 
 # -- Hogwild! inference -----------------------------------------------------------------------------------------------

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from rigs.caches import PROMPT, Masked, kernels, steps, text, tiny
+from rigs.decoding import batch_of, module_of
 from stepmark.methods.decoding.lazyllm import PrunedDecoder
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from stepmark import plugins
 from stepmark.backbones import lm
@@ -25,68 +25,27 @@ from stepmark.tracks.decoding.decoder import Decoder
 from stepmark.tracks.decoding.held_cache import BandCache, HeavyHitterCache, HeldCache, HeldDecoder, attend
 from stepmark.tracks.decoding.speculation import write_plainly
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TASK = next(task for task in decoding_recall.TASKS if task.id == "recall/needles")
-PROMPT, ROOM = 60, 10
+ROOM = 10
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def tiny(seed: int = 0, layers: int = 3, shared: int = 1) -> Any:
-    """A random Llama, 2 query heads on `shared` key heads, weights large enough for attention that is far from even."""
-    config = LlamaConfig(
-        vocab_size=13,
-        hidden_size=32,
-        intermediate_size=24,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=shared,
-        max_position_embeddings=256,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
+def session_of(method: str, model: Any, seed: int = 0) -> Any:
+    """What `run` sees: the target, and the method's own networks untrained, all counted."""
+    ledger = Ledger(bounded=TASK.bounded)
+    networks = {"target": model}
+    if method in {"less_kv", "dms_hyper_scaling", "dms_immediate"}:
+        networks["kernels" if method == "less_kv" else "evictor"] = kernels(method, model, seed)
+    if method in {"longgen", "sink_window_trained", "full_attention_trained"}:
+        networks = {"student": model}
+    for name, network in networks.items():
+        for part in network.modules():
+            part.__dict__.pop("forward", None)
+        watch(ledger, name, network, decoding.layers(TASK, name, network))
+    return SimpleNamespace(
+        task=TASK, networks=networks, rng=torch.Generator().manual_seed(seed), ledger=ledger, state={}
     )
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0.0, 0.4, generator=generator)
-    return model.eval().requires_grad_(False)
-
-
-def text(seed: int = 0, length: int = PROMPT) -> list[int]:
-    return torch.randint(2, 13, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def steps(decoder: Decoder, ids: Sequence[int], prompt: int) -> Tensor:
-    """Logits [len(ids) - prompt + 1, V] after a prompt read at once and then token by token."""
-    with torch.no_grad():
-        rows = [decoder.forward(ids[:prompt], last=1)]
-        rows += [decoder.forward([token], last=1) for token in ids[prompt:]]
-    return torch.cat(rows)
-
-
-def kernels(method: str, model: Any, seed: int = 0) -> nn.Module:
-    """A method's own untrained networks for a model; evictions and states made frequent enough to matter."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        session: Any = SimpleNamespace(networks={"target": model}, clone=lambda role: model)
-        (network,) = plugins.load_class(plugins.methods()[method])().networks(session).values()
-        for name, parameter in network.named_parameters():
-            if name in {"s1", "s2"}:
-                nn.init.normal_(parameter)
-            if name in {"weight", "bias"}:
-                nn.init.normal_(parameter, 4.0 if name == "bias" else 0.0, 0.5)
-    return network.requires_grad_(False)
-
-
-def module_of(method: str) -> Any:
-    """The names that a method's file defines."""
-    return SimpleNamespace(**plugins.load_class(plugins.methods()[method]).run.__globals__)
 
 
 # -- the meter ------------------------------------------------------------------------------------------------------
@@ -101,33 +60,6 @@ def test_held_bytes_are_those_of_the_storages() -> None:
     owner.d = SimpleNamespace(back=owner, t=torch.zeros(2, dtype=torch.float16))
     assert held_bytes(owner) == 1600 + 3 + 4
     assert held_bytes(SimpleNamespace(a=whole[:, :1].clone())) == 16
-
-
-class Masked(HeavyHitterCache):
-    """H2O that only masks what it evicts: the same text, and nothing saved."""
-
-    def __init__(self, depth: int, heavy: int, recent: int) -> None:
-        super().__init__(depth, heavy, recent)
-        self.gone: list[Tensor | None] = [None] * depth
-
-    def attend_from(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        self.append(layer, keys, values)
-        k, v, at = self.held(layer)
-        gone, total = self.gone[layer], self.scores[layer]
-        new = torch.zeros(len(k), k.shape[1], dtype=torch.bool)
-        sums = torch.zeros(len(k), k.shape[1])
-        if gone is not None and total is not None:
-            new[:, : gone.shape[1]] = gone
-            sums[:, : total.shape[1]] = total
-        outputs, weights = attend(queries, k, v, (at[:, None] <= self.now[:, None]) & ~new[:, None])
-        sums += weights.unflatten(0, (len(k), -1)).mean(1).sum(1)
-        for head in range(len(k)):
-            alive = [i for i in range(k.shape[1]) if not new[head, i]]
-            if len(alive) > self.heavy + self.recent:
-                old = sorted(alive[: -self.recent], key=lambda i: -float(sums[head, i]))
-                new[head, old[self.heavy :]] = True
-        self.gone[layer], self.scores[layer] = new, sums
-        return outputs
 
 
 def counted(model: Any, cache: HeldCache, ids: list[int]) -> tuple[int, list[int]]:
@@ -233,27 +165,6 @@ def test_nothing_is_held_outside_the_cache_that_is_counted(method: str) -> None:
     # Tables of positions and of the causal mask belong to every decoder; ids and flags are small.
     tables = 130 * 130 + 2 * 130 * 16 * 4 + 130 * 8
     assert all(cache > 0 and cache <= live <= cache + tables + 4096 for live, cache in later)
-
-
-def batch_of(prompts: list[list[int]], room: int) -> dict[str, Any]:
-    return {"prompt": prompts, "max_new_tokens": [room] * len(prompts), "temperature": [0.0] * len(prompts)}
-
-
-def session_of(method: str, model: Any, seed: int = 0) -> Any:
-    """What `run` sees: the target, and the method's own networks untrained, all counted."""
-    ledger = Ledger(bounded=TASK.bounded)
-    networks = {"target": model}
-    if method in {"less_kv", "dms_hyper_scaling", "dms_immediate"}:
-        networks["kernels" if method == "less_kv" else "evictor"] = kernels(method, model, seed)
-    if method in {"longgen", "sink_window_trained", "full_attention_trained"}:
-        networks = {"student": model}
-    for name, network in networks.items():
-        for part in network.modules():
-            part.__dict__.pop("forward", None)
-        watch(ledger, name, network, decoding.layers(TASK, name, network))
-    return SimpleNamespace(
-        task=TASK, networks=networks, rng=torch.Generator().manual_seed(seed), ledger=ledger, state={}
-    )
 
 
 # -- positions ------------------------------------------------------------------------------------------------------
@@ -493,77 +404,7 @@ def test_static_pruning_never_looks_back() -> None:
     assert not any(len(at) for at, _ in decoder.pruned.waiting.values())
 
 
-# -- LESS -----------------------------------------------------------------------------------------------------------
-
-
-def test_the_state_of_less_is_attention_with_the_kernel_in_place_of_the_exponential() -> None:
-    """Token by token against sums over everything: exp(q k) of the kept tokens, phi(q) psi(k) of the evicted ones."""
-    names = module_of("less_kv")
-    for shared in (1, 2):
-        model, ids = tiny(6, shared=shared), text(6, PROMPT + 8)
-        maps = kernels("less_kv", model)
-        found = steps(HeldDecoder(model, 99, names.RecurrentCache(3, 6, 5, maps)), ids, PROMPT)
-
-        class Sums(Masked):
-            def attend_from(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-                gone = self.gone[layer]
-                plain = super().attend_from(layer, queries, keys, values)
-                if gone is None:
-                    return plain
-                k, v, _ = self.held(layer)
-                late = torch.cat((gone, torch.zeros(len(k), 1, dtype=torch.bool)), 1).repeat_interleave(2 // shared, 0)
-                k, v, psi = (part.repeat_interleave(2 // shared, 0) for part in (k, v, maps(layer, k, "psi")))
-                exact = (queries @ k.transpose(1, 2) * k.shape[2] ** -0.5).exp()
-                kernel = maps(layer, queries, "phi") @ psi.transpose(1, 2)
-                mass = torch.where(late[:, None], kernel, exact)
-                return mass @ v / mass.sum(-1, keepdim=True)
-
-        truth = steps(HeldDecoder(model, 99, Sums(3, 6, 5)), ids, PROMPT)
-        torch.testing.assert_close(found, truth, rtol=2e-3, atol=2e-3)
-        alone = steps(HeldDecoder(model, 99, HeavyHitterCache(3, 6, 5)), ids, PROMPT)
-        assert (found - alone).abs().max() > 0.01  # the state is felt
-
-
-def test_the_lessons_of_less_are_what_the_cache_does_and_training_lowers_their_error() -> None:
-    """Token after token, what a query of a lesson sees and hears of the evicted is what the cache gives it."""
-    names = module_of("less_kv")
-    for first, heavy, recent in ((1, 4, 6), (40, 6, 5)):
-        model, ids = tiny(7, shared=2), text(7, 70)
-        maps = kernels("less_kv", model)
-        seen = names.Recorder(3)
-        with torch.no_grad():
-            HeldDecoder(model, 80, seen).forward(ids, last=1)
-        lesson = names.lesson(seen, first, 70 - first, heavy, recent)
-        _, _, _, visible, gone, truth = lesson
-        said = torch.zeros_like(truth)
-        for layer in range(3):
-            q, k, v = seen.seen[layer]
-            cache = names.RecurrentCache(3, heavy, recent, maps)
-            for start, stop in ((0, first), *((t, t + 1) for t in range(first, 70))):
-                cache.now = torch.arange(start, stop)
-                if start == 0:
-                    cache.attend_from(layer, q[:, :stop], k[:, :stop], v[:, :stop])
-                    continue
-                held = cache.held(layer)[2]
-                for head in range(len(k)):
-                    assert visible[layer, head, start - first].nonzero()[:, 0].tolist() == [*held[head].tolist(), start]
-                    assert int(gone[layer, head, start - first].sum()) == start - held.shape[1]
-                step = cache.attend_from(layer, q[:, start:stop], k[:, start:stop], v[:, start:stop])
-                said[layer][:, start - first : stop - first] = step
-            full, _ = attend(q, k, v, torch.arange(70) <= torch.arange(70)[:, None])
-            torch.testing.assert_close(truth[layer], full[:, first:], rtol=1e-3, atol=1e-3)
-        error, size = ((part**2).sum((1, 2, 3)) for part in (said - truth, truth))
-        torch.testing.assert_close(maps.error(*lesson), (error / size).mean(), rtol=1e-2, atol=1e-3)
-    maps.requires_grad_(True)
-    optimiser = torch.optim.Adam(maps.parameters(), lr=3e-3)
-    errors = []
-    for _ in range(40):
-        optimiser.zero_grad()
-        error = maps.error(*lesson)
-        error.backward()
-        optimiser.step()
-        errors.append(float(error.detach()))
-    assert errors[-1] < 0.7 * errors[0]
+# -- the tasks ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["h2o", "sink_window", "less_kv", "autoregressive"])
@@ -582,71 +423,6 @@ def test_forced_texts_are_read_token_after_token(name: str) -> None:
         few = method.run(session, {"context": [text(1, 40)]}, 12)
     plain = model(torch.tensor([text(1, 40)])).logits[0, -1].log_softmax(-1)
     assert (float((few[0] - plain).abs().max()) > 0.01) == (name != "autoregressive")
-
-
-# -- DMS ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("window", [5, 1])
-def test_eviction_is_delayed_and_real(window: int) -> None:
-    """Token by token against full attention under the mask of the decisions; heads hold what their decisions leave."""
-    names = module_of("dms_hyper_scaling")
-    model, ids = tiny(8, shared=2), text(8, PROMPT + 8)
-    evictor = kernels("dms_hyper_scaling", model)
-    decided: dict[int, Tensor] = {}
-
-    class Hidden(HeldCache):
-        """Everything is held, and hidden from the query that comes `window` tokens later."""
-
-        def before(self, layer: int, hidden: Tensor) -> None:
-            decided[layer] = torch.cat((decided.get(layer, torch.zeros(2, 0)), evictor(hidden, layer)), 1)
-
-        def attend_from(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            self.append(layer, keys, values)
-            k, v, at = self.held(layer)
-            age = self.now[:, None] - at[0]
-            return attend(queries, k, v, (age >= 0) & ~((decided[layer] > 0)[:, None] & (age >= window)))[0]
-
-    cache = names.EvictingCache(3, evictor, window)
-    found = steps(HeldDecoder(model, 99, cache), ids, PROMPT)
-    torch.testing.assert_close(found, steps(HeldDecoder(model, 99, Hidden(3)), ids, PROMPT), rtol=1e-3, atol=1e-3)
-    sizes = set()
-    for layer in range(3):
-        for head in range(2):
-            at = cache.heads[layer][head][2].tolist()
-            # the next token is number 68: it sees the last of the window, and whoever was not doomed
-            assert at == [t for t in range(68) if t > 68 - window or not decided[layer][head, t] > 0]
-            sizes.add(len(at))
-    assert len(sizes) > 1
-    entry = 2 * 16 * 4 + 4 + 1
-    held = sum(len(head[2]) for layer in cache.heads for head in layer)
-    assert held_bytes(cache) == held * entry + cache.doomed.numel() + cache.now.numel() * 8
-    assert held < 0.8 * 3 * 2 * 68
-
-
-def test_relaxed_decisions_become_the_cache_that_runs() -> None:
-    """With certain decisions training and inference write the same logits, and the first gradient opens evictions."""
-    names = module_of("dms_hyper_scaling")
-    model, ids = tiny(9, shared=2), text(9, 70)
-    evictor = kernels("dms_hyper_scaling", model)
-    with torch.no_grad():
-        evictor.weight.mul_(300)  # far from 0 on both sides: the noise decides nothing
-    soft = names.SoftCache(3, evictor, torch.Generator().manual_seed(0), 32)
-    with torch.no_grad():
-        relaxed = HeldDecoder(model, 99, soft).forward(ids)
-        hard = HeldDecoder(model, 99, names.EvictingCache(3, evictor, 32)).forward(ids)
-    assert 0.05 < float(torch.cat(soft.decisions).round().mean()) < 0.95
-    torch.testing.assert_close(relaxed, hard, rtol=1e-2, atol=1e-2)
-    fresh = names.Evictor(3, 32, 2)
-    soft = names.SoftCache(3, fresh, torch.Generator().manual_seed(0), 32)
-    HeldDecoder(model, 99, soft).forward(ids)
-    mean = torch.cat(soft.decisions).mean()
-    assert float(mean.detach()) < 0.05  # evictions are rare at first
-    mean.backward()
-    assert (fresh.bias.grad > 0).all()
-
-
-# -- the task -------------------------------------------------------------------------------------------------------
 
 
 def test_prompts_hold_the_facts_they_ask_for() -> None:

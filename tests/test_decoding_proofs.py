@@ -14,30 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from rigs.decoding import greedy_without_cache, load, prompt_of, run, tiny
+from rigs.decoding import greedy_without_cache, last_logits, load, prompt_of, run, session_of, tiny
 from torch import Tensor
 
 from stepmark.backbones import lm
-from stepmark.meter.counts import Ledger, watch
 from stepmark.tracks.decoding.decoder import Decoder
 from stepmark.tracks.decoding.held_cache import BandCache, HeldDecoder
 from stepmark.tracks.decoding.speculation import draw
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def session_of(seed: int = 0, **networks: Any) -> Any:
-    """What `run` sees, everything counted as the harness counts it."""
-    ledger = Ledger(bounded=("target", "student"))
-    for name, model in networks.items():
-        for part in model.modules():
-            part.__dict__.pop("forward", None)
-        watch(ledger, name, model, list(getattr(getattr(model, "model", None), "layers", [])))
-    rng = torch.Generator().manual_seed(seed)
-    return SimpleNamespace(networks=networks, state={}, rng=rng, device=torch.device("cpu"), ledger=ledger)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def blurred(model: Any, spread: float, seed: int) -> Any:
@@ -49,13 +34,6 @@ def blurred(model: Any, spread: float, seed: int) -> Any:
         for parameter in other.parameters():
             parameter += spread * torch.randn(parameter.shape, generator=generator)
     return other
-
-
-def last_logits(model: Any, ids: list[int]) -> Tensor:
-    """Logits after a text, read whole and without a cache."""
-    with torch.no_grad():
-        found: Tensor = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
-    return found
 
 
 # -- LLMCad -----------------------------------------------------------------------------------------------------------

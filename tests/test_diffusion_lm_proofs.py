@@ -10,20 +10,15 @@ from typing import Any
 import pytest
 import torch
 from rigs.decoding import load
-from rigs.masked import A, exact_denoiser, rng, tiny
+from rigs.masked import A, exact_denoiser, rng, texts, tiny
 from stepmark.methods.diffusion_lm import flashdlm, latent_thought_lm, remdm, sdtt
 from torch import Tensor, nn
 
-from stepmark.backbones.lm import encode
 from stepmark.backbones.mdlm import LENGTH, MASK
 from stepmark.task import load_split
 from stepmark.tracks.diffusion_lm import blocks, sampling
 
-torch.set_num_threads(1)
-
-
-def texts(count: int) -> Tensor:
-    return torch.tensor([encode(text) for text in load_split("stories64", "test")["text"][:count]])
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # -- ReMDM ------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from itertools import pairwise
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rigs.images import batch_of, module_of
 from torch import Tensor, nn
 
 from stepmark import backbones, plugins
@@ -24,12 +24,6 @@ torch.set_num_threads(1)
 SCHEDULE = schedules.Schedule("epsilon")
 
 
-def module_of(method: str) -> Any:
-    """The module of a plugin, wherever below its track it stands."""
-    path = plugins.methods()[method].path.relative_to(plugins.method_folders()[0])
-    return importlib.import_module(".".join(("stepmark.methods", *path.with_suffix("").parts)))
-
-
 def session_of(task: str, network: nn.Module | None = None, **more: nn.Module) -> Session:
     """A smoke session on a task, with another teacher where given and further networks."""
     spec, ledger = track_of(task)[1], Ledger()
@@ -38,12 +32,6 @@ def session_of(task: str, network: nn.Module | None = None, **more: nn.Module) -
     session = Session(spec, "smoke", torch.device("cpu"), torch.float32, watched, {}, ledger, False)
     session.begin("run", 1)
     return session
-
-
-def batch_of(n: int, shape: tuple[int, ...], classes: int, seed: int = 3) -> dict[str, Tensor]:
-    """Noise and balanced conditions."""
-    noise = torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
-    return {"noise": noise, "condition": torch.arange(n) % classes}
 
 
 class Clock(nn.Module):

@@ -15,7 +15,7 @@ from stepmark.methods.image.baselines.euler import Euler
 from stepmark.methods.image.baselines.heun import Heun
 from torch import Tensor, nn
 
-from stepmark import backbones
+from stepmark import backbones, plugins
 from stepmark.backbones import unet
 from stepmark.stats import bootstrap_indices
 from stepmark.task import BadOutput, digest_of
@@ -333,6 +333,19 @@ def test_guidance_is_the_extrapolation_from_the_null_condition(tiny: dict[str, u
     conditional = network(batch["noise"], time, batch["condition"])
     null = network(batch["noise"], time, network.null_condition(batch["condition"]))
     torch.testing.assert_close(guided, null + 2.5 * (conditional - null), rtol=1e-5, atol=1e-5)
+
+
+OURS = (
+    "time_shift_sampler", "autodiffusion", "imm", "reflow", "simple_reflow", "ddim_quadratic", "ddt_fifth",
+    "slimflow_naive", "parastep_processes", "naive_patches", "imm_target_blind", "edm_heun", "unipc_best_grid",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("method", OURS)
+def test_source_keeps_the_contract(method):
+    from stepmark.check import static
+
+    assert list(static(plugins.methods()[method])) == []
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------

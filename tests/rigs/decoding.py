@@ -1,26 +1,28 @@
-"""What tests of decoding methods share: random targets, the plain decoder to compare with, and a run of a method."""
+"""What tests of decoding methods share: random targets, plain decoding to compare with, sessions, and a run of a method."""
 
 from __future__ import annotations
 
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stepmark import plugins
+from stepmark.meter.counts import Ledger, watch
 
 
-def tiny(seed: int, layers: int = 3, vocabulary: int = 13, eos: int = 1) -> Any:
-    """A random Llama with 2 query heads on 1 key/value head; weights large enough for texts that wander."""
+def tiny(seed: int, layers: int = 3, vocabulary: int = 13, eos: int = 1, width: int = 16, shared: int = 1) -> Any:
+    """A random Llama with 2 query heads on `shared` key/value heads; weights large enough for texts that wander."""
     config = LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=16,
+        hidden_size=width,
         intermediate_size=24,
         num_hidden_layers=layers,
         num_attention_heads=2,
-        num_key_value_heads=1,
+        num_key_value_heads=shared,
         max_position_embeddings=256,
         bos_token_id=None,
         eos_token_id=eos,
@@ -44,6 +46,13 @@ def greedy_without_cache(model: nn.Module, prompt: list[int], room: int, eos: in
     return tokens[len(prompt) :]
 
 
+def last_logits(model: Any, ids: list[int]) -> Tensor:
+    """Logits after a text, read whole and without a cache."""
+    with torch.no_grad():
+        found: Tensor = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+    return found
+
+
 @lru_cache
 def truth_of(seed: int) -> tuple[Any, list[int], list[int]]:
     """A random model of 3 or 4 layers, a prompt, and the first 30 greedy tokens."""
@@ -65,12 +74,31 @@ def load(name: str, **constants: Any) -> Any:
     return method
 
 
-def run(method: Any, session: Any, prompts: list[list[int]], room: int, budget: int, temperature: float = 0.0) -> Any:
+def module_of(name: str) -> Any:
+    """The names that a method's file defines."""
+    return SimpleNamespace(**plugins.load_class(plugins.methods()[name]).run.__globals__)
+
+
+def session_of(seed: int = 0, **networks: Any) -> Any:
+    """What `run` sees, everything counted as the harness counts it."""
+    ledger = Ledger(bounded=("target", "student"))
+    for name, model in networks.items():
+        for part in model.modules():
+            part.__dict__.pop("forward", None)
+        watch(ledger, name, model, list(getattr(getattr(model, "model", None), "layers", [])))
+    rng = torch.Generator().manual_seed(seed)
+    return SimpleNamespace(networks=networks, state={}, rng=rng, device=torch.device("cpu"), ledger=ledger)
+
+
+def batch_of(prompts: list[list[int]], room: int, temperature: float = 0.0) -> dict[str, Any]:
     n = len(prompts)
-    session.ledger.reset(limit=budget * n)
+    return {"prompt": prompts, "max_new_tokens": [room] * n, "temperature": [temperature] * n}
+
+
+def run(method: Any, session: Any, prompts: list[list[int]], room: int, budget: int, temperature: float = 0.0) -> Any:
+    session.ledger.reset(limit=budget * len(prompts))
     with torch.no_grad():
-        batch = {"prompt": prompts, "max_new_tokens": [room] * n, "temperature": [temperature] * n}
-        return method.run(session, batch, budget)
+        return method.run(session, batch_of(prompts, room, temperature), budget)
 
 
 def prompt_of(seed: int, vocabulary: int = 13) -> list[int]:
