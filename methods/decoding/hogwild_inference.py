@@ -60,7 +60,6 @@ class HogwildInference(Method):
     )
     tasks = ("parallel/friend_lists",)
     baselines = ("single_worker", "hogwild_unshared", "hogwild_untrained", "single_untrained")
-    trainings = 3
     claims = (
         Claim(
             "accuracy[hogwild_untrained,8..32] >= accuracy[single_untrained,8..32] + 0.05 "
@@ -99,7 +98,6 @@ class HogwildInference(Method):
             says="one worker: greedy decoding of a list of questions, one after the other",
             workers=1,
             baselines=(),
-            trainings=1,
         ),
         Variant(
             "hogwild_unshared",
@@ -111,16 +109,16 @@ class HogwildInference(Method):
             "hogwild_untrained",
             says="a shared cache with a model that has seen texts of single workers only",
             trained=False,
+            trainings=3,
             baselines=("single_untrained",),
-            trainings=1,
         ),
         Variant(
             "single_untrained",
             says="one worker, by a model that has seen texts of single workers only",
             trained=False,
+            trainings=3,
             workers=1,
             baselines=(),
-            trainings=1,
         ),
     )
 
