@@ -30,7 +30,7 @@ JUNIT = """<testsuites><testsuite>
 <testcase classname="tests.test_image_track" name="test_score" time="30"/>
 <testcase classname="tests.test_cli" name="test_the_source_of_every_method_keeps_the_contract[ddim]" time="6"/>
 <testcase classname="tests.test_cli" name="test_every_command_explains_itself" time="30"/>
-<testcase classname="bench.test_ruler" name="test_sleep" time="60"/>
+<testcase classname="bench.test_instruments" name="test_sleep" time="60"/>
 </testsuite></testsuites>"""
 
 

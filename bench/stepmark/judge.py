@@ -252,6 +252,7 @@ class Judge:
             for _ in range(BUSY):
                 if found:
                     with contextlib.closing(mine.template.worker()) as fresh:  # who has kept nothing
+                        fresh.run(self.unseen(size), rung, number)  # but is no longer cold
                         found = self._unexplained(fresh.run(inputs, rung, number), seen, which, busy=True)
             flags += found
         return flags
