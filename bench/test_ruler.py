@@ -20,7 +20,7 @@ from stepmark.judge import Judge
 from stepmark.meter.flops import Flops
 from stepmark.record import Record
 from stepmark.run import measure
-from stepmark.runner import Call, Runner
+from stepmark.runner import Runner
 
 TASK = "sampling/mixtures_flow"
 DIGITS = "class_to_image/digits_flow"
@@ -111,14 +111,12 @@ def test_one_known_item_that_happens_to_be_easy_is_no_lie(
 
 def test_small_operators_explain_seconds_but_not_more_than_the_evaluations_do() -> None:
     judge = Judge("greedy/stories")
-    batch = judge.inputs(1, 0, "audit")
-    call = Call([], 4, {"target": {"evaluations": 4.0}}, {"target": 4.0}, {})
-    usual = judge._price(batch)
-    assert usual is not None
-    few, some, many = (judge.explained_ns(call, Flops(operators=n), batch) for n in (0, 6 * usual.operators, 10**6))
-    assert few == pytest.approx(4 * usual.call_ns)
-    assert some == pytest.approx(6 * usual.call_ns)
-    assert many == pytest.approx(8 * usual.call_ns)
+    price = judge.price(judge.inputs(1, 0, "audit"))
+    assert price is not None
+    few, some, many = (price.explains(4, Flops(operators=n)) for n in (0, 6 * price.operators, 10**6))
+    assert few == pytest.approx(4 * price.call_ns)
+    assert some == pytest.approx(6 * price.call_ns)
+    assert many == pytest.approx(8 * price.call_ns)
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, lies in LIES.items() for name in lies])

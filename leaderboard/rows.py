@@ -69,21 +69,24 @@ class Row:
     records: dict[int, Record]
     group: int | None = None
     seeds: int = 1  # that the task, or the method, asks for
-    items: int = 1  # seeds of the task: a further one has the items of one of them
+    task_seeds: int = 1  # a further seed has the items of one of them
 
     @cached_property
     def measured(self) -> dict[int, Record]:
         """The seeds that gave figures."""
         return {s: r for s, r in self.records.items() if r.status in {"ok", "flagged"}}
 
+    def seed_for(self, seed: int) -> int:
+        """The seed itself; of one beyond those of this row, which another method is trained with, that of the same items."""
+        return seed if seed in self.records or seed < self.seeds else seed % self.task_seeds
+
     def of(self, seed: int) -> Record:
-        """The record of a seed; of a seed beyond those of this row, which another method is trained with, that of the same
-        items.
+        """The record that stands for a seed (`seed_for`).
 
         Raises:
             KeyError: it was not measured.
         """
-        return self.measured[seed if seed in self.measured or seed < self.seeds else seed % self.items]
+        return self.measured[self.seed_for(seed)]
 
     @cached_property
     def first(self) -> Record:
@@ -129,7 +132,7 @@ class Row:
         """Centred resamples [seeds, B] of the given seeds (default: all measured); None where they do not line up."""
         have = self.centred.get(metric, {})
         wanted = sorted(self.measured if seeds is None else set(seeds))
-        tables = [have.get(s if s in have or s < self.seeds else s % self.items) for s in wanted]
+        tables = [have.get(self.seed_for(s)) for s in wanted]
         sizes = {None if table is None else table.size for table in tables}
         return None if None in sizes or len(sizes) != 1 else np.stack(tables)  # type: ignore[arg-type]
 
@@ -310,7 +313,7 @@ def rows_of(records: Iterable[Record], known: Mapping[str, tuple[str, Task]]) ->
             rung,
             by_seed,
             seeds=1 if place.checkpoint else asked(methods.get(method), known[task][1], place.tier),
-            items=known[task][1].seeds,
+            task_seeds=known[task][1].seeds,
         )
         for (place, track, task, method, rung), by_seed in seeds.items()
     ]
@@ -320,14 +323,8 @@ def rows_of(records: Iterable[Record], known: Mapping[str, tuple[str, Task]]) ->
 
 def shared_seeds(rows: Sequence[Row]) -> list[int]:
     """The seeds of which each of the rows has a record (`Row.of`)."""
-
-    def has(row: Row, seed: int) -> bool:
-        try:
-            return bool(row.of(seed))
-        except KeyError:
-            return False
-
-    return [s for s in sorted({s for row in rows for s in row.measured}) if all(has(row, s) for row in rows)]
+    seeds = sorted({seed for row in rows for seed in row.measured})
+    return [seed for seed in seeds if all(row.seed_for(seed) in row.measured for row in rows)]
 
 
 def asked(info: MethodInfo | None, task: Task, tier: str = "embedded") -> int:

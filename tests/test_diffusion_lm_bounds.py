@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rigs.decoding import load, module_of
-from rigs.masked import A, B, C, exact_denoiser, rng, session_of, texts
+from rigs.masked import A, B, C, exact_denoiser, rng, session_of, texts, thought_decoder
 from scipy import stats
 from torch import Tensor, nn
 
@@ -117,10 +117,7 @@ def test_inference_starts_narrow_slows_down_and_holds_its_noise() -> None:
 def test_training_climbs_on_the_draw_that_inference_held() -> None:
     """The slow step reads the same z as the last fast one; the bound that `run` gives is at a draw of its own."""
     method = load("latent_thought_lm")
-    latent = module_of("latent_thought_lm")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        decoder = latent.ThoughtDecoder(32, 1, 2, 4, 8)
+    decoder = thought_decoder(1, 2, 4, 8).train().requires_grad_(True)
     climbed: list[Tensor] = []
     bounds: list[Tensor] = []
     decoder.register_forward_pre_hook(lambda m, args: climbed.append(args[3]))
@@ -150,10 +147,8 @@ def test_training_climbs_on_the_draw_that_inference_held() -> None:
 
 def test_without_inference_the_decoder_is_a_language_model() -> None:
     """The autoregressive arm: an exact likelihood over all words before, at one evaluation whatever the rung."""
-    latent, method = module_of("latent_thought_lm"), load("latent_thought_ar")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        decoder = latent.ThoughtDecoder(32, 1, 2, 4, method.window).eval().requires_grad_(False)
+    method = load("latent_thought_ar")
+    decoder = thought_decoder(1, 2, 4, method.window)
     session = session_of("likelihood/stories64", decoder=decoder)
     session.ledger.reset(limit=4)
     found = method.run(session, {"tokens": texts()[:4]}, 33)
@@ -163,13 +158,7 @@ def test_without_inference_the_decoder_is_a_language_model() -> None:
 
 
 def test_the_thought_decoder_sees_a_window_and_its_own_vectors() -> None:
-    latent = module_of("latent_thought_lm")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        decoder = latent.ThoughtDecoder(32, 2, 3, 32, 4).eval().requires_grad_(False)
-        for parameter in decoder.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(5)
+    decoder = thought_decoder(2, 3, 32, 4, gain=5)
     tokens, z = texts()[:2], torch.randn(2, 2, 3, 32, generator=rng())
     changed = tokens.clone()
     changed[:, 0] = A

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from rigs.decoding import load
-from rigs.masked import A, exact_denoiser, rng, texts, tiny
-from stepmark.methods.diffusion_lm import flashdlm, latent_thought_lm, remdm, sdtt
+from rigs.masked import A, exact_denoiser, rng, texts, thought_decoder, tiny
+from stepmark.methods.diffusion_lm import flashdlm, remdm, sdtt
 from torch import Tensor, nn
 
 from stepmark.backbones.mdlm import LENGTH, MASK
@@ -111,9 +111,7 @@ def test_the_guide_is_asked_before_the_last_step_and_reads_each_kept_word_once()
 
 def test_a_bound_is_a_likelihood_at_a_draw_less_the_divergence() -> None:
     """log p(x | mean + sd noise) - KL(N(mean, sd^2) || N(0, 1)), sd being exp(log variance / 2)."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        decoder = latent_thought_lm.ThoughtDecoder(32, 2, 3, 8, 4).eval().requires_grad_(False)
+    decoder = thought_decoder(2, 3, 8, 4)
     shape = (2, 2, 3, 8)
     mean, noise = torch.randn(shape, generator=rng(1)), torch.randn(shape, generator=rng(2))
     log_variance = torch.randn(shape, generator=rng(3))
@@ -129,12 +127,7 @@ def test_a_bound_is_a_likelihood_at_a_draw_less_the_divergence() -> None:
 
 def test_latent_vectors_have_places() -> None:
     """As words have: two of a layer in each other's place are another thought."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        decoder = latent_thought_lm.ThoughtDecoder(32, 2, 3, 8, 4).eval().requires_grad_(False)
-        for parameter in decoder.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4)
+    decoder = thought_decoder(2, 3, 8, 4, gain=4)
     z = torch.randn(2, 2, 3, 8, generator=rng(1))
     with torch.no_grad():
         plain, swapped = (decoder.log_likelihood(texts(2), part) for part in (z, z[:, :, [1, 0, 2]]))

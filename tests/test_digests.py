@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from stepmark.datasets import mixtures
 
 from stepmark import backbones, digests, index, literals, plugins, syntax
 
@@ -168,12 +168,17 @@ def test_a_function_may_move_between_modules(monkeypatch: pytest.MonkeyPatch, tm
     assert found("", f"{step}\n\n{inner}", late) == whole
 
 
-def test_the_digest_of_an_analytic_backbone_is_that_of_its_own_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not of the library that its arguments are bound with: two recipes of one file, two digests; other numbers, another."""
-    monkeypatch.setattr(backbones, "_analytic", backbones._analytic.__wrapped__)
-    names = ["mixtures_flow", "mixtures_eps", "digits_flow_faint", "shapes16_flow_any"]
+def test_the_digest_of_an_analytic_backbone_is_that_of_what_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of the library that its arguments are bound with: two recipes of one file, two digests; one that stands on trained
+    weights has another when these change, and those of others stay."""
+    names = ["mixtures_flow", "mixtures_eps", "rare_eps", "digits_flow_faint", "shapes16_flow_any"]
     before = {name: backbones.digest(name) for name in names}
     assert len(set(before.values())) == len(names)
-    monkeypatch.setattr(mixtures, "MEANS", mixtures.MEANS + 0.01)
+    trained = backbones.manifest()
+    trained["digits_flow_a"]["sha256"] = "other"
+    monkeypatch.setattr(backbones, "manifest", lambda: trained)
     after = {name: backbones.digest(name) for name in names}
-    assert [name for name in names if after[name] != before[name]] == ["mixtures_flow", "mixtures_eps"]
+    assert [name for name in names if after[name] != before[name]] == ["digits_flow_faint"]
+    recipe = replace(backbones.recipe("mixtures_flow"), build=backbones.recipe("rare_eps").build)
+    monkeypatch.setitem(backbones.recipes(), "mixtures_flow", recipe)
+    assert backbones.digest("mixtures_flow") == before["rare_eps"]

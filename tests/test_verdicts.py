@@ -114,6 +114,8 @@ def test_a_single_training_is_never_more_than_inconclusive() -> None:
     one = [record("fast", RUNGS[0], 1.0, s, **trained(0)) for s in (0, 1, 2)]
     found = verdict([*one, *base], claim)
     assert found.state == "inconclusive" and "one training of fast" in found.notes
+    stated = Claim(claim, says="a claim")
+    assert any("one training of fast: trainings = 3" in said for said in check.weak(stated, found))
     three = [record("fast", RUNGS[0], 1.0, s, **trained(s)) for s in (0, 1, 2)]
     assert verdict([*three, *base], claim).state == "reproduced"
     one_bad = [record("fast", RUNGS[0], 1.0 if s else 3.0, s, **trained(s)) for s in (0, 1, 2)]

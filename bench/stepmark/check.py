@@ -148,7 +148,7 @@ def weak(claim: Claim, verdict: Verdict) -> Iterator[str]:
         yield f"claim {claim.check!r}: its items and seeds cannot tell (it holds in {verdict.fraction:.0%} of the draws)"
     for note in verdict.notes:
         if note.startswith("one training of"):
-            yield f"claim {claim.check!r} rests on {note}: give the class trainings = 3"
+            yield f"claim {claim.check!r} rests on {note}: trainings = 3 in a class trains it three times"
     sizes = [abs(value) for value in verdict.values.values()]
     alike = len({name.partition("[")[0] for name in verdict.values}) == 1
     if verdict.holds and alike and len(sizes) == 2 and max(sizes) > TRIVIAL * min(sizes):

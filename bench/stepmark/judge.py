@@ -342,31 +342,22 @@ class Judge:
                 )
         return flags
 
-    def explained_ns(self, call: Call, counts: Flops, batch: Mapping[str, Any], busy: bool = False) -> float | None:
-        """Nanoseconds of the processor that a call's counts explain, at the prices of the reference network on this machine:
-        one for an evaluation, one for a FLOP, one for an operator more than evaluations have. None where there is no such
-        network, or on another device. `busy`: at those of this moment, should they be higher."""
-        price = self._price(batch, busy)
-        if price is None:
-            return None
-        calls = sum(each.get("calls") or each.get("evaluations", 0.0) for each in call.handles.values())
-        further = max(0.0, counts.operators / price.operators - calls)
-        return price.call_ns * (calls + min(further, SMALL * calls)) + price.flop_ns * counts.total
-
-    def _price(self, batch: Mapping[str, Any], busy: bool = False) -> Price | None:
+    def price(self, batch: Mapping[str, Any], busy: bool = False) -> Price | None:
+        """What a batch's calls cost on this machine; None where there is no reference network, or on another device. `busy`:
+        at the prices of this moment, should they be higher."""
         if self.task.reference is None or self.device.type != "cpu":
             return None
         return _priced(self, min(size_of(batch), self.task.batch), busy)
 
     def _unexplained(self, call: Call, seen: Seen, which: str, busy: bool = False) -> list[str]:
-        counts = seen.watched.flops
+        counts, price = seen.watched.flops, self.price(seen.hidden, busy)
         assert counts is not None
-        explained = self.explained_ns(call, counts, seen.hidden, busy)
-        if explained is None or call.processor_ns is None or counts.ranks:
+        if price is None or call.processor_ns is None or counts.ranks:
             return []
+        calls = sum(each.get("calls") or each.get("evaluations", 0.0) for each in call.handles.values())
         if seen.mine.offline.state_mib and not call.spent:  # no network, in the place of which it may calculate
-            price = self._price(seen.hidden)
-            explained += seen.rung * size_of(seen.hidden) * (price.call_ns if price else 0.0)
+            calls += seen.rung * size_of(seen.hidden)
+        explained = price.explains(calls, counts)
         if call.processor_ns <= EXPLAINED * explained + SLACK_NS[which]:
             return []
         used, known = call.processor_ns / 1e6, explained / 1e6
@@ -384,9 +375,8 @@ class Judge:
                 f"uses {used:.1f} ms of the processor, {least / 1e6:.1f} of them by its own clock: work off the clock?"
             ]
         hidden = min(call.outside_ns - call.ns - call.queued_ns for call in calls if call.outside_ns is not None)
-        if len(calls) >= 5 and hidden > max(
-            5_000_000, 0.5 * least
-        ):  # what else a busy machine does, it does not always
+        # What else a busy machine does to a call it does not do to all of them.
+        if len(calls) >= 5 and hidden > max(5_000_000, 0.5 * least):
             return [f"takes {(least + hidden) / 1e6:.1f} ms by the harness's clock, {least / 1e6:.1f} by its process's"]
         return []
 
@@ -416,6 +406,11 @@ class Price:
     call_ns: float
     flop_ns: float
     operators: int
+
+    def explains(self, calls: float, counts: Flops) -> float:
+        """Nanoseconds of the processor for so many calls, the FLOPs, and the operators beyond those of the calls."""
+        further = max(0.0, counts.operators / self.operators - calls)
+        return self.call_ns * (calls + min(further, SMALL * calls)) + self.flop_ns * counts.total
 
 
 _prices: dict[tuple[str, int], Price | None] = {}

@@ -86,6 +86,7 @@ class TimestepAligner(Method):
     )
     tasks = ("class_to_image/digits_eps", "class_to_image/digits_eps_b", "sampling/mixtures_eps")
     baselines = ("untuned_leading", "ddim")
+    trainings = 3
     claims = (
         Claim(
             "fd[timestep_aligner,4..16] < fd[untuned_leading,4..16]",
@@ -114,6 +115,7 @@ class TimestepAligner(Method):
             "untuned_leading",
             says="control: DDIM on the same timesteps, which begin below the last one",
             tuned=False,
+            trainings=1,
             baselines=("ddim",),
         ),
         Variant(

@@ -62,3 +62,16 @@ def tiny(causal: bool, seed: int = 0) -> Any:
             if parameter.ndim > 1:
                 parameter.mul_(8)
     return model.eval().requires_grad_(False)
+
+
+def thought_decoder(layers: int, vectors: int, size: int, window: int, gain: float = 1.0) -> Any:
+    """A random decoder of `latent_thought_lm`, 32 wide, its matrices times `gain`."""
+    from stepmark.methods.diffusion_lm.latent_thought_lm import ThoughtDecoder
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        decoder = ThoughtDecoder(32, layers, vectors, size, window)
+        for parameter in decoder.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(gain)
+    return decoder.eval().requires_grad_(False)

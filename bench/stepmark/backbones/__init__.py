@@ -17,6 +17,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stepmark.digests import reach_digest
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -81,7 +83,7 @@ def recipe(backbone: str) -> Recipe:
 
 
 def digest(backbone: str) -> str:
-    """Digest of what `load` returns: the weights' sha256; of an analytic backbone that of its source and of its numbers."""
+    """Digest of what `load` returns: the weights' sha256; of an analytic backbone that of what it is made by."""
     for prefix, (_, theirs) in _sources.items():
         if backbone.startswith(prefix):
             return theirs(backbone)
@@ -90,18 +92,15 @@ def digest(backbone: str) -> str:
     return _analytic(backbone)
 
 
-@lru_cache(maxsize=64)
 def _analytic(backbone: str) -> str:
-    import torch
-
+    """Of the code that its recipe reaches, of what it is given, and of the backbones that this names; nothing is built. The
+    numbers of a dataset have the digest of that dataset."""
     build = recipe(backbone).build
-    function = build.func if isinstance(build, partial) else build
-    said = repr((build.args, build.keywords)) if isinstance(build, partial) else ""
-    sha = hashlib.sha256(Path(str(importlib.import_module(function.__module__).__file__)).read_bytes() + said.encode())
-    module = build()
-    for name, value in sorted({**dict(module.named_buffers()), **dict(module.named_parameters())}.items()):
-        sha.update(name.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
+    function, given = (build.func, (*build.args, build.keywords)) if isinstance(build, partial) else (build, ())
+    file = Path(str(importlib.import_module(function.__module__).__file__))
+    others = [digest(each) for each in given if isinstance(each, str) and each in recipes()]
+    code = reach_digest([(file, [function.__name__])], leave_out=[Path(__file__)])  # how they are loaded does not count
+    return hashlib.sha256(f"{code}{given}{others}".encode()).hexdigest()
 
 
 def load(backbone: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
