@@ -21,6 +21,7 @@ from stepmark.leaderboard.rows import record_id
 from stepmark.leaderboard.trust import Dispute
 
 from stepmark import check, plugins
+from stepmark.places import checkout
 from stepmark.record import Quality, Record
 
 HOSTILE = "<script>alert(1)</script> **[x](javascript:alert(2))** `a` {: onclick=x } _y_ </h1>"
@@ -247,7 +248,7 @@ def test_no_live_method_and_no_paper_is_lost_from_the_taxonomy() -> None:
     own = {info.id for info in plugins.methods().values() if info.base is None}  # a variant stands with its method
     assert {name for names in methods.values() for name in names} == own
     assert {name for names in papers.values() for name in names} == {entry.id for entry in coverage.catalogue()}
-    root = plugins.checkout()
+    root = checkout()
     assert root is not None
     text = taxonomy.fill((root / "docs" / "taxonomy.md").read_text(encoding="utf-8"), found)
     hrefs = {attributes.get("href") for _, attributes in Text(text).tags}
@@ -273,15 +274,24 @@ def test_the_taxonomy_names_only_what_there_is() -> None:
 
 def test_one_glance_at_a_track_shows_its_papers() -> None:
     """One file for a paper of the catalogue, named after it; whatever is nobody's row stands among the baselines."""
-    rows = {entry.id for entry in coverage.catalogue()}
-    papers, reference = {}, []
-    for info in plugins.methods().values():
-        if info.base is not None:
-            continue
-        (reference.append if "baselines" in info.path.parts else papers.setdefault(info.id, []).append)(info)
-    assert not set(papers) - rows, "a file that is nobody's row belongs in baselines/"
-    assert all(info.paper is not None and info.paper.id == name for name, (info,) in papers.items())
-    assert not [info.id for info in reference if info.id in rows], "a paper of the catalogue is no mere reference point"
+    assert not [text for info in plugins.methods().values() for text in check.misplaced(info)]
+
+
+@pytest.mark.parametrize(
+    ("name", "moved", "said"),
+    [
+        ("ddt", "baselines/ddt", "ddt is a paper of the catalogue, no reference point"),
+        ("euler", "euler", "euler is no id of leaderboard/catalogue.jsonl"),
+        ("ddt", "redi", "paper: write Paper(id='redi')"),
+    ],
+)
+def test_a_file_that_stands_elsewhere_is_told_where_it_belongs(name: str, moved: str, said: str) -> None:
+    info = plugins.methods()[name]
+    root = checkout()
+    assert root is not None
+    path = root / "methods" / "image" / f"{moved}.py"
+    (text,) = check.misplaced(replace(info, id=path.stem, path=path))
+    assert text.startswith(said)
 
 
 def test_every_paper_states_its_headline() -> None:

@@ -21,7 +21,7 @@ from stepmark import plugins
 from stepmark.audit import static_findings
 from stepmark.method import Claim
 from stepmark.names import meant, unknown
-from stepmark.places import results_folder
+from stepmark.places import checkout, results_folder
 from stepmark.plugins import MethodInfo
 from stepmark.syntax import parse as parse_source
 
@@ -128,6 +128,26 @@ def headline(info: MethodInfo) -> Iterator[str]:
             "no claim is the headline: state what the abstract boasts of with headline=True, even where it fails, or say "
             'why there is none with unclaimed="..."'
         )
+
+
+def misplaced(info: MethodInfo) -> Iterator[str]:
+    """Whether a file of this checkout stands where its row is looked for: a paper's under its id in the catalogue, whatever
+    is nobody's row among the baselines."""
+    from stepmark.leaderboard.coverage import catalogue
+
+    root = checkout()
+    if info.base is not None or root is None or not info.path.resolve().is_relative_to((root / "methods").resolve()):
+        return
+    rows, reference = {entry.id for entry in catalogue()}, "baselines" in info.path.parts
+    if reference and info.id in rows:
+        yield f"{info.id} is a paper of the catalogue, no reference point: move its file to methods/{info.track}/"
+    elif not reference and info.id not in rows:
+        yield (
+            f"{info.id} is no id of leaderboard/catalogue.jsonl: name the file after its paper's id there, or move it to "
+            f"methods/{info.track}/baselines/, where what is nobody's row stands"
+        )
+    elif not reference and (info.paper is None or info.paper.id != info.id):
+        yield f"paper: write Paper(id={info.id!r}), as the file and the catalogue call it"
 
 
 def narrow(info: MethodInfo) -> Iterator[str]:
@@ -290,7 +310,7 @@ def check(path: Path, device: str = "cpu", run: bool = True) -> list[str]:
             ]
     findings: list[str] = []
     for info in infos:
-        own = [*static(info), *headline(info)]
+        own = [*static(info), *misplaced(info), *headline(info)]
         if run and not any(finding.startswith(("tasks:", "baselines:")) for finding in own):
             own += running(info, device)
         findings += [finding if info.base is None else f"variant {info.id}: {finding}" for finding in own]
