@@ -247,7 +247,8 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         catalogue.new,
         "start a new plugin from a template",
         "The folder above the file is its track, the name of\nthe file its id. Any folder will do: STEPMARK_METHODS says where "
-        "yours is.\n\n"
+        "yours is.\n\nIn this repository the file is named after its paper's id in leaderboard/catalogue.jsonl;\n"
+        "what is nobody's row there stands in methods/<track>/baselines/.\n\n"
         "  stepmark new methods/image/my_sampler\n"
         "  stepmark new methods/decoding/my_drafter --task greedy/stories",
     )
