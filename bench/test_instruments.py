@@ -164,8 +164,18 @@ def test_simulators_count_rows_and_are_bounded() -> None:
     simulate = watch_function(ledger, "simulator", lambda theta: theta)
     ledger.reset(limit=10)
     simulate(torch.zeros(10, 2))
-    with pytest.raises(BudgetExceeded, match="11 evaluations asked"):
+    with pytest.raises(BudgetExceeded, match="11 evaluations asked of a batch that may spend 10;"):
         simulate(torch.zeros(1, 2))
+
+
+def test_a_budget_says_of_what_it_is_made() -> None:
+    ledger = Ledger()
+    net = watch(ledger, "net", nn.Linear(3, 3))
+    ledger.reset(limit=4 * 16, items=16)
+    for _ in range(4):
+        net(torch.zeros(16, 3))
+    with pytest.raises(BudgetExceeded, match=r"^80 evaluations asked of a batch that may spend rung 4 x 16 items = 64;"):
+        net(torch.zeros(16, 3))
 
 
 @pytest.mark.parametrize(

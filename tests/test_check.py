@@ -263,6 +263,16 @@ def test_a_state_made_for_each_rung_is_asked_for_on_the_smoke_ladder_alone(elsew
     assert "at rung 1: ZeroDivisionError" in finding
 
 
+def test_a_call_beyond_its_rung_is_told_the_sum_and_the_line(elsewhere: Path) -> None:
+    path = scaffold(elsewhere / "image" / "greedy_one")
+    path.write_text(written(path.read_text(), FILLED.replace("uniform_times(rung)", "uniform_times(rung + 1)")))
+    items = plugins.tasks()["sampling/mixtures_flow"][1].items("smoke")
+    finding = next(running(plugins.methods()["greedy_one"], fresh=False))
+    assert f"{5 * items} evaluations asked of a batch that may spend rung 4 x {items} items = {4 * items};" in finding
+    line = 1 + path.read_text().splitlines().index("            x0, eps = denoise(x, t)")
+    assert f"(greedy_one.py:{line})" in finding
+
+
 def test_a_paper_that_the_catalogue_does_not_hold_is_a_warning(elsewhere: Path) -> None:
     path = scaffold(elsewhere / "image" / "my_sampler")
     assert any("no 'my_sampler' in leaderboard/catalogue.jsonl; add a line" in text for text in warned(path))

@@ -255,7 +255,7 @@ class Worker:
         call = _call(_heard(self.link), outside, _since(before, self.process), waited)
         most = rung * size_of(batch)
         if call.spent > most + 1e-6:
-            raise BudgetExceeded(f"{call.spent:g} evaluations asked, the rung allows {most:g} for this batch")
+            raise BudgetExceeded.of(call.spent, most, size_of(batch))
         return call
 
     def counted(self, batch: Mapping[str, Any], rung: int, seed: int, index: int = 0) -> Call:
@@ -290,7 +290,7 @@ class Worker:
 
 
 _KINDS: dict[str, type[Exception]] = {
-    "Skip": Skip, "BudgetExceeded": BudgetExceeded, "BadOutput": BadOutput, "Sealed": Sealed, "PluginError": PluginError,
+    "Skip": Skip, "BadOutput": BadOutput, "Sealed": Sealed, "PluginError": PluginError,
 }  # fmt: skip
 
 
@@ -306,7 +306,10 @@ def _heard(link: Link) -> dict[str, Any]:
         raise MethodFailed("the method's process says nothing that can be understood")
     if "failed" in message:
         kind, says = str(message["failed"]), str(message.get("says", ""))
-        raise _KINDS[kind](says) if kind in _KINDS else MethodFailed(f"{kind}: {says} {message.get('place', '')}")
+        placed = f"{says} {message.get('place', '')}".strip()
+        if kind == "BudgetExceeded":
+            raise BudgetExceeded(placed)
+        raise _KINDS[kind](says) if kind in _KINDS else MethodFailed(f"{kind}: {placed}")
     return message
 
 

@@ -231,7 +231,8 @@ class Runner:
 
     def begin(self, batch: Mapping[str, Any], rung: int, seed: int, index: int = 0) -> None:
         """Everything before the timed call: random stream, budget, counters."""
-        self.session.begin("run", derive_seed("run", self.task.id, seed, index), rung * size_of(batch))
+        items = size_of(batch)
+        self.session.begin("run", derive_seed("run", self.task.id, seed, index), rung * items, items)
         if self.ranks > 1:
             first = next(iter(batch.values()))
             self.ledger.whole = first[0].numel() if isinstance(first, Tensor) else 0

@@ -95,8 +95,8 @@ class Session:
         self._seed_read = True
         return self._seed
 
-    def begin(self, stage: str, seed: int, limit: float = float("inf")) -> None:
-        """Harness only: start a stage with its own random stream and budget.
+    def begin(self, stage: str, seed: int, limit: float = float("inf"), items: int = 0) -> None:
+        """Harness only: start a stage with its own random stream and budget, which is for a batch of `items`.
 
         From here on `drew` says whether random numbers were drawn inside `drawing`, `shared` what the trainings that
         `once` was asked for cost, `shared_seconds` how long they took or took to load here, `shared_updates` how many
@@ -104,7 +104,7 @@ class Session:
         """
         self._stage, self._stage_seed = stage, seed
         self._reseed(seed)
-        self._ledger.reset(limit)
+        self._ledger.reset(limit, items)
         self.reported = {}
         self.drew, self.shared, self.shared_seconds, self.shared_updates = False, {}, 0.0, 0.0
 

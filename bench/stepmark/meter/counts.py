@@ -21,6 +21,13 @@ from torch import Tensor, nn
 class BudgetExceeded(Exception):
     """A `run` call asked for more than its rung allows."""
 
+    @classmethod
+    def of(cls, spent: float, limit: float, items: int = 0) -> BudgetExceeded:
+        """What was asked and what was allowed, over a batch of `items` (0: not known)."""
+        allowed = f"rung {limit / items:g} x {items} items = {limit:g}" if items else f"{limit:g}"
+        said = f"{spent:g} evaluations asked of a batch that may spend {allowed}"
+        return cls(f"{said}; session.spent counts them, session.limit is what a call of run may spend")
+
 
 @dataclass
 class Entry:
@@ -82,6 +89,7 @@ class Ledger:
 
     bounded: tuple[str, ...] = ("*",)
     limit: float = float("inf")
+    items: int = 0  # of the batch that the limit is for; 0: of none
     entries: dict[str, Entry] = field(default_factory=dict)
     networks: list[str] = field(default_factory=list)
     active: int = 0  # counted calls that are running, one inside the other
@@ -111,9 +119,9 @@ class Ledger:
         self.held = max(self.held, held_bytes(list(self.caches)))
         self.read += held_bytes(cache) / depth
 
-    def reset(self, limit: float = float("inf")) -> None:
-        """Start a stage: all counts to zero, a new limit in evaluations."""
-        self.limit = limit
+    def reset(self, limit: float = float("inf"), items: int = 0) -> None:
+        """Start a stage: all counts to zero, a new limit in evaluations, for a batch of `items`."""
+        self.limit, self.items = limit, items
         for name, entry in self.entries.items():
             self.entries[name] = type(entry)(layers=entry.layers)
 
@@ -126,7 +134,7 @@ class Ledger:
     def check(self) -> None:
         """Raise `BudgetExceeded` once more was asked than the limit allows."""
         if self.spent > self.limit + 1e-6:
-            raise BudgetExceeded(f"{self.spent:g} evaluations asked, the rung allows {self.limit:g} for this batch")
+            raise BudgetExceeded.of(self.spent, self.limit, self.items)
 
     def evaluations(self) -> dict[str, float]:
         """Evaluations by handle."""
