@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from stepmark import check as contract
 from stepmark import plugins
 from stepmark.check import check, folder_of, further_rungs, running, scaffold, usual_baseline, warned
 from stepmark.cli import main
@@ -206,7 +208,18 @@ def test_a_folder_without_tracks_is_one_line(
         (('baselines = ("', 'baselines = ("nobody", "', 1), "baselines: no method 'nobody'"),
         (('baselines = ("euler"', 'baselines = ("eulr"', 1), "baselines: no method 'eulr'; did you mean 'euler'"),
         (('baselines = ("euler"', 'baselines = ("other_sampler"', 1), "is the method itself"),
-        (("says=", 'task="posterior/gaussian_n1", says=', 1), "does not run on posterior/gaussian_n1"),
+        (
+            ("says=", 'task="posterior/gaussian_n1", says=', 1),
+            "does not run on posterior/gaussian_n1; write task='sampling/mixtures_flow', where all that it names run",
+        ),
+        (
+            ("says=", 'task="class_to_image/digits_flow", says=', 1),
+            "other_sampler does not run on class_to_image/digits_flow; add 'class_to_image/digits_flow' to tasks, or write",
+        ),
+        (
+            ("Claim(", 'Claim("tokens[other_sampler,8] < tokens[autoregressive,8]", says="x"), Claim(', 1),
+            "autoregressive does not run on sampling/mixtures_flow; name methods that share a task",
+        ),
         (("Claim(", 'Claim("sliced_w2[ddim_,3] < 1", says="x"), Claim(', 1), "no method 'ddim_'; did you mean 'ddim'"),
         (("Claim(", 'Claim("slice_w2[euler,4] < 1", says="x"), Claim(', 1), "did you mean 'sliced_w2'?"),
         (("Claim(", 'Claim("fid[euler,3] < 1", says="x"), Claim(', 1), "not on the ladder"),
@@ -280,6 +293,30 @@ def test_a_paper_that_the_catalogue_does_not_hold_is_a_warning(elsewhere: Path) 
     assert any("no 'redy' in leaderboard/catalogue.jsonl; did you mean 'redi'" in text for text in warned(path))
     path.write_text(path.read_text().replace('id="redy"', 'id="redi"'))
     assert not any("catalogue" in text for text in warned(path))
+
+
+def test_what_the_check_asks_to_mend_is_no_warning_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(contract, "checkout", lambda: tmp_path)
+    monkeypatch.setattr(plugins, "method_folders", lambda: [tmp_path / "methods"])
+    info = plugins.read_methods(scaffold(tmp_path / "methods" / "image" / "my_sampler"))[0]
+    (finding,) = contract.misplaced(info)
+    assert "add the paper's line" in finding
+    assert list(contract.unlisted(info)) == []
+    monkeypatch.setattr(contract, "checkout", lambda: None)  # elsewhere nothing is misplaced
+    assert len(list(contract.unlisted(info))) == 1
+
+
+def test_a_checkout_inside_a_folder_of_baselines_is_no_reference_point(tmp_path: Path) -> None:
+    outer = tmp_path / "baselines"
+    path, reference = outer / "mine" / "image" / "my_sampler.py", outer / "mine" / "image" / "baselines" / "my_point.py"
+    assert not contract.among_baselines(path)
+    assert contract.among_baselines(reference)
+    info = plugins.read_methods(scaffold(path))[0]
+    scaffold(reference)
+    assert len(list(contract.unlisted(info))) == 1
+    nothing = replace(info, claims=())
+    assert any("claims is empty" in text for text in contract.static(nothing))
+    assert not any("claims is empty" in text for text in contract.static(replace(nothing, path=reference)))
 
 
 @pytest.mark.parametrize("path", ["methods/image", "docs/quickstart.md", "nowhere.py", "/dev/null"])

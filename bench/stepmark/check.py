@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ from stepmark.plugins import MethodInfo
 from stepmark.syntax import parse as parse_source
 
 if TYPE_CHECKING:
-    from stepmark.claims import Verdict
+    from stepmark.claims import Reference, Verdict
 
 TRIVIAL = 5.0  # a factor by which few methods beat another
 LISTED = "stepmark list methods"
@@ -87,7 +87,7 @@ def static(info: MethodInfo) -> Iterator[str]:
             yield f"baselines: {baseline} is the method itself; name what it is compared with"
         elif not set(info.tasks) & set(methods[baseline].tasks):
             yield f"baselines: {baseline} runs on none of this method's tasks"
-    reference = info.base is not None or "baselines" in info.path.parts
+    reference = info.base is not None or among_baselines(info.path)
     if not reference and info.paper is not None and info.baselines and not info.claims:
         yield "claims is empty; state what the paper claims, so that it can be checked"
     for claim in info.claims:
@@ -105,7 +105,7 @@ def static(info: MethodInfo) -> Iterator[str]:
             if method not in methods:
                 yield f"claim {claim.check!r}: {unknown('method', method, methods, LISTED)}"
             elif task_id not in methods[method].tasks:
-                yield f"claim {claim.check!r}: {method} does not run on {task_id}"
+                yield f"claim {claim.check!r}: {method} does not run on {task_id}; {_both_run(info, claim, references)}"
             ends = [rungs] if isinstance(rungs, int) else [end for end in (rungs.first, rungs.last) if end is not None]
             for rung in ends:
                 if rung not in problem.rungs:
@@ -117,13 +117,25 @@ def static(info: MethodInfo) -> Iterator[str]:
     yield from static_findings(info.path)
 
 
+def _both_run(info: MethodInfo, claim: Claim, references: Iterable[Reference]) -> str:
+    """The mend of a claim on a task that one of its methods does not run on."""
+    methods = plugins.methods()
+    task_id = claim.task or info.tasks[0]
+    asked = {each.method for each in references if each.method in methods}
+    shared = [task for task in plugins.tasks() if all(task in methods[each].tasks for each in asked)]
+    lacking = sorted(each for each in asked if task_id not in methods[each].tasks)
+    mends = [f"add {task_id!r} to tasks"] if lacking == [info.id] else []
+    mends += [f"write task={shared[0]!r}, where all that it names run"] if shared else []
+    return ", or ".join(mends) or "name methods that share a task: these have none in common"
+
+
 def headline(info: MethodInfo) -> Iterator[str]:
     """Whether a paper of the catalogue states what its abstract boasts of, or says why it does not."""
     from stepmark.leaderboard.coverage import catalogue
 
     if info.base is not None or info.paper is None or info.unclaimed or any(claim.headline for claim in info.claims):
         return
-    if info.paper.id in {entry.id for entry in catalogue()} and "baselines" not in info.path.parts:
+    if info.paper.id in {entry.id for entry in catalogue()} and not among_baselines(info.path):
         yield (
             "no claim is the headline: state what the abstract boasts of with headline=True, even where it fails, or say "
             'why there is none with unclaimed="..."'
@@ -138,13 +150,13 @@ def misplaced(info: MethodInfo) -> Iterator[str]:
     root = checkout()
     if info.base is not None or root is None or not info.path.resolve().is_relative_to((root / "methods").resolve()):
         return
-    rows, reference = {entry.id for entry in catalogue()}, "baselines" in info.path.parts
+    rows, reference = {entry.id for entry in catalogue()}, among_baselines(info.path)
     if reference and info.id in rows:
         yield f"{info.id} is a paper of the catalogue, no reference point: move its file to methods/{info.track}/"
     elif not reference and info.id not in rows:
         yield (
-            f"{info.id} is no id of leaderboard/catalogue.jsonl: name the file after its paper's id there, or move it to "
-            f"methods/{info.track}/baselines/, where what is nobody's row stands"
+            f"{info.id} is no id of leaderboard/catalogue.jsonl: name the file after its paper's id there, add the paper's "
+            f"line, or move the file to methods/{info.track}/baselines/, where what is nobody's row stands"
         )
     elif not reference and (info.paper is None or info.paper.id != info.id):
         yield f"paper: write Paper(id={info.id!r}), as the file and the catalogue call it"
@@ -176,10 +188,13 @@ def weak(claim: Claim, verdict: Verdict) -> Iterator[str]:
 
 
 def unlisted(info: MethodInfo) -> Iterator[str]:
-    """A warning of a paper that the catalogue does not hold: it has no page and no headline is asked of it."""
+    """A warning of a paper that the catalogue does not hold: it has no page and no headline is asked of it. Not where
+    `misplaced` asks for the same."""
     from stepmark.leaderboard.coverage import catalogue
 
-    if info.base is None and info.paper is not None and "baselines" not in info.path.parts:
+    if info.base is not None or info.paper is None or among_baselines(info.path):
+        return
+    if not any(misplaced(info)):
         known = {entry.id for entry in catalogue()}
         if info.paper.id not in known:
             yield (
@@ -276,6 +291,11 @@ def folder_of(path: Path) -> Path:
     path = path.resolve()
     track = plugins.track_above(path)
     return next((parent.parent for parent in path.parents if parent.name == track), path.parent.parent)
+
+
+def among_baselines(path: Path) -> bool:
+    """Whether a plugin lies among the reference points of its track, wherever the folder of methods itself lies."""
+    return "baselines" in path.resolve().relative_to(folder_of(path)).parts
 
 
 def check(path: Path, device: str = "cpu", run: bool = True) -> list[str]:
