@@ -92,7 +92,7 @@ def test_a_new_variant_leaves_the_digests_of_others_alone(toy: Path) -> None:
     [
         ("scale=2.0", "scal=2.0", "sets scal, which the class Toy does not define"),
         ("scale=2.0", "paper=None", "sets paper"),
-        ("scale=2.0", "scale=float(2)", "write a plain literal here"),
+        ("scale=2.0", "scale=float(2)", r"not float\(2\): variants is read without running"),
         ('"toy_double", says', '"Toy-Double", says', "small letters"),
         ('says="twice as far out", ', "", "says"),
         ("scale=2.0", 'tasks="sampling/mixtures_eps"', "tasks must be a tuple of strings"),

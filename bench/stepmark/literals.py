@@ -51,8 +51,9 @@ class MethodInfo:
         return task.seeds if task.untrained else max(task.seeds, self.trainings)
 
 
-def literal(node: ast.expr, path: Path) -> Any:
+def literal(node: ast.expr, path: Path, owner: str = "it") -> Any:
     """Value of a plain literal, in which Paper(...), Claim(...), Variant(...), Task(...) and Dataset(...) may stand.
+    `owner`: the name that it is assigned to.
 
     Raises:
         PluginError: anything that would have to be run.
@@ -60,28 +61,31 @@ def literal(node: ast.expr, path: Path) -> Any:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         kind = Variant if node.func.id == "Variant" else CONSTRUCTORS.get(node.func.id)
         if kind is not None:
-            return _made(kind, node, path)
+            return _made(kind, node, path, owner)
     if isinstance(node, (ast.Tuple, ast.List)):
-        items = [literal(item, path) for item in node.elts]
+        items = [literal(item, path, owner) for item in node.elts]
         return tuple(items) if isinstance(node, ast.Tuple) else items
     if isinstance(node, ast.Dict) and None not in node.keys:
-        return {literal(k, path): literal(v, path) for k, v in zip(node.keys, node.values, strict=True) if k}
+        pairs = [(key, value) for key, value in zip(node.keys, node.values, strict=True) if key]
+        return {literal(key, path, owner): literal(value, path, owner) for key, value in pairs}
     try:
         return ast.literal_eval(node)
     except ValueError:
+        piece = ast.unparse(node)
         raise PluginError(
-            f"{path}:{node.lineno}: write a plain literal here; it is read without running the file"
+            f"{path}:{node.lineno}: write a plain literal here, not {piece if len(piece) <= 60 else piece[:57] + '...'}: "
+            f"{owner} is read without running the file, where names and calls have no value"
         ) from None
 
 
-def _made(kind: type, node: ast.Call, path: Path) -> Any:
+def _made(kind: type, node: ast.Call, path: Path, owner: str) -> Any:
     names = ["id", "says"] if kind is Variant else [f.name for f in fields(kind)]
     if len(node.args) > len(names) or any(
         k.arg is None or (kind is not Variant and k.arg not in names) for k in node.keywords
     ):
         raise PluginError(f"{path}:{node.lineno}: {kind.__name__} takes {', '.join(names)}")
-    arguments = dict(zip(names, (literal(a, path) for a in node.args), strict=False))
-    arguments |= {str(k.arg): literal(k.value, path) for k in node.keywords}
+    arguments = dict(zip(names, (literal(a, path, owner) for a in node.args), strict=False))
+    arguments |= {str(k.arg): literal(k.value, path, owner) for k in node.keywords}
     for each in () if kind is Variant else fields(kind):
         wanted = TYPES.get(str(each.type))
         if wanted and each.name in arguments and not isinstance(arguments[each.name], wanted):
@@ -130,7 +134,7 @@ def assigned(body: list[ast.stmt], path: Path, wanted: tuple[str, ...]) -> dict[
         if isinstance(target, ast.Name) and target.id in wanted:
             assert isinstance(statement, (ast.Assign, ast.AnnAssign))
             assert statement.value is not None
-            found[target.id] = literal(statement.value, path)
+            found[target.id] = literal(statement.value, path, target.id)
     return found
 
 
