@@ -174,7 +174,9 @@ def test_a_budget_says_of_what_it_is_made() -> None:
     ledger.reset(limit=4 * 16, items=16)
     for _ in range(4):
         net(torch.zeros(16, 3))
-    with pytest.raises(BudgetExceeded, match=r"^80 evaluations asked of a batch that may spend rung 4 x 16 items = 64;"):
+    with pytest.raises(
+        BudgetExceeded, match=r"^80 evaluations asked of a batch that may spend rung 4 x 16 items = 64;"
+    ):
         net(torch.zeros(16, 3))
 
 

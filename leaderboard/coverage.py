@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 from collections import Counter, defaultdict
@@ -13,13 +14,30 @@ from typing import Literal, NamedTuple
 from stepmark.leaderboard.rows import Row, index
 from stepmark.leaderboard.verdicts import Verdicts, tally, verdicts
 
+from stepmark.places import checkout
 from stepmark.plugins import MethodInfo
+from stepmark.scaffold import among_baselines, folder_of
 
 Coverage = Literal["live", "not run", "no plugin yet"]
 
 
+KINDS = ("method", "analysis", "benchmark", "survey", "system", "theory")
+
+
 class CatalogueEntry(NamedTuple):
-    """A paper of `leaderboard/catalogue.jsonl`. `headline`: its own figures, each with its setting; null: not found."""
+    """A paper of `leaderboard/catalogue.jsonl`: facts only, no abstract. null: not found. CONTRIBUTING.md tells the same.
+
+    Attributes:
+        id: small letters, digits and _; the id of the plugin and the name of its file.
+        title, authors, year: as the paper has them, all authors by their full names.
+        arxiv: the number alone, without a version.
+        reference: where it was published, or another way to find it.
+        kind: one of `KINDS`.
+        track: what it makes cheaper: a track of this suite, or another field, which has no tasks yet.
+        tags: its means, in small letters with hyphens; those that others use too make relatives and taxonomy nodes.
+        code: owner/repo of the official code on GitHub.
+        headline: what it boasts of, each figure with its setting, in words of our own; [] where it has none.
+    """
 
     id: str
     title: str
@@ -70,10 +88,25 @@ def catalogue(path: Path | None = None) -> list[CatalogueEntry]:
             entry = CatalogueEntry(**json.loads(line))
             if not re.fullmatch(r"[a-z0-9][a-z0-9_]{0,63}", entry.id):
                 raise ValueError("an id is made of lower-case letters, digits and underscores")
+            if entry.kind not in KINDS:
+                raise ValueError(f"kind {entry.kind!r} is none of {', '.join(KINDS)}")
             found.append(entry)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}:{number}: {error}; an entry has {', '.join(CatalogueEntry._fields)}") from None
     return found
+
+
+def blank(path: Path) -> str | None:
+    """The line to fill in for the plugin at `path`; None where it needs none: elsewhere than among the papers of this
+    checkout, or under the id of one."""
+    root = checkout()
+    if root is None or not path.resolve().is_relative_to((root / "methods").resolve()) or among_baselines(path):
+        return None
+    if path.stem in {entry.id for entry in catalogue()}:
+        return None
+    year, track = datetime.date.today().year, path.resolve().relative_to(folder_of(path)).parts[0]
+    entry = CatalogueEntry(path.stem, "...", ["..."], year, None, None, "method", track, [], None, [])
+    return json.dumps(entry._asdict(), ensure_ascii=False)
 
 
 def covered(

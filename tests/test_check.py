@@ -6,12 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from stepmark.leaderboard import coverage
+from stepmark.leaderboard.rows import cells, index
+from stepmark.leaderboard.verdicts import judge
 
 from stepmark import check as contract
 from stepmark import plugins
-from stepmark.check import check, folder_of, further_rungs, running, scaffold, usual_baseline, warned
+from stepmark.check import check, further_rungs, running, warned
 from stepmark.cli import main
+from stepmark.method import Claim
 from stepmark.names import meant
+from stepmark.places import results_folder
+from stepmark.record import files, read
+from stepmark.scaffold import first_claim, folder_of, scaffold, usual_baseline
 
 LEAST = """from stepmark import Method
 class Mine(Method):
@@ -79,7 +86,65 @@ def test_the_baseline_of_a_new_file_is_what_most_methods_are_compared_with(elsew
         assert task in plugins.methods()[baseline].tasks, problem.id
     text = scaffold(elsewhere / "decoding" / "my_drafter", "greedy/stories").read_text()
     assert 'baselines = ("autoregressive",)' in text and 'tasks = ("greedy/stories",)' in text
-    assert '"accuracy[my_drafter,*] > accuracy[autoregressive,*]"' in text
+    assert '"first_divergence[my_drafter,8..64] > first_divergence[autoregressive,8..64]"' in text
+
+
+def test_the_first_claim_of_a_file_can_hold_and_fail_at_each_of_its_rungs() -> None:
+    """By the published records of speculative decoding: ahead of plain decoding at each, which is not ahead of itself."""
+    both = [path for path in files(results_folder("embedded")) if path.stem in {"speculative", "autoregressive"}]
+    rows = cells([r for path in both for r in read(path)], plugins.tasks())
+    found = index(rows)
+    info = plugins.methods()["speculative"]
+    places = {row.place for row in rows if row.method == info.id}
+    for task in info.tasks:
+        stated, _ = first_claim(plugins.tasks()[task][1], info.id, "autoregressive")
+        states = {judge(Claim(stated, "x", task=task), info, place, found).state for place in places}
+        assert "reproduced" in states, (task, stated)
+        itself = Claim(stated.replace(info.id, "autoregressive"), "x", task=task)
+        assert {judge(itself, info, place, found).state for place in places} <= {"not reproduced", "not run"}
+    named = {t: first_claim(task, "a", "b")[0] for t, (_, task) in plugins.tasks().items()}
+    assert named["sampling/mixtures_flow"] == "sliced_w2[a,*] < sliced_w2[b,*]"
+    assert (
+        named["recall/needles"] == "first_divergence[a,8] > first_divergence[b,8]"
+    )  # one word of one forward is all's
+    assert named["parallel/friend_lists"] == "accuracy[a,8..32] > accuracy[b,8..32]"
+
+
+def test_a_reference_point_is_written_among_the_baselines(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["new", str(elsewhere / "image" / "my_point"), "--baseline"]) == 0
+    path = elsewhere / "image" / "baselines" / "my_point.py"
+    assert f"wrote {path}" in capsys.readouterr().out and not (elsewhere / "image" / "my_point.py").exists()
+    text = path.read_text()
+    assert "    paper = None\n" in text
+    assert not any(words in text for words in ("Paper", "headline", "Differs", "catalogue"))
+    assert main(["new", str(elsewhere / "image" / "baselines" / "my_other")]) == 0
+    assert (elsewhere / "image" / "baselines" / "my_other.py").read_text() == text.replace(
+        "my_point", "my_other"
+    ).replace("MyPoint", "MyOther").replace("My point", "My other")
+    path.write_text(written(text))
+    assert check(path, run=False) == [] and warned(path) == []
+    assert main(["new", str(elsewhere / "image" / "my_point"), "--baseline"]) == 2
+    assert "already" in capsys.readouterr().err
+
+
+def test_a_new_file_of_a_checkout_comes_with_the_line_of_its_paper(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = plugins.checkout()
+    assert root is not None
+    line = coverage.blank(root / "methods" / "image" / "my_sampler.py")
+    assert line is not None
+    (tmp_path / "catalogue.jsonl").write_text(line + "\n")
+    (entry,) = coverage.catalogue(tmp_path / "catalogue.jsonl")
+    assert (entry.id, entry.track, entry.kind) == ("my_sampler", "image", "method")
+    (tmp_path / "catalogue.jsonl").write_text(line.replace('"method"', '"metod"'))
+    with pytest.raises(ValueError, match="kind 'metod' is none of method, analysis"):
+        coverage.catalogue(tmp_path / "catalogue.jsonl")
+    for needless in (root / "methods/image/ddt.py", root / "methods/image/baselines/x.py", tmp_path / "image/x.py"):
+        assert coverage.blank(needless) is None
+    told = Path("CONTRIBUTING.md").read_text()
+    assert all(f"| `{field}` |" in told for field in coverage.CatalogueEntry._fields)
+    assert all(f"*{kind}*" in told for kind in coverage.KINDS)
 
 
 def test_a_new_file_outside_the_folders_of_methods_says_how_it_is_found(

@@ -385,8 +385,7 @@ def test_show_and_compare(toys: None) -> None:
 def test_catalogue_is_well_formed(toys: None) -> None:
     entries = coverage.catalogue()
     assert len({entry.id for entry in entries}) == len(entries) >= 330
-    kinds = {"method", "analysis", "benchmark", "survey", "system", "theory"}
-    assert all(entry.title and entry.track and entry.kind in kinds for entry in entries)
+    assert all(entry.title and entry.track for entry in entries)
     covered = coverage.covered(entries, plugins.methods(), grouped(suite()))
     assert covered[0].status == "live"
     assert covered[0].states["reproduced"] == 2

@@ -1,7 +1,6 @@
 """`stepmark check`: the contract suite for one plugin, answering in plain words.
 
-What is read from the source comes first (it costs nothing), then the plugin runs at tier smoke, audited. `scaffold`
-writes the file that `stepmark new` starts an author with.
+What is read from the source comes first (it costs nothing), then the plugin runs at tier smoke, audited.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import os
 import re
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +21,7 @@ from stepmark.method import Claim
 from stepmark.names import meant, unknown
 from stepmark.places import checkout, results_folder
 from stepmark.plugins import MethodInfo
+from stepmark.scaffold import LEFT_OVER, among_baselines, folder_of
 from stepmark.syntax import parse as parse_source
 
 if TYPE_CHECKING:
@@ -30,11 +29,6 @@ if TYPE_CHECKING:
 
 TRIVIAL = 5.0  # a factor by which few methods beat another
 LISTED = "stepmark list methods"
-LEFT_OVER = (  # lines of the template's docstring
-    "one line that says what it does.",
-    "the update rule with the paper's equation or algorithm numbers.",
-    "what, and why (delete this line if nothing does).",
-)
 
 COUNTS = {
     "nfe",
@@ -286,18 +280,6 @@ def _fresh_outputs(cell: object, device: str) -> str:
     return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr.strip()[-200:]
 
 
-def folder_of(path: Path) -> Path:
-    """The folder of methods that a plugin lies in: the one that holds its track's folder."""
-    path = path.resolve()
-    track = plugins.track_above(path)
-    return next((parent.parent for parent in path.parents if parent.name == track), path.parent.parent)
-
-
-def among_baselines(path: Path) -> bool:
-    """Whether a plugin lies among the reference points of its track, wherever the folder of methods itself lies."""
-    return "baselines" in path.resolve().relative_to(folder_of(path)).parts
-
-
 def check(path: Path, device: str = "cpu", run: bool = True) -> list[str]:
     """Everything wrong with the plugin at `path`, in plain words; [] when it keeps the contract."""
     path = path.resolve()
@@ -343,91 +325,3 @@ def warned(path: Path) -> list[str]:
         return [text for info in plugins.read_methods(path.resolve()) for text in warnings(info)]
     except (plugins.PluginError, OSError):
         return []
-
-
-TEMPLATE = '''"""{title}."""
-
-from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
-
-from torch import Tensor
-
-from stepmark import Claim, Method, Paper
-from stepmark.session import Session
-
-
-class {name}(Method):
-    """{title}: one line that says what it does.
-
-    Algorithm: the update rule with the paper's equation or algorithm numbers.
-
-    Differs from the paper: what, and why (delete this line if nothing does).
-    """
-
-    # The catalogue's id; or paper = None for a reference point that is nobody's paper.
-    paper = Paper(id="{id}", title="...", authors="...", year={year}, arxiv=None, code=None)
-    tasks = ("{task}",)  # stepmark list tasks
-    baselines = ("{baseline}",)
-    claims = (
-        Claim("{metric}[{id},*] {better} {metric}[{baseline},*]", says="better at every budget", headline=True),
-    )
-
-    def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> {returns}:
-        """One call of the track: at most `rung` {unit} per item of `batch`."""
-        raise ValueError("fill in run; docs/add-a-method.md has examples, stepmark.tracks.{track} says what it gets and returns")
-'''
-
-
-def scaffold(target: Path, task_id: str | None = None) -> Path:
-    """Write a new plugin for `methods/<track>/<id>.py` (suffix optional): valid but for what only its author knows.
-
-    Raises:
-        ValueError: not such a path, an unknown track, a bad or taken id. KeyError: no such task in this track.
-    """
-    import datetime
-
-    target = target if target.suffix == ".py" else target.with_name(target.name + ".py")
-    track, name = plugins.track_above(target.resolve()), target.stem
-    if track not in plugins.tracks():
-        guess = meant(track, plugins.tracks())
-        raise ValueError(
-            f"{target}: the folder must be a track ({', '.join(plugins.tracks())}), such as methods/image/{name}"
-            + (f"; {guess}" if guess else "")
-        )
-    if not re.fullmatch(r"[a-z][a-z0-9_]{1,63}", name):
-        raise ValueError(f"{name!r} is no id: use small letters, digits and _, such as my_sampler")
-    if target.exists() or name in plugins.methods():
-        raise ValueError(f"there is a method {name!r} already; choose another id")
-    of_track = {t.id: t for owner, t in plugins.tasks().values() if owner == track}
-    if task_id is not None and task_id not in of_track:
-        raise KeyError(f"{unknown('task', task_id, of_track, 'stepmark list tasks')}, in track {track}")
-    task = of_track[task_id or next(iter(of_track))]
-    metric, better = next(iter(task.metrics.items()))
-    text = TEMPLATE.format(
-        title=name.replace("_", " ").capitalize(),
-        name="".join(part.capitalize() for part in name.split("_")),
-        id=name,
-        year=datetime.date.today().year,
-        task=task.id,
-        baseline=usual_baseline(task.id),
-        metric=metric,
-        better="<" if better == "lower" else ">",
-        unit=task.unit,
-        track=track,
-        returns={"image": "Tensor", "decoding": "list[list[int]]"}.get(track, "Any"),
-    )
-    if "-> Tensor" not in text:
-        text = text.replace("from torch import Tensor\n\n", "")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text, encoding="utf-8")
-    return target
-
-
-def usual_baseline(task_id: str) -> str:
-    """What most methods on a task are compared with, of what runs on it; else a reference point of the task."""
-    there = {m.id: m for m in plugins.methods().values() if task_id in m.tasks}
-    named = Counter(b for m in there.values() if m.base is None for b in m.baselines if b in there)
-    references = [m.id for m in there.values() if not m.baselines]
-    return next((b for b, _ in named.most_common(1)), next(iter(references), next(iter(there), "")))

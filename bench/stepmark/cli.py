@@ -248,12 +248,19 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         "start a new plugin from a template",
         "The folder above the file is its track, the name of\nthe file its id. Any folder will do: STEPMARK_METHODS says where "
         "yours is.\n\nIn this repository the file is named after its paper's id in leaderboard/catalogue.jsonl;\n"
-        "what is nobody's row there stands in methods/<track>/baselines/.\n\n"
+        "what is nobody's row there, a reference point, stands in methods/<track>/baselines/ and has no\npaper and no headline: "
+        "--baseline writes it there.\n\n"
         "  stepmark new methods/image/my_sampler\n"
+        "  stepmark new methods/image/my_midpoint --baseline\n"
         "  stepmark new methods/decoding/my_drafter --task greedy/stories",
     )
     found.add_argument("path", type=Path, help="methods/<track>/<id>")
     found.add_argument("--task", metavar="KIND/NAME", help="which task it starts with (stepmark list tasks)")
+    found.add_argument(
+        "--baseline",
+        action="store_true",
+        help="a reference point that is no paper's: paper = None, in the folder baselines of its track",
+    )
 
     found = command(
         "show",

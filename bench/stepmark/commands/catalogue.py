@@ -80,11 +80,17 @@ def check(arguments: argparse.Namespace) -> int:
 
 def new(arguments: argparse.Namespace) -> int:
     """A plugin to fill in."""
-    from stepmark.check import folder_of, scaffold
+    from stepmark.leaderboard.coverage import blank
+    from stepmark.scaffold import folder_of, scaffold
 
-    path = scaffold(arguments.path, arguments.task)
+    path = scaffold(arguments.path, arguments.task, arguments.baseline)
     print(f"wrote {path}; fill it in, then: stepmark check {path}")
     folder = folder_of(path)
+    if (line := blank(path)) is not None:
+        print(
+            f"{path.stem} is no paper of leaderboard/catalogue.jsonl. Add its line there, whose fields CONTRIBUTING.md tells "
+            f"(what is nobody's paper: stepmark new --baseline):\n  {line}"
+        )
     if folder not in plugins.method_folders():
         print(
             f"{folder} is none of the folders that stepmark reads methods from. To run this one, say where it is:\n"
