@@ -28,7 +28,7 @@ STATES = {  # how a sentence calls what leaves a row out
 
 @dataclass(frozen=True)
 class Comparison:
-    """a - b in the headline metric at one rung: difference, interval, Holm-adjusted p, effect size, who is better."""
+    """a - b in one metric at one rung: difference, interval, Holm-adjusted p, effect size, who is better."""
 
     task: str
     place: Place
@@ -52,8 +52,11 @@ class Contrast:
     left_out: Counter[tuple[str, str]] = field(default_factory=Counter)
 
 
-def comparisons(records: Sequence[Record], a: str, b: str, track: str | None = None) -> Contrast:
-    """Paired tests of two methods wherever both have figures at the same rung, Holm-corrected over all of them.
+def comparisons(
+    records: Sequence[Record], a: str, b: str, track: str | None = None, metric: str | None = None
+) -> Contrast:
+    """Paired tests of two methods wherever both have figures at the same rung, Holm-corrected over all of them: in the
+    first metric of each task, or in `metric` on the tasks that have it.
 
     What is flagged or incomplete takes no part, nor do records that the board leaves out: neither can they win, nor do
     they count for the correction.
@@ -75,17 +78,22 @@ def comparisons(records: Sequence[Record], a: str, b: str, track: str | None = N
     if a == b:
         raise ValueError("give two different methods")
     chosen = [r for r in newest(taken) if r.method in {a, b} and (track is None or r.track == track)]
-    return contrasts(rows_of(chosen, known), [(a, b)], known)[a, b]
+    return contrasts(rows_of(chosen, known), [(a, b)], known, metric)[a, b]
 
 
 def contrasts(
-    found: Sequence[Row], wanted: Sequence[tuple[str, str]], known: Mapping[str, tuple[str, Task]]
+    found: Sequence[Row],
+    wanted: Sequence[tuple[str, str]],
+    known: Mapping[str, tuple[str, Task]],
+    metric: str | None = None,
 ) -> dict[tuple[str, str], Contrast]:
     """The comparisons of each wanted pair of methods, over rows that may hold others too; see `comparisons`."""
     made = {pair: Contrast() for pair in wanted}
     for same in split(found, "place", "task", "rung").values():
         task = known[same[0].task][1]
-        metric, higher = headline(task)
+        if metric is not None and metric not in task.metrics:
+            continue
+        chosen, higher = headline(task) if metric is None else (metric, task.metrics[metric] == "higher")
         pairs: list[tuple[Row, Row]] = []
         for one, two in combinations([row for row in same if row.measured], 2):
             mine, other = (one, two) if (one.method, two.method) in made else (two, one)
@@ -97,7 +105,7 @@ def contrasts(
                 left = made[mine.method, other.method].left_out
                 left.update((row.method, row.status) for row in (mine, other) if not row.ranked)
         # Of a checkpoint that is not at hand nobody knows how many items it had: no effect size.
-        for (mine, other), test in zip(pairs, paired(pairs, metric, task.items(same[0].place.tier)), strict=True):
+        for (mine, other), test in zip(pairs, paired(pairs, chosen, task.items(same[0].place.tier)), strict=True):
             if test is not None:
                 made[mine.method, other.method].tests.append(_comparison(mine, other, *test, higher))
     for contrast in made.values():

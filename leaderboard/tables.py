@@ -87,13 +87,16 @@ def left_out(others: Sequence[LeftOut]) -> list[str]:
     return ["\n".join([f"left out, neither ranked nor compared: {records}", *map(_printable, lines), *more])]
 
 
-def compare(records: Sequence[Record], a: str, b: str, track: str | None = None) -> str:
-    """Paired tests of two methods as an aligned table, with a plain sentence at the end.
+def compare(
+    records: Sequence[Record], a: str, b: str, track: str | None = None, metric: str | None = None
+) -> str:
+    """Paired tests of two methods as an aligned table, with a plain sentence at the end. `metric`: this one, on the tasks
+    that have it (default: the first of each task).
 
     Raises:
         ValueError: a method without records, or the same method twice.
     """
-    found = comparisons(records, a, b, track)
+    found = comparisons(records, a, b, track, metric)
     if not found.tests:
         return in_a_sentence(found, a, b, track)
     known = from_folders(records) | plugins.tasks()
@@ -106,7 +109,7 @@ def compare(records: Sequence[Record], a: str, b: str, track: str | None = None)
             c.task,
             str(c.place),
             str(c.rung),
-            headline(known[c.task][1])[0],
+            metric or headline(known[c.task][1])[0],
             figure(c.difference),
             f"[{figure(c.low)}, {figure(c.high)}]",
             f"{c.p:.3f}" if c.p >= 0.001 else "<0.001",

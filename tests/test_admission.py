@@ -257,6 +257,8 @@ def test_show_indents_variants_and_knows_other_metrics(results: list[str], capsy
         (("--task", "class_to_image/digit_eps"), "did you mean class_to_image/digits_eps"),
         (("--track", "imag"), "did you mean image?"),
         (("--metric", "fdd"), "did you mean fd"),
+        (("--metric", "fdd"), "on class_to_image/digits_eps; did you mean fd? its metrics: fd"),
+        (("--metric", "accuracy"), "no metric 'accuracy' on class_to_image/digits_eps; its metrics: fd"),
         (("--method", "zzzzzz"), "no method 'zzzzzz'; known: "),
     ],
 )
@@ -267,3 +269,24 @@ def test_show_asks_back_after_a_typo(
     assert said in capsys.readouterr().err
     assert main(["compare", "unipc", "ddmi", *results]) == 2
     assert "did you mean ddim?" in capsys.readouterr().err
+
+
+def test_compare_knows_other_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a task whose second metric goes the other way round: it decides who is better, and alone is tested."""
+    task = "attributes_to_image/shapes16"
+    (first, _), (second, _) = plugins.tasks()[task][1].metrics.items()
+    values = {"euler": {first: 1.0, second: 2.0}, "heun": {first: 2.0, second: 1.0}}
+    for name, each in values.items():
+        for seed in (0, 1):
+            spread = 1 + np.random.default_rng(seed).normal(0, 0.05, 100)
+            quality = {m: Quality(value=v, resamples=(v * spread).tolist()) for m, v in each.items()}
+            r = record(name, 8, seed=seed, task=task, quality=quality)
+            records.append(records.path_of(tmp_path, r), r)
+    where = ["--results", str(tmp_path)]
+    for words, metric in (((), first), (("--metric", second), second)):
+        assert main(["compare", "euler", "heun", *words, *where]) == 0
+        out = capsys.readouterr().out
+        assert f"  {metric}  " in out and "euler is better than heun in 1 of 1 comparisons" in out
+    assert main(["compare", "euler", "heun", "--metric", "tokens", *where]) == 2
+    error = capsys.readouterr().err
+    assert f"no metric 'tokens' on {task}; its metrics: {first}, {second}" in error and error.count("\n") == 1

@@ -268,7 +268,8 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         "print the leaderboard as an aligned table",
         "A table for each task and machine, the published records\nunless --results says others. Groups are methods that a "
         "paired test does\nnot tell apart; variants of a paper's method are indented.\n\n"
-        "  stepmark show --task class_to_image/digits_flow\n  stepmark show --method ddim --variants",
+        "  stepmark show --task class_to_image/digits_flow\n  stepmark show --method ddim --variants\n"
+        "  stepmark show --task greedy/stories --metric tokens --metric accuracy",
     )
     add_selection(found)
     found.add_argument(
@@ -276,7 +277,8 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         action="append",
         default=[],
         metavar="NAME",
-        help="this metric instead of the first of each task; may be given several times, the first makes the groups",
+        help="this metric, on the tasks that have it, instead of the first of each task (stepmark list tasks); may be given "
+        "several times, the first makes the groups",
     )
 
     found = command(
@@ -284,11 +286,17 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         records.compare,
         "compare two methods by paired tests",
         "Wherever both have figures at the same rung; p values are\nHolm's, over all of these tests.\n\n"
-        "  stepmark compare ddim heun\n  stepmark compare medusa speculative --track decoding",
+        "  stepmark compare ddim heun\n  stepmark compare medusa speculative --track decoding\n"
+        "  stepmark compare medusa speculative --metric tokens",
     )
     found.add_argument("a", metavar="METHOD", help="a method that has records (stepmark show)")
     found.add_argument("b", metavar="METHOD", help="another")
     found.add_argument("--track", help="only this track")
+    found.add_argument(
+        "--metric",
+        metavar="NAME",
+        help="this metric, on the tasks that have it, instead of the first of each task (stepmark list tasks)",
+    )
     found.add_argument("--tier", choices=["smoke", "embedded", "hub"], default="embedded")
     add_results(found)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from stepmark.commands.options import choice_of, methods_of, results_of, tier_of
 
 if TYPE_CHECKING:
     from stepmark.record import Record
+    from stepmark.task import Task
 
 
 def show(arguments: argparse.Namespace) -> int:
@@ -30,7 +31,6 @@ def show(arguments: argparse.Namespace) -> int:
     _known("method", arguments.method, {*plugins.methods(), *(r.method for r in found)})
     _known("task", arguments.task, {*tasks, *(r.task for r in found)})
     _known("track", arguments.track, plugins.tracks())
-    _known("metric", metrics, {name for _, task in tasks.values() for name in task.metrics})
     wanted: dict[str, Collection[Any]] = {
         "method": methods_of(arguments), "track": arguments.track, "task": arguments.task, "rung": arguments.rung,
         "seed": arguments.seed,
@@ -42,6 +42,7 @@ def show(arguments: argparse.Namespace) -> int:
             if not found:
                 print(f"no records of {name} {_listed(values)}; there are those of {_listed(there)}")
                 return 0
+    _known_metrics(metrics, {r.task for r in found} or arguments.task, tasks)
     seeds = len(set(arguments.seed)) or None
     print(tables.show(found, metrics, seeds) if found else f"no records below {results}; write some with: stepmark run")
     return 0
@@ -62,6 +63,20 @@ def _known(kind: str, names: Sequence[str], known: Collection[str]) -> None:
             raise ValueError(f"no {kind} {name!r}; {meant}")
 
 
+def _known_metrics(names: Sequence[str], asked: Collection[str], tasks: Mapping[str, tuple[str, Task]]) -> None:
+    """Raise `ValueError` with the metrics of the tasks that are asked for (none: all), if none of them has a name."""
+    chosen = [tasks[task][1] for task in asked if task in tasks] or [task for _, task in tasks.values()]
+    known = list(dict.fromkeys(name for task in chosen for name in task.metrics))
+    one = len(chosen) == 1
+    where, whose = (chosen[0].id, "its") if one else (f"any of {len(chosen)} tasks", "their")
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, 3)
+            meant = f" did you mean {' or '.join(near)}?" if near else ""
+            have = ", ".join(known) if one else f"{_listed(known)} (stepmark list tasks)"
+            raise ValueError(f"no metric {name!r} on {where};{meant} {whose} metrics: {have}")
+
+
 def compare(arguments: argparse.Namespace) -> int:
     """Two methods by paired tests."""
     from stepmark import admission
@@ -73,7 +88,10 @@ def compare(arguments: argparse.Namespace) -> int:
     _known("method", both, {*plugins.methods(), *(r.method for r in taken), *(each.record.method for each in others)})
     _known("track", [arguments.track] if arguments.track else [], plugins.tracks())
     found = [r for r in (*taken, *(each.record for each in others)) if r.tier == arguments.tier]
-    print(tables.compare(found, *both, arguments.track))
+    if arguments.metric is not None:
+        of = [{r.task for r in found if r.method == each and arguments.track in {None, r.track}} for each in both]
+        _known_metrics([arguments.metric], of[0] & of[1], admission.from_folders(found) | plugins.tasks())
+    print(tables.compare(found, *both, arguments.track, arguments.metric))
     aside = [each for each in others if each.record.tier == arguments.tier and each.record.method in both]
     print("".join(f"\n{text}\n" for text in tables.left_out(aside)), end="")
     return 0
