@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -46,16 +46,18 @@ def judge(claim: Claim, info: MethodInfo, place: Place, found: Found) -> claims.
     check = check.at(rungs) if rungs else check
     references = check.references()
     rows = {r: found.get((place, task, r.method, r.rung)) for r in references if not isinstance(r.rung, Span)}
-    seeds = shared_seeds([row for row in rows.values() if row]) if all(rows.values()) else []
+    if lacks := missing({(r.method, r.rung): row for r, row in rows.items()}, task, place):  # type: ignore[misc]
+        return claims.Verdict("not run", None, None, {}, 0, f"not run: {lacks}")
+    measured = [row for row in rows.values() if row]
+    seeds = shared_seeds(measured)
 
     def look(metric: str, method: str, rung: int) -> list[NDArray[np.float64]] | str:
-        row = found.get((place, task, method, rung))
-        if row is None:
-            return "no record"
+        row = found[place, task, method, rung]
         if not row.ranked:
             return f"{row.status}: {'; '.join(row.notes)[:300] or 'no message'}"
         if not seeds:
-            return "no noise seed that all figures of the claim share"
+            have = {f"{each.method} has the seeds {_listed(each.measured)}" for each in measured}
+            return f"no seed that all figures of the claim share: {', '.join(sorted(have))}"
         if metric in TIMES:
             times = _times(metric, method, info.id, found.get((place, task, info.id, rung)), row)
             return times if isinstance(times, str) else [times] * len(seeds)
@@ -101,13 +103,61 @@ def _rungs(check: claims.Check, span: Span, task: str, place: Place, found: Foun
     """
     ladder = plugins.tasks()[task][1].rungs if task in plugins.tasks() else ()
     rungs = span.rungs(ladder)
-    if span.first is None:  # all that the methods have in common
-        methods = {r.method for r in check.references() if r.rung == span}
-        have = [[found.get((place, task, method, rung)) for method in methods] for rung in rungs]
-        rungs = [rung for rung, rows in zip(rungs, have, strict=True) if all(row and row.measured for row in rows)]
     if not rungs:
-        raise ValueError(f"no rung of {task} in {span} that all of its methods have records of")
+        raise ValueError(f"no rung of {task} lies in {span}: it has {_listed(ladder)}")
+    if span.first is None:  # all that the methods have in common
+        methods = dict.fromkeys(r.method for r in check.references() if r.rung == span)
+        have = {name: {rung: found.get((place, task, name, rung)) for rung in rungs} for name in methods}
+        shared = [rung for rung in rungs if all((row := rows[rung]) and row.measured for rows in have.values())]
+        if not shared:
+            wanted = {(name, rung): row for name, rows in have.items() for rung, row in rows.items()}
+            raise ValueError(f"no rung at which all were measured: {missing(wanted, task, place) or unmeasured(wanted)}")
+        return shared
     return rungs
+
+
+def missing(wanted: Mapping[tuple[str, int], Row | None], task: str, place: Place) -> str:
+    """Which rungs and seeds of which methods have no record, and the command that runs them; "" where none is missing.
+
+    `wanted`: rows by (method, rung), None where there is none.
+    """
+    said: list[str] = []
+    lacking: dict[str, set[int]] = {}
+    for method in dict.fromkeys(name for name, _ in wanted):
+        rows = {rung: row for (name, rung), row in wanted.items() if name == method}
+        absent = [rung for rung, row in rows.items() if row is None]
+        said += [f"{method} has no record at {_rungs_of(absent)}"] if absent else []
+        partly: dict[str, list[int]] = {}
+        for rung, row in rows.items():
+            if row is not None and row.status == "incomplete":
+                without = _listed(seed for seed in range(row.seeds) if seed not in row.records)
+                partly.setdefault(f"{len(row.records)} of {row.seeds} seeds, without {without}", []).append(rung)
+        said += [f"{method} has {seeds} at {_rungs_of(rungs)}" for seeds, rungs in partly.items()]
+        lacking[method] = {*absent, *(rung for rungs in partly.values() for rung in rungs)}
+    if not said:
+        return ""
+    said += [other] if (other := unmeasured(wanted)) else []
+    known = plugins.tasks().get(task)
+    words = [f"--method {method}" for method, rungs in lacking.items() if rungs]
+    words.append((known[1].words if known else "") or f"--task {task}")
+    words += [f"--rung {rung}" for rung in sorted(set().union(*lacking.values()))]
+    words += [f"--tier {place.tier}"] if place.tier not in {"embedded", "hub"} else []
+    words += [f"--device {place.device}"] if place.device != "cpu" else []
+    return f"{'; '.join(said)}; what is missing is run by: stepmark run {' '.join(words)}"
+
+
+def unmeasured(wanted: Mapping[tuple[str, int], Row | None]) -> str:
+    """What was run and gave no figure to judge by, in words."""
+    rows = [row for row in wanted.values() if row is not None and row.status in {"failed", "flagged", "skipped"}]
+    return "; ".join(f"{r.method} at rung {r.rung} is {r.status}: {'; '.join(r.notes)[:100] or 'no message'}" for r in rows)
+
+
+def _rungs_of(rungs: Collection[int]) -> str:
+    return f"{'rung' if len(rungs) == 1 else 'rungs'} {_listed(rungs)}"
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(numbers)))
 
 
 # times ------------------------------------------------------------------------------------------

@@ -76,6 +76,63 @@ def test_a_span_holds_where_it_holds_at_each_rung() -> None:
     assert verdict([*ladder("fast", better), *ladder("base", worse)], mixed).state == "reproduced"
 
 
+@pytest.mark.parametrize(
+    ("made", "claim", "said"),
+    [
+        (  # a span whose rungs are partly there: only those that are not, of whom
+            [*ladder("fast", [1.0, 1.0]), *ladder("base", [2.0])],
+            "sliced_w2[fast,1..4] < sliced_w2[base,1..4]",
+            "fast has no record at rung 4; base has no record at rungs 2, 4; what is missing is run by: "
+            f"stepmark run --method fast --method base --task {TASK} --rung 2 --rung 4",
+        ),
+        (
+            [*ladder("fast", [1.0]), *ladder("base", [2.0], seeds=(1,))],
+            "sliced_w2[fast,1] < sliced_w2[base,1]",
+            "base has 1 of 3 seeds, without 0, 2 at rung 1; what is missing is run by: "
+            f"stepmark run --method base --task {TASK} --rung 1",
+        ),
+        (
+            ladder("fast", [1.0, 1.0]),
+            "sliced_w2[fast,*] < sliced_w2[base,*]",
+            "no rung at which all were measured: fast has no record at rungs 4, 8, 16, 32, 64; base has no record at "
+            "rungs 1, 2, 4, 8, 16, 32, 64; what is missing is run by: stepmark run --method fast --method base "
+            f"--task {TASK} --rung 1 --rung 2 --rung 4 --rung 8 --rung 16 --rung 32 --rung 64",
+        ),
+        (
+            [*ladder("fast", [1.0]), record("base", 2, 1.0, status="flagged", flags=["threads"], device="cpu")],
+            "sliced_w2[fast,1..2] < sliced_w2[base,1..2]",
+            "fast has no record at rung 2; base has no record at rung 1; base at rung 2 is flagged: threads; what is "
+            f"missing is run by: stepmark run --method fast --method base --task {TASK} --rung 1 --rung 2",
+        ),
+        (
+            [record("fast", 1, 1.0, device="cuda", tier="smoke")],
+            "sliced_w2[base,1] < 2",
+            "base has no record at rung 1; what is missing is run by: "
+            f"stepmark run --method base --task {TASK} --rung 1 --tier smoke --device cuda",
+        ),
+        (
+            [*ladder("fast", [1.0]), record("base", 1, 1.0, status="flagged", flags=["threads"])],
+            "sliced_w2[fast,1] < sliced_w2[base,1]",
+            "sliced_w2[base,1]: flagged: threads",
+        ),
+        (
+            ladder("fast", [1.0]),
+            "sliced_w2[fast,5..7] < 2",
+            f"no rung of {TASK} lies in 5..7: it has 1, 2, 4, 8, 16, 32, 64",
+        ),
+    ],
+    ids=["rungs", "seeds", "nothing shared", "flagged beside", "elsewhere", "flagged alone", "off the ladder"],
+)
+def test_not_run_says_what_is_missing_and_what_runs_it(made: list[Record], claim: str, said: str) -> None:
+    assert verdict(made, claim).text == f"not run: {said}"
+
+
+def test_a_span_without_a_measured_rung_says_why() -> None:
+    made = [record(name, r, 1.0, status="failed", message="no memory") for name in ("fast", "base") for r in RUNGS]
+    text = verdict(made, "sliced_w2[fast,*] < sliced_w2[base,*]").text
+    assert "no rung at which all were measured: fast at rung 1 is failed: no memory; " in text and "run by" not in text
+
+
 def test_the_language_of_spans() -> None:
     check_ = claims.parse("fd[a, *] <= 1.1 * fd[b,*] and flops[a,16] < 3")
     assert check_.spans == (Span(),) and str(check_.references()[0]) == "fd[a,*]"
