@@ -231,6 +231,17 @@ def test_show_keeps_to_what_was_asked(results: list[str], capsys: pytest.Capture
     assert "test-cpu, cuda" in shown(capsys, *results, "--rung", "4")  # a table of its own
 
 
+def test_figures_of_smoke_are_no_measurements_in_words(results: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    said = "tier smoke: a few items, enough to see that a method works. What they give is no measurement"
+    assert said not in shown(capsys, *results)
+    for name in ("ddim", "unipc"):
+        r = record(name, 8, tier="smoke")
+        records.append(records.path_of(Path(results[1]), r), r)
+    assert said in shown(capsys, *results, "--tier", "smoke")
+    assert main(["compare", "ddim", "unipc", "--tier", "smoke", *results]) == 0
+    assert said in capsys.readouterr().out
+
+
 def test_show_indents_variants_and_knows_other_metrics(results: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, *results, "--rung", "8")
     column = text.splitlines()[1].index("method")

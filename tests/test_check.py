@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from stepmark.leaderboard.verdicts import judge
 
 from stepmark import check as contract
 from stepmark import plugins
-from stepmark.check import check, further_rungs, running, warned
+from stepmark.check import aloud, check, further_rungs, running, warned
 from stepmark.cli import main
 from stepmark.method import Claim
 from stepmark.names import meant
@@ -74,7 +76,16 @@ def test_a_scaffold_filled_in_passes_the_check(elsewhere: Path, capsys: pytest.C
     for words in ("fill in run", "my_sampler.py:", "title='...' says nothing", "still the template's"):
         assert any(words in finding for finding in findings), findings
     path.write_text(written(path.read_text()))
-    assert check(path) == []
+    said: list[str] = []
+
+    def stage(what: str) -> contextlib.nullcontext[None]:
+        said.append(what)
+        return contextlib.nullcontext()
+
+    assert check(path, stage=stage) == []
+    at = "my_sampler on sampling/mixtures_flow at rung"
+    further = (f"{at} {rung}, audited" for rung in (1, 8, 64))
+    assert said == ["my_sampler, the source", f"{at} 4, audited", f"{at} 4, again in a fresh process", *further]
     assert not any("stands at one rung" in text for text in warned(path))
 
 
@@ -339,6 +350,25 @@ def test_a_state_made_for_each_rung_is_asked_for_on_the_smoke_ladder_alone(elsew
     path.write_text(path.read_text().replace("session.state[f'shift_{rung}']", "1 / (rung - 1)"))
     (finding,) = running(plugins.methods()["prepared"], fresh=False)
     assert "at rung 1: ZeroDivisionError" in finding
+
+
+def test_what_the_check_is_at_is_a_line_each(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(contract, "warnings", lambda info: [])
+    path = elsewhere / "image" / "mine.py"
+    path.write_text(LEAST)
+    assert main(["check", str(path), "--no-run"]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{path}: keeps the contract\n"
+    lines = [re.sub(r" \d+\.\d s$", "", line) for line in err.splitlines()]
+    assert lines == ["mine, the source ...", "mine, its claims by the records ..."]
+    monkeypatch.setattr(contract, "running", lambda *_, **__: iter(()))
+    assert main(["check", str(path)]) == 0
+    assert capsys.readouterr().err.startswith("runs are of tier smoke: a few items, enough to see that a method works.")
+    with pytest.raises(KeyError), aloud("a stage"):
+        raise KeyError
+    assert re.fullmatch(r"a stage \.\.\. \d+\.\d s\n", capsys.readouterr().err)  # its line ends, whatever happens
 
 
 def test_a_call_beyond_its_rung_is_told_the_sum_and_the_line(elsewhere: Path) -> None:

@@ -118,7 +118,7 @@ def test_a_run_says_what_is_left_out_and_what_it_will_take_before_it_starts(
     assert re.match(r"\d,\d{3} cells to run, about \d+ (hours|days) by the pub", capsys.readouterr().err)
 
 
-def test_a_forecast_is_the_published_time_of_the_calls_and_of_the_preparation() -> None:
+def test_a_forecast_is_the_published_time_of_the_calls_and_of_the_preparation(monkeypatch: pytest.MonkeyPatch) -> None:
     cell = Cell("ddim", "sampling/mixtures_eps", 4, 1, "embedded")
     task = plugins.tasks()[cell.task][1]
     known = next(r for r in records.read_all(results_folder("embedded")) if r.method == "ddim" and r.latency)
@@ -128,10 +128,18 @@ def test_a_forecast_is_the_published_time_of_the_calls_and_of_the_preparation() 
     batches = math.ceil(task.n / task.batch)
     running, preparing = forecast.seconds([cell], [record], True) or (0, 0)
     assert running == pytest.approx(5.0 * batches, rel=0.1) and preparing == 100
+    options = suite.Options(results_folder("embedded"), workers=2)
+    monkeypatch.setattr(forecast, "seconds", lambda *_: (4.0, 0.0))  # of two workers, who start but once
+    said = f"about {4 / 2 + forecast.START:.0f} s by the published latencies, start and audit included"
+    assert forecast.sentence([cell], options) == f"1 cell to run, {said}"
+    monkeypatch.undo()
     unknown = replace(cell, rung=8)
     assert forecast.seconds([cell, unknown], [record], True) == pytest.approx((2 * running, 100))
     assert forecast.seconds([cell, replace(cell, seed=2)], [record], True) == pytest.approx((2 * running, 200))
     assert forecast.seconds([replace(cell, seed=0)], [record], True)[0] > running + 8  # type: ignore[index]
+    quick = record.model_copy(update={"latency": times.model_copy(update={"median_ms": 0.0})})
+    audited, plain = (forecast.seconds([replace(cell, seed=s)], [quick], False) or (0, 0) for s in (0, 1))
+    assert audited[0] == pytest.approx(plain[0] + forecast.AUDIT)
     assert forecast.seconds([unknown], [], True) is None
 
 

@@ -11,7 +11,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -234,7 +236,26 @@ def further_rungs(info: MethodInfo, task_id: str) -> list[int]:
     return sorted(rungs & set(task.rungs) - set(task.ladder("smoke")))
 
 
-def running(info: MethodInfo, device: str = "cpu", fresh: bool = True) -> Iterator[str]:
+Stage = Callable[[str], AbstractContextManager[None]]  # around what takes time: told what it is
+
+
+def silent(what: str) -> AbstractContextManager[None]:
+    """A stage of which nothing is said."""
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def aloud(what: str) -> Iterator[None]:
+    """A stage as a line of stderr: what is being done, at once, and how long it took."""
+    start = time.monotonic()
+    print(f"{what} ...", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        print(f" {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+
+
+def running(info: MethodInfo, device: str = "cpu", fresh: bool = True, stage: Stage = silent) -> Iterator[str]:
     """Faults that show when the plugin runs at tier smoke: failures, wrong outputs, and what the audit flags.
 
     Each task at the rungs of the smoke ladder and at `further_rungs`; of a variant, which is the same code, at those on
@@ -248,8 +269,9 @@ def running(info: MethodInfo, device: str = "cpu", fresh: bool = True) -> Iterat
         beyond = further_rungs(info, task_id)
         for rung in (*smoke, *beyond):
             cell = Cell(info.id, task_id, rung, 0, "smoke")
-            record = measure(cell, device, timing=False, show_progress=False)
             place = f"{task_id} at rung {rung}"
+            with stage(f"{info.id} on {place}, audited"):
+                record = measure(cell, device, timing=False, show_progress=False)
             if record.status == "failed" and not (rung in beyond and _unprepared(record.message, rung)):
                 if (record.message or "").startswith("PluginError: "):  # it cannot even be imported, on whichever task
                     yield (record.message or "").removeprefix("PluginError: ")
@@ -258,8 +280,11 @@ def running(info: MethodInfo, device: str = "cpu", fresh: bool = True) -> Iterat
             if record.status in {"failed", "skipped"} and rung in smoke:
                 break
             yield from (f"{place}: {flag}" for flag in record.flags)
-            if fresh and (number, rung) == (0, smoke[-1]) and (other := _fresh_outputs(cell, device)) != record.outputs:
-                yield f"{place}: a fresh process gave other outputs ({other}); something is left over between runs"
+            if fresh and (number, rung) == (0, smoke[-1]):
+                with stage(f"{info.id} on {place}, again in a fresh process"):
+                    other = _fresh_outputs(cell, device)
+                if other != record.outputs:
+                    yield f"{place}: a fresh process gave other outputs ({other}); something is left over between runs"
 
 
 def _unprepared(message: str | None, rung: int) -> bool:
@@ -280,8 +305,9 @@ def _fresh_outputs(cell: object, device: str) -> str:
     return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr.strip()[-200:]
 
 
-def check(path: Path, device: str = "cpu", run: bool = True) -> list[str]:
-    """Everything wrong with the plugin at `path`, in plain words; [] when it keeps the contract."""
+def check(path: Path, device: str = "cpu", run: bool = True, stage: Stage = silent) -> list[str]:
+    """Everything wrong with the plugin at `path`, in plain words; [] when it keeps the contract. `stage`: who is told what
+    is being done."""
     path = path.resolve()
     if not path.exists():
         return [f"{path} is not there; give the file of a method, methods/<track>/<id>.py"]
@@ -312,16 +338,19 @@ def check(path: Path, device: str = "cpu", run: bool = True) -> list[str]:
             ]
     findings: list[str] = []
     for info in infos:
-        own = [*static(info), *misplaced(info), *headline(info)]
+        with stage(f"{info.id}, the source"):
+            own = [*static(info), *misplaced(info), *headline(info)]
         if run and not any(finding.startswith(("tasks:", "baselines:")) for finding in own):
-            own += running(info, device)
+            own += running(info, device, stage=stage)
         findings += [finding if info.base is None else f"variant {info.id}: {finding}" for finding in own]
     return list(dict.fromkeys(findings))
 
 
-def warned(path: Path) -> list[str]:
+def warned(path: Path, stage: Stage = silent) -> list[str]:
     """Warnings of every method and variant in a file; [] where it cannot be read, which `check` says."""
     try:
-        return [text for info in plugins.read_methods(path.resolve()) for text in warnings(info)]
+        infos = plugins.read_methods(path.resolve())
+        with stage(f"{path.stem}, its claims by the records"):
+            return [text for info in infos for text in warnings(info)]
     except (plugins.PluginError, OSError):
         return []

@@ -233,8 +233,8 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         catalogue.check,
         "check plugins against the contract and say what is wrong and where",
         "The source is read first; then\n"
-        "every task of a plugin runs on a few items, at several rungs, audited. A minute or so; exit status 1 when\n"
-        "something is to mend. What is only a warning keeps nobody out.\n\n"
+        "every task of a plugin runs on a few items, at several rungs, audited. A minute or so for each task; what it\n"
+        "is at stands on stderr. Exit status 1 when something is to mend. What is only a warning keeps nobody out.\n\n"
         "  stepmark check methods/image/my_sampler.py            before a pull request\n"
         "  stepmark check --no-run methods/image/my_sampler.py   the source only, at once",
     )

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 WATCHED = 8  # calls' worth of time for those under counters, for memory, and for comparisons of calls
 EACH = 0.3  # seconds of a cell around its calls: inputs, scores, resamples, the record
+AUDIT = 0.7  # more of one of seed 0: counters and guard, another process of the method and comparisons with it
+START = 6.0  # seconds before the first cell: the libraries, here and in the process that methods are forked from
 LONGEST_ROUNDS = 8.0  # seconds, as in `passes.latency`
 
 
@@ -26,8 +28,9 @@ def sentence(cells: Sequence[Cell], options: Options) -> str:
     if found is None:
         return f"{counted}; no published record says how long these take"
     calls, preparing = (part / max(1, options.workers) for part in found)
+    calls += START
     more = f", and up to {span(preparing)} for preparing what is not in the cache" if preparing >= 30 else ""
-    return f"{counted}, about {span(calls)} by the published latencies{more}"
+    return f"{counted}, about {span(calls)} by the published latencies, start and audit included{more}"
 
 
 def seconds(cells: Sequence[Cell], published: Sequence[Record], timing: bool) -> tuple[float, float] | None:
@@ -46,7 +49,7 @@ def seconds(cells: Sequence[Cell], published: Sequence[Record], timing: bool) ->
         one = each * min(task.batch, task.items(cell.tier))
         spent = EACH + one * math.ceil(task.items(cell.tier) / task.batch)
         if cell.seed == 0:
-            spent += WATCHED * one
+            spent += AUDIT + WATCHED * one
             if timing and cell.tier != "smoke":
                 spent += min(LONGEST_ROUNDS, 2 * max(task.rounds * one, task.seconds))
         running.append(spent)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 
 from stepmark import plugins
+from stepmark.commands.options import SMOKE
 from stepmark.commands.table import columns, screen
 from stepmark.names import unknown
 
@@ -67,13 +69,15 @@ def check(arguments: argparse.Namespace) -> int:
     from stepmark import check as contract
 
     wrong = 0
+    if not arguments.no_run:
+        print(f"runs are of tier smoke: {SMOKE}", file=sys.stderr)
     for path in arguments.path:
-        findings = contract.check(path, arguments.device, not arguments.no_run)
+        findings = contract.check(path, arguments.device, not arguments.no_run, contract.aloud)
         wrong += bool(findings)
         print(f"{path}: " + ("keeps the contract" if not findings else f"{len(findings)} to mend"))
         for finding in findings:
             print(f"  - {finding}")
-        for warning in contract.warned(path):
+        for warning in contract.warned(path, contract.aloud):
             print(f"  warning: {warning}")
     return 1 if wrong else 0
 

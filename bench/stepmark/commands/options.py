@@ -16,12 +16,16 @@ if TYPE_CHECKING:
     from stepmark.suite import Selection
 
 
+# What is said beside everything that this tier writes.
+SMOKE = "a few items, enough to see that a method works. What they give is no measurement, and nothing to compare by"
+
+
 def add_selection(parser: argparse.ArgumentParser) -> None:
     """Which cells, and where their records lie."""
     parser.add_argument(
         "--tier",
         choices=["smoke", "embedded", "hub"],
-        help="default: embedded, or hub with --backbone; smoke is a quick look",
+        help="default: embedded, or hub with --backbone; smoke is a few items, to see that a method works, not how well",
     )
     for name, text in (("method", "ID"), ("track", "TRACK"), ("task", "KIND/NAME")):
         parser.add_argument(f"--{name}", action="append", default=[], metavar=text, help="may be given several times")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepmark import plugins
-from stepmark.commands.options import choice_of, methods_of, results_of, tier_of
+from stepmark.commands.options import SMOKE, choice_of, methods_of, results_of, tier_of
 
 if TYPE_CHECKING:
     from stepmark.record import Record
@@ -45,6 +45,7 @@ def show(arguments: argparse.Namespace) -> int:
     _known_metrics(metrics, {r.task for r in found} or arguments.task, tasks)
     seeds = len(set(arguments.seed)) or None
     print(tables.show(found, metrics, seeds) if found else f"no records below {results}; write some with: stepmark run")
+    _say_smoke(arguments.tier)
     return 0
 
 
@@ -94,7 +95,13 @@ def compare(arguments: argparse.Namespace) -> int:
     print(tables.compare(found, *both, arguments.track, arguments.metric))
     aside = [each for each in others if each.record.tier == arguments.tier and each.record.method in both]
     print("".join(f"\n{text}\n" for text in tables.left_out(aside)), end="")
+    _say_smoke(arguments.tier)
     return 0
+
+
+def _say_smoke(tier: str) -> None:
+    if tier == "smoke":
+        print(f"\ntier smoke: {SMOKE}. --tier embedded measures (of a checkpoint --tier hub).")
 
 
 def verify(arguments: argparse.Namespace) -> int:
