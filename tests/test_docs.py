@@ -25,6 +25,7 @@ def blocks(path: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
+PROOFS = [text for text in blocks(Path("docs/add-a-method.md"), "python") if "def test_" in text]
 EXAMPLES = [text for text in blocks(Path("docs/add-a-method.md"), "python") if text.startswith('"""')]
 
 
@@ -58,6 +59,27 @@ def test_a_copied_example_keeps_the_contract(number: int, elsewhere: Path) -> No
     mine, other = (measure(Cell(m, task, rung, 0, "smoke"), timing=False) for m in (name, info.baselines[0]))
     metric, better = {"image": ("endpoint_error", -1), "decoding": ("tokens", 1)}[track]
     assert better * mine.quality[metric].value > better * other.quality[metric].value
+
+
+def test_the_proof_of_the_sampler_passes_and_fails_with_the_method(elsewhere: Path) -> None:
+    (proof,) = PROOFS
+    scope: dict[str, Any] = {}
+    exec(compile(proof, "docs/add-a-method.md", "exec"), scope)
+    (prove,) = (value for name, value in scope.items() if name.startswith("test_"))
+    path = elsewhere / "image" / "baselines" / "my_midpoint.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(EXAMPLES[0])
+    prove()
+    for right, wrong in (
+        ("slope, t, middle), middle)", "slope, t, middle), t)"),  # the slope is not the middle's
+        ("middle = (t + s) / 2", "middle = s"),
+        ("if s > 0 or not odd:", "if s > 0:"),
+        ("divmod(rung, 2)", "divmod(rung - 1, 2)"),
+    ):
+        assert right in EXAMPLES[0]
+        path.write_text(EXAMPLES[0].replace(right, wrong))
+        with pytest.raises(AssertionError):
+            prove()
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
