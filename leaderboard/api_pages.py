@@ -23,6 +23,23 @@ CONTRACT = {
     "task": ("Task", "Dataset", "skip"),
 }
 CALLS = ("inputs", "check", "score", "handles")  # of a module with tasks: what they say of batches, outputs and metrics
+TEXTS = ("decoding", "diffusion_lm")  # tracks whose networks read words
+OF_LM = ("encode", "decode", "batches", "fit", "Muon", "hidden_states", "rotate_by")  # what authors may use of it
+LM = """\
+Words, ids and training of the small language models, `stepmark.backbones.lm`. What stands here is for methods; the recipes
+beside it are not. What your file names of it counts into the digests of its records.
+
+- `VOCABULARY`: the words, a tuple of strings; the id of a word is its place in it. `len(VOCABULARY)` is the V of logits. Its
+  last words, `<mask>` and `<pause>` among them, stand in no training text: they are for networks that a method trains.
+- `PAD`, `EOS`, `UNKNOWN`: the ids 0, 1 and 2 of `<pad>`, `<eos>` and `<unk>`, as ints. Outputs end with `EOS`, or at their
+  greatest length.
+- `encode` gives the ids of the words between blanks and nothing more: it adds no `EOS`, and makes a word that it does not
+  know `UNKNOWN`. `session.train["target"]` holds completions alone, without their prompts and without an end: what the
+  models were trained on is `[*encode(prompt), *encode(target), EOS]`.
+- Drafts may go on after `EOS`: `speculate` cuts the text there.
+- On a checkpoint of a user's own, `encode` reads by the tokenizer of the folder, and `VOCABULARY` and `EOS` are not the
+  checkpoint's: take the `eos` of its `Decoder`, and V from the logits.
+"""
 WIDE = 100  # characters of a signature from which on each argument has a line
 SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Yields):(?: (.*))?$")
 OWN = "Harness only"  # what the docstring of a function says that no plugin calls
@@ -70,6 +87,8 @@ def track_page(found: Board, track: str) -> list[str]:
         for node in _functions(tree):
             if node.name in CALLS:
                 parts += _documented(node, "####", name)
+    if track in TEXTS:
+        parts += _texts()
     parts.append("## Shared algorithms")
     for name in sorted(modules, key=lambda name: (name in asking, name)):
         taken = TRACK_CALLS if name in asking else ()
@@ -80,6 +99,16 @@ def track_page(found: Board, track: str) -> list[str]:
             parts += [markup.code("\n".join(aliases))] if (aliases := _aliases(modules[name])) else []
             for node in nodes:
                 parts += _documented(node, "####", name)
+    return parts
+
+
+def _texts() -> list[str]:
+    """What an author of a language method may use of the models' own module."""
+    name = "stepmark.backbones.lm"
+    defined = {node.name: node for node in parse(PACKAGE / "backbones" / "lm.py").body if isinstance(node, Node)}
+    parts = [f"## Words and training: {markup.heading(name)} {{ #lm }}", said(LM)]
+    for each in OF_LM:
+        parts += _documented(defined[each], "####", name)
     return parts
 
 

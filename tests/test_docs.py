@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -16,6 +17,7 @@ from stepmark import backbones, cli, plugins
 from stepmark.cell import Cell
 from stepmark.check import check, running
 from stepmark.run import measure
+from stepmark.task import load_split
 
 DOCS = [*sorted(Path("docs").glob("*.md")), Path("README.md"), Path("CONTRIBUTING.md")]
 
@@ -133,6 +135,32 @@ def test_a_page_has_signatures_shapes_and_arguments(board: Any) -> None:
                   ".scale(embedded: T, smoke: T) -&gt; T", "Claim(check: str, says: str", "<dt>rng, seed</dt>"):  # fmt: skip
         assert words in contract or words.replace("(session: Session)", "(session: Session)") in contract, words
     assert ".begin(" not in contract  # the harness's own
+
+
+@pytest.mark.parametrize("track", plugins.tracks())
+def test_what_methods_use_of_the_language_models_is_told(track: str, board: Any) -> None:
+    used: set[str] = set()
+    for info in plugins.methods().values():
+        if info.track == track and info.base is None:
+            for node in ast.walk(ast.parse(info.path.read_text())):
+                if isinstance(node, ast.ImportFrom) and node.module == "stepmark.backbones.lm":
+                    used |= {alias.name for alias in node.names}
+    page = "\n\n".join(api_pages.track_page(board, track))
+    assert ("stepmark.backbones.lm</" in page or "{ #lm }" in page) == bool(used)
+    for name in used:
+        assert f"<code>{name}</code>" in page or f"import {name}&#10;" in page, name
+
+
+def test_what_is_told_of_the_language_models_is_so() -> None:
+    lm = importlib.import_module("stepmark.backbones.lm")
+    assert (lm.PAD, lm.EOS, lm.UNKNOWN) == (0, 1, 2)
+    assert [lm.VOCABULARY[i] for i in (0, 1, 2)] == ["<pad>", "<eos>", "<unk>"]
+    assert lm.encode("tom nobody") == [lm.VOCABULARY.index("tom"), lm.UNKNOWN]
+    data = load_split("stories", "train")
+    assert lm.EOS not in lm.encode(data["target"][0]) and not data["target"][0].startswith(data["prompt"][0])
+    spare = set(lm.VOCABULARY[lm.VOCABULARY.index("<mask>") :])
+    assert "<pause>" in spare
+    assert all(spare.isdisjoint(f"{p} {t}".split()) for p, t in zip(data["prompt"], data["target"], strict=True))
 
 
 def test_networks_are_called_what_the_recipes_call_them() -> None:
