@@ -87,9 +87,7 @@ def left_out(others: Sequence[LeftOut]) -> list[str]:
     return ["\n".join([f"left out, neither ranked nor compared: {records}", *map(_printable, lines), *more])]
 
 
-def compare(
-    records: Sequence[Record], a: str, b: str, track: str | None = None, metric: str | None = None
-) -> str:
+def compare(records: Sequence[Record], a: str, b: str, track: str | None = None, metric: str | None = None) -> str:
     """Paired tests of two methods as an aligned table, with a plain sentence at the end. `metric`: this one, on the tasks
     that have it (default: the first of each task).
 

@@ -111,7 +111,9 @@ def _rungs(check: claims.Check, span: Span, task: str, place: Place, found: Foun
         shared = [rung for rung in rungs if all((row := rows[rung]) and row.measured for rows in have.values())]
         if not shared:
             wanted = {(name, rung): row for name, rows in have.items() for rung, row in rows.items()}
-            raise ValueError(f"no rung at which all were measured: {missing(wanted, task, place) or unmeasured(wanted)}")
+            raise ValueError(
+                f"no rung at which all were measured: {missing(wanted, task, place) or unmeasured(wanted)}"
+            )
         return shared
     return rungs
 
@@ -149,7 +151,9 @@ def missing(wanted: Mapping[tuple[str, int], Row | None], task: str, place: Plac
 def unmeasured(wanted: Mapping[tuple[str, int], Row | None]) -> str:
     """What was run and gave no figure to judge by, in words."""
     rows = [row for row in wanted.values() if row is not None and row.status in {"failed", "flagged", "skipped"}]
-    return "; ".join(f"{r.method} at rung {r.rung} is {r.status}: {'; '.join(r.notes)[:100] or 'no message'}" for r in rows)
+    return "; ".join(
+        f"{r.method} at rung {r.rung} is {r.status}: {'; '.join(r.notes)[:100] or 'no message'}" for r in rows
+    )
 
 
 def _rungs_of(rungs: Collection[int]) -> str:
