@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -124,7 +126,7 @@ def test_the_first_claim_of_a_file_can_hold_and_fail_at_each_of_its_rungs() -> N
 def test_a_reference_point_is_written_among_the_baselines(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["new", str(elsewhere / "image" / "my_point"), "--baseline"]) == 0
     path = elsewhere / "image" / "baselines" / "my_point.py"
-    assert f"wrote {path}" in capsys.readouterr().out and not (elsewhere / "image" / "my_point.py").exists()
+    assert f"wrote {path};" in capsys.readouterr().out and not (elsewhere / "image" / "my_point.py").exists()
     text = path.read_text()
     assert "    paper = None\n" in text
     assert not any(words in text for words in ("Paper", "headline", "Differs", "catalogue"))
@@ -132,6 +134,7 @@ def test_a_reference_point_is_written_among_the_baselines(elsewhere: Path, capsy
     assert (elsewhere / "image" / "baselines" / "my_other.py").read_text() == text.replace(
         "my_point", "my_other"
     ).replace("MyPoint", "MyOther").replace("My point", "My other")
+    subprocess.run([sys.executable, "-m", "ruff", "format", "--check", "--line-length", "120", path], check=True)
     path.write_text(written(text))
     assert check(path, run=False) == [] and warned(path) == []
     assert main(["new", str(elsewhere / "image" / "my_point"), "--baseline"]) == 2

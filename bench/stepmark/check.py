@@ -118,7 +118,8 @@ def _both_run(info: MethodInfo, claim: Claim, references: Iterable[Reference]) -
     methods = plugins.methods()
     task_id = claim.task or info.tasks[0]
     asked = {each.method for each in references if each.method in methods}
-    shared = [task for task in plugins.tasks() if all(task in methods[each].tasks for each in asked)]
+    candidates = dict.fromkeys([*info.tasks, *plugins.tasks()])  # its own first
+    shared = [task for task in candidates if all(task in methods[each].tasks for each in asked)]
     lacking = sorted(each for each in asked if task_id not in methods[each].tasks)
     mends = [f"add {task_id!r} to tasks"] if lacking == [info.id] else []
     mends += [f"write task={shared[0]!r}, where all that it names run"] if shared else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -43,19 +44,25 @@ class {name}(Method):
     tasks = ("{task}",)  # stepmark list tasks
     baselines = ("{baseline}",)
     claims = (
-        Claim("{check}", says="{says}", headline=True),
+        Claim(
+            "{check}",
+            says="{says}",
+            headline=True,
+        ),
     )
 
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> {returns}:
         """One call of the track: at most `rung` {unit} per item of `batch`."""
-        raise ValueError("fill in run; docs/add-a-method.md has examples, stepmark.tracks.{track} says what it gets and returns")
+        raise ValueError(
+            "fill in run; docs/add-a-method.md has examples, stepmark.tracks.{track} says what it gets and returns"
+        )
 '''
 
 # What the file of a reference point says otherwise: it has no paper, so that nothing is a headline of one.
 OF_A_BASELINE = (
     ("from stepmark import Claim, Method, Paper", "from stepmark import Claim, Method"),
     ("\n    Differs from the paper: what, and why (delete this line if nothing does).\n", ""),
-    (", headline=True", ""),
+    ("            headline=True,\n", ""),
 )
 
 
@@ -78,7 +85,8 @@ def scaffold(target: Path, task_id: str | None = None, baseline: bool = False) -
         raise ValueError(f"{name!r} is no id: use small letters, digits and _, such as my_sampler")
     among = among_baselines(target)
     if baseline and not among:
-        target = folder_of(target) / track / "baselines" / target.name
+        placed = folder_of(target) / track / "baselines" / target.name
+        target = placed if target.is_absolute() else Path(os.path.relpath(placed))
     if target.exists() or name in plugins.methods():
         raise ValueError(f"there is a method {name!r} already; choose another id")
     of_track = {t.id: t for owner, t in plugins.tasks().values() if owner == track}

@@ -92,8 +92,8 @@ def new(arguments: argparse.Namespace) -> int:
     folder = folder_of(path)
     if (line := blank(path)) is not None:
         print(
-            f"{path.stem} is no paper of leaderboard/catalogue.jsonl. Add its line there, whose fields CONTRIBUTING.md tells "
-            f"(what is nobody's paper: stepmark new --baseline):\n  {line}"
+            f"{path.stem} is no paper of leaderboard/catalogue.jsonl. Add its line, whose fields CONTRIBUTING.md describes, "
+            f"or start what is nobody's paper with --baseline:\n  {line}"
         )
     if folder not in plugins.method_folders():
         print(
