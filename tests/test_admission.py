@@ -264,11 +264,11 @@ def test_show_indents_variants_and_knows_other_metrics(results: list[str], capsy
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--method", "unipcc"), "no method 'unipcc'; did you mean unipc"),
-        (("--task", "class_to_image/digit_eps"), "did you mean class_to_image/digits_eps"),
-        (("--track", "imag"), "did you mean image?"),
-        (("--metric", "fdd"), "did you mean fd"),
-        (("--metric", "fdd"), "on class_to_image/digits_eps; did you mean fd? its metrics: fd"),
+        (("--method", "unipcc"), "no method 'unipcc'; did you mean 'unipc'"),
+        (("--task", "class_to_image/digit_eps"), "did you mean 'class_to_image/digits_eps'"),
+        (("--track", "imag"), "did you mean 'image'?"),
+        (("--metric", "fdd"), "did you mean 'fd'"),
+        (("--metric", "fdd"), "on class_to_image/digits_eps; did you mean 'fd'? its metrics: fd"),
         (("--metric", "accuracy"), "no metric 'accuracy' on class_to_image/digits_eps; its metrics: fd"),
         (("--method", "zzzzzz"), "no method 'zzzzzz'; known: "),
     ],
@@ -279,7 +279,7 @@ def test_show_asks_back_after_a_typo(
     assert main(["show", *results, *words]) == 2
     assert said in capsys.readouterr().err
     assert main(["compare", "unipc", "ddmi", *results]) == 2
-    assert "did you mean ddim?" in capsys.readouterr().err
+    assert "did you mean 'ddim'?" in capsys.readouterr().err
 
 
 def test_compare_knows_other_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

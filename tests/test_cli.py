@@ -67,7 +67,7 @@ def test_every_command_explains_itself(command: list[str], capsys: pytest.Captur
         (["run", "--task", "digits_flow"], "did you mean 'class_to_image/digits_flow' or 'guided/digits_flow'?"),
         (["run", "--track", "nope"], "no track 'nope'; known: bayes, decoding"),
         (["run", "--track", "images"], "no track 'images'; did you mean 'image'?"),
-        (["compare", "ddim", "hen"], "no method 'hen'; did you mean heun?"),
+        (["compare", "ddim", "hen"], "no method 'hen'; did you mean 'heun'?"),
         (["tour", "smapler"], "no stop 'smapler'; did you mean 'sampler'?"),
         (["verify", "nowhere.jsonl"], "nowhere.jsonl is not there"),
         (["verify"], "give a record file, FILE:LINE, --sample N, or --slice K/N"),

@@ -51,7 +51,7 @@ class MethodInfo:
         return task.seeds if task.untrained else max(task.seeds, self.trainings)
 
 
-def literal(node: ast.expr, path: Path, owner: str = "it") -> Any:
+def literal(node: ast.expr, path: Path, owner: str) -> Any:
     """Value of a plain literal, in which Paper(...), Claim(...), Variant(...), Task(...) and Dataset(...) may stand.
     `owner`: the name that it is assigned to.
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepmark import plugins
 from stepmark.commands.options import SMOKE, choice_of, methods_of, results_of, tier_of
+from stepmark.names import meant
 
 if TYPE_CHECKING:
     from stepmark.record import Record
@@ -59,9 +59,7 @@ def _known(kind: str, names: Sequence[str], known: Collection[str]) -> None:
     """Raise `ValueError` with what may have been meant, if a name is neither of this checkout nor recorded."""
     for name in names:
         if name not in known:
-            near = get_close_matches(name, sorted(known), 3)
-            meant = f"did you mean {' or '.join(near)}?" if near else f"known: {_listed(known)}"
-            raise ValueError(f"no {kind} {name!r}; {meant}")
+            raise ValueError(f"no {kind} {name!r}; {meant(name, sorted(known)) or f'known: {_listed(known)}'}")
 
 
 def _known_metrics(names: Sequence[str], asked: Collection[str], tasks: Mapping[str, tuple[str, Task]]) -> None:
@@ -72,10 +70,9 @@ def _known_metrics(names: Sequence[str], asked: Collection[str], tasks: Mapping[
     where, whose = (chosen[0].id, "its") if one else (f"any of {len(chosen)} tasks", "their")
     for name in names:
         if name not in known:
-            near = get_close_matches(name, known, 3)
-            meant = f" did you mean {' or '.join(near)}?" if near else ""
+            guess = f" {near}" if (near := meant(name, known)) else ""
             have = ", ".join(known) if one else f"{_listed(known)} (stepmark list tasks)"
-            raise ValueError(f"no metric {name!r} on {where};{meant} {whose} metrics: {have}")
+            raise ValueError(f"no metric {name!r} on {where};{guess} {whose} metrics: {have}")
 
 
 def compare(arguments: argparse.Namespace) -> int:
