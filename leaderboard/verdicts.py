@@ -59,7 +59,11 @@ def judge(claim: Claim, info: MethodInfo, place: Place, found: Found) -> claims.
             have = {f"{each.method} has the seeds {_listed(each.measured)}" for each in measured}
             return f"no seed that all figures of the claim share: {', '.join(sorted(have))}"
         if metric in TIMES:
-            times = _times(metric, method, info.id, found.get((place, task, info.id, rung)), row)
+            mine = row if metric == "speedup" else found.get((place, task, info.id, rung))
+            if mine is None or mine.timed is None or mine.timed.latency is None:
+                owner = method if metric == "speedup" else info.id
+                return f"{owner} was not timed there, {_run_by([owner], task, [rung], place)}"
+            times = _times(metric, method, info.id, mine.timed, row)
             return times if isinstance(times, str) else [times] * len(seeds)
         figures = [_figure(row, row.of(s), metric) for s in seeds]
         reason = row.reason(metric.removesuffix("_mib")) or "not measured"
@@ -139,13 +143,18 @@ def missing(wanted: Mapping[tuple[str, int], Row | None], task: str, place: Plac
     if not said:
         return ""
     said += [other] if (other := unmeasured(wanted)) else []
+    methods = [method for method, rungs in lacking.items() if rungs]
+    return f"{'; '.join(said)}; {_run_by(methods, task, set().union(*lacking.values()), place)}"
+
+
+def _run_by(methods: Iterable[str], task: str, rungs: Iterable[int], place: Place) -> str:
     known = plugins.tasks().get(task)
-    words = [f"--method {method}" for method, rungs in lacking.items() if rungs]
+    words = [f"--method {method}" for method in methods]
     words.append((known[1].words if known else "") or f"--task {task}")
-    words += [f"--rung {rung}" for rung in sorted(set().union(*lacking.values()))]
+    words += [f"--rung {rung}" for rung in sorted(rungs)]
     words += [f"--tier {place.tier}"] if place.tier not in {"embedded", "hub"} else []
     words += [f"--device {place.device}"] if place.device != "cpu" else []
-    return f"{'; '.join(said)}; what is missing is run by: stepmark run {' '.join(words)}"
+    return f"what is missing is run by: stepmark run {' '.join(words)}"
 
 
 def unmeasured(wanted: Mapping[tuple[str, int], Row | None]) -> str:
@@ -167,11 +176,9 @@ def _listed(numbers: Iterable[int]) -> str:
 # times ------------------------------------------------------------------------------------------
 
 
-def _times(metric: str, method: str, owner: str, mine: Row | None, row: Row) -> NDArray[np.float64] | str:
+def _times(metric: str, method: str, owner: str, timed: Record, row: Row) -> NDArray[np.float64] | str:
     """Resamples of a method's time at a rung, from the rounds of the claim's own method; or why there are none."""
-    timed = row.timed if metric == "speedup" else mine.timed if mine is not None else None
-    if timed is None or timed.latency is None:
-        return f"no times of {owner} at this rung"
+    assert timed.latency is not None
     if (cores := _beside_others(timed)) is not None:
         return cores
     latency = timed.latency

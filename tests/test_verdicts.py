@@ -251,6 +251,9 @@ def test_times_are_judged_in_turns_and_on_a_device_that_was_alone(monkeypatch: p
     crowded = record("fast", r, 1.0, latency=timed(1.0, 2.0), environment=ALONE | {"usable_cores": "1"})
     found = verdict([crowded, base], f"latency_ms[fast,{r}] < latency_ms[base,{r}]")
     assert found.state == "not run" and "1 of 2 cores" in found.text
+    # Where only quality was measured, the command that takes the times is named.
+    found = verdict([record("fast", r, 1.0), base], f"latency_ms[fast,{r}] < latency_ms[base,{r}]")
+    assert found.state == "not run" and f"stepmark run --method fast --task {TASK} --rung {r}" in found.text
 
 
 def test_check_wants_a_headline_and_warns_of_weak_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
