@@ -10,7 +10,7 @@ from itertools import combinations
 import numpy as np
 from stepmark.leaderboard.estimates import figure, sane
 from stepmark.leaderboard.groups import ALPHA, paired
-from stepmark.leaderboard.rows import Place, Row, headline, newest, rows_of, split
+from stepmark.leaderboard.rows import Place, Row, headline, homes, newest, rows_of, split
 
 from stepmark import plugins
 from stepmark.admission import from_folders, sorted_out
@@ -78,7 +78,9 @@ def comparisons(
     if a == b:
         raise ValueError("give two different methods")
     chosen = [r for r in newest(taken) if r.method in {a, b} and (track is None or r.track == track)]
-    return contrasts(rows_of(chosen, known), [(a, b)], known, metric)[a, b]
+    return contrasts(
+        rows_of(chosen, known, homes(Counter((r.device, r.machine) for r in newest(taken)))), [(a, b)], known, metric
+    )[a, b]
 
 
 def contrasts(

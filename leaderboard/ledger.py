@@ -9,6 +9,7 @@ up as rows; then the raw numbers go, but for the resamples of the newest version
 from __future__ import annotations
 
 import multiprocessing
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from stepmark.leaderboard import downloads
 from stepmark.leaderboard.groups import assign_groups
-from stepmark.leaderboard.rows import Row, line_id, order, rows_of, settle
+from stepmark.leaderboard.rows import Row, homes, line_id, order, rows_of, settle
 from stepmark.leaderboard.trust import Dispute, Intervals, Standing, standing
 
 from stepmark import plugins, stats
@@ -32,6 +33,7 @@ from stepmark.meter.machine import usable_cores
 from stepmark.record import Quality, Record, version_key
 from stepmark.task import Task
 
+DEVICE = re.compile(rb'"device": ?"(\w+)"')
 APART = 50_000_000  # bytes of records from which on processes are worth their start
 
 
@@ -55,11 +57,13 @@ class Ledger:
 
 
 class Asked(NamedTuple):
-    """What is wanted of every method's records: the newest suite version, a tier (None: all but smoke), accepted
-    objections, and the folder for the parts of the downloads (None: nowhere).
+    """What is wanted of every method's records: the newest suite version, the machines whose rows are completed
+    (`rows.homes`), a tier (None: all but smoke), accepted objections, and the folder for the parts of the downloads
+    (None: nowhere).
     """
 
     newest: tuple[int, ...]
+    home: Mapping[str, str]
     tier: str | None
     objections: Mapping[str, Dispute]
     folder: Path | None
@@ -81,7 +85,8 @@ def read(
         units[path.relative_to(results).with_suffix("").parts[2:]].append(path)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    asked = Asked(_newest(chain(*units.values()), results, tier), tier, objections or {}, folder)
+    newest = _newest(chain(*units.values()), results, tier)
+    asked = Asked(newest, _homes(chain(*units.values()), results, newest), tier, objections or {}, folder)
     sizes = {key: sum(path.stat().st_size for path in paths) for key, paths in units.items()}
     # The largest first, so that no process is left alone with it at the end.
     work = [units[key] for key in sorted(units, key=lambda key: -sizes[key])]
@@ -104,7 +109,8 @@ def of(
     everything = [r for mine in units.values() for r in mine if _wanted(r, tier)]
     found = sorted_out(everything, _known(everything))[0]
     newest = max((version_key(r.suite) for r in found), default=())
-    asked = Asked(newest, tier, objections or {}, None)
+    home = homes((r.device, r.machine) for r in found if version_key(r.suite) == newest)
+    asked = Asked(newest, home, tier, objections or {}, None)
     return _merge([_sum_up(key, mine, asked) for key, mine in units.items()])
 
 
@@ -189,6 +195,16 @@ def _newest(paths: Iterable[Path], results: Path, tier: str | None) -> tuple[int
     return ()
 
 
+def _homes(paths: Iterable[Path], results: Path, newest: tuple[int, ...]) -> dict[str, str]:
+    """`rows.homes` of the files of the newest version, of which only the devices are looked at."""
+    pairs: list[tuple[str, str]] = []
+    for path in paths:
+        suite, machine = path.relative_to(results).parts[:2]
+        if version_key(suite) == newest:
+            pairs += [(device.decode(), machine) for device in DEVICE.findall(path.read_bytes())]
+    return homes(pairs)
+
+
 def _from_files(results: Path, asked: Asked, paths: Sequence[Path]) -> _Part:
     everything: list[Record] = []
     for path in paths:
@@ -214,7 +230,7 @@ def _sum_up(key: tuple[str, str], everything: Sequence[Record], asked: Asked) ->
     sound = [r for r, why in zip(everything, reasons, strict=True) if not why]
     latest = record_files.latest(sound)
     current = [r for r in latest if _wanted(r, asked.tier) and version_key(r.suite) == asked.newest]
-    rows = rows_of((r for r in current if not r.checkpoint), known)
+    rows = rows_of((r for r in current if not r.checkpoint), known, asked.home)
     brought = rows_of((r for r in current if r.checkpoint), judged)
     shown = {r.suite for r in current}
     versions: dict[str, list[Row]] = {}
@@ -223,7 +239,8 @@ def _sum_up(key: tuple[str, str], everything: Sequence[Record], asked: Asked) ->
         if same:
             versions[suite] = rows
         elif suite in shown:
-            versions[suite] = rows_of((r for r in latest if r.suite == suite and r.tier != "smoke"), known)
+            same_suite = (r for r in latest if r.suite == suite and r.tier != "smoke")
+            versions[suite] = rows_of(same_suite, known, asked.home)
         else:  # what methods and ladders were then is not known now
             past = record_files.latest(r for r in everything if r.suite == suite and r.tier != "smoke")
             versions[suite] = rows_of(past, known)
@@ -300,7 +317,7 @@ def _let_go(row: Row, thin: Mapping[int, Record] | None, keep: _Thin) -> None:
             getattr(row, name)
         row.records = {row.first.seed: keep(row.first, False)}
         row.centred = {}
-    for name in ("measured", "first", "timed"):  # found again among the thin ones
+    for name in ("measured", "own", "first", "timed"):  # found again among the thin ones
         row.__dict__.pop(name, None)
 
 

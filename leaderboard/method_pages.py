@@ -21,7 +21,7 @@ from stepmark.leaderboard.pages import (
     verdict_counts,
     words,
 )
-from stepmark.leaderboard.rows import Place, Row, best, headline, split
+from stepmark.leaderboard.rows import Place, Row, best, headline, lenders, split
 from stepmark.leaderboard.verdicts import tally
 
 from stepmark import plugins
@@ -93,6 +93,8 @@ def page(found: Board, name: str) -> list[str]:
         present = [name for name in against if any(row.method == name for row in beside)]
         parts.append(curves(found, beside, task, present, ("unit", "latency_ms")))
         parts.append(figures(found, by_place[place], task, ids=True))
+        if elsewhere := lenders(by_place[place]):
+            parts.append(element("p", esc(elsewhere), "sm-note"))
         if others:
             parts.append(_elsewhere(found, task_id, {other: by_place[other] for other in others}))
         shown += by_place[place]

@@ -49,6 +49,9 @@ class Place(NamedTuple):
         return self.where if self.tier == "embedded" else f"{self.where} ({self.tier})"
 
 
+Seeds = dict[tuple[Place, str, str, str, int], dict[int, Record]]  # by place, track, task, method and rung
+
+
 def place_of(record: Record) -> Place:
     """Where a record was taken."""
     return Place(record.machine, record.tier, record.device, record.checkpoint)
@@ -69,12 +72,22 @@ class Row:
     records: dict[int, Record]
     group: int | None = None
     seeds: int = 1  # that the task, or the method, asks for
-    task_seeds: int = 1  # a further seed has the items of one of them
+    task_seeds: int = 1  # a further seed has the items of one of them; `records` may hold those of other machines
 
     @cached_property
     def measured(self) -> dict[int, Record]:
         """The seeds that gave figures."""
         return {s: r for s, r in self.records.items() if r.status in {"ok", "flagged"}}
+
+    @cached_property
+    def own(self) -> dict[int, Record]:
+        """The seeds that gave figures on this machine: times, memory and energy are theirs alone."""
+        return {s: r for s, r in self.measured.items() if r.machine == self.place.machine}
+
+    @property
+    def lent(self) -> dict[int, str]:
+        """Seeds whose quality was measured elsewhere, with the machine."""
+        return {s: r.machine for s, r in sorted(self.records.items()) if r.machine != self.place.machine}
 
     def seed_for(self, seed: int) -> int:
         """The seed itself; of one beyond those of this row, which another method is trained with, that of the same items."""
@@ -150,8 +163,8 @@ class Row:
 
     @cached_property
     def timed(self) -> Record | None:
-        """The record that holds the latency."""
-        readings = (r for _, r in sorted(self.measured.items()) if r.latency and r.latency.items > 0)
+        """The record that holds the latency, of this machine."""
+        readings = (r for _, r in sorted(self.own.items()) if r.latency and r.latency.items > 0)
         return next((r for r in readings if r.latency and sane(r.latency.median_ms) is not None), None)
 
     @cached_property
@@ -172,12 +185,12 @@ class Row:
     @property
     def memory_mib(self) -> float | None:
         """Peak of one `run` call above the loaded state."""
-        return sane(next((r.memory.peak_mib for r in self.measured.values() if r.memory), None))
+        return sane(next((r.memory.peak_mib for r in self.own.values() if r.memory), None))
 
     @property
     def joules(self) -> float | None:
         """Joules per item."""
-        for r in self.measured.values():
+        for r in self.own.values():
             if r.energy and r.latency and r.latency.items > 0:
                 return sane(r.energy.joules / r.latency.items)
         return None
@@ -189,7 +202,8 @@ class Row:
 
     def reason(self, name: str) -> str | None:
         """Why a figure is null, as the harness wrote it. Untrusted text."""
-        return self.first.reasons.get(name)
+        elsewhere = name in {"latency", "memory", "energy"} and self.first.machine != self.place.machine
+        return f"its quality was measured on {self.first.machine}" if elsewhere else self.first.reasons.get(name)
 
     def cost(self, axis: str) -> float | None:
         """Position on a cost axis: "unit" or the name of a figure of the row."""
@@ -294,16 +308,32 @@ def cells(records: Iterable[Record], known: Mapping[str, tuple[str, Task]]) -> l
     """The rows of those records that the board takes in (`admission`), later ones replacing earlier ones of the same
     seed; without groups.
     """
-    return rows_of(sorted_out(records, known)[0], known)
+    found = sorted_out(records, known)[0]
+    return rows_of(found, known, homes((r.device, r.machine) for r in found))
 
 
-def rows_of(records: Iterable[Record], known: Mapping[str, tuple[str, Task]]) -> list[Row]:
-    """The rows of records, whether the board takes them in or not: of older versions, of which only the past is told."""
+def homes(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The machine with most records of each kind of device, whose rows are completed with what only others measured.
+
+    `pairs`: (device, machine) of every record.
+    """
+    order = sorted(Counter(pairs).items(), key=lambda item: (-item[1], item[0]), reverse=True)
+    return dict(pair for pair, _ in order)  # the last of a device stays
+
+
+def rows_of(
+    records: Iterable[Record], known: Mapping[str, tuple[str, Task]], home: Mapping[str, str] | None = None
+) -> list[Row]:
+    """The rows of records, whether the board takes them in or not: of older versions, of which only the past is told.
+
+    Quality travels between machines, times do not: see `_complete` for what a row takes over. `home`: `homes`.
+    """
     methods = plugins.methods()
-    seeds: dict[tuple[Place, str, str, str, int], dict[int, Record]] = defaultdict(dict)
+    seeds: Seeds = defaultdict(dict)
     for r in records:
         if r.task in known:
             seeds[(place_of(r), r.track, r.task, r.method, r.rung)][r.seed] = r
+    _complete(seeds, home or {})
     found = [
         Row(
             place,
@@ -319,6 +349,34 @@ def rows_of(records: Iterable[Record], known: Mapping[str, tuple[str, Task]]) ->
     ]
     found.sort(key=order)
     return found
+
+
+def _complete(seeds: Seeds, home: Mapping[str, str]) -> None:
+    """Give rows, in place, the figures that other machines measured with the newest sources of the same method on the
+    same task: each row the seeds that it lacks or has of older sources, and the home also the rows that it lacks.
+    """
+    sources: dict[tuple[Any, ...], Record] = {}
+    beside: dict[tuple[Any, ...], dict[str, dict[int, Record]]] = defaultdict(dict)
+    for (place, *cell), mine in seeds.items():
+        if not place.checkpoint:  # those stand for themselves
+            beside[place[1:], *cell][place.machine] = mine
+            for r in mine.values():
+                pair = place[1:], *cell[:3]
+                sources[pair] = max(r, sources.get(pair, r), key=lambda each: each.created)
+    for (where, *cell), machines in beside.items():
+        asking = {*machines, home.get(where[1], next(iter(machines)))}
+        if len(asking) == 1:
+            continue
+        now = sources[where, *cell[:3]].digests
+        fresh: dict[int, Record] = {}
+        for r in (r for mine in machines.values() for r in mine.values()):
+            if r.digests == now and r.status in {"ok", "flagged"}:
+                fresh[r.seed] = max(r, fresh.get(r.seed, r), key=lambda each: each.created)
+        for machine in asking:
+            mine = machines.get(machine, {})
+            more = {s: r for s, r in fresh.items() if s not in mine or mine[s].digests != now}
+            if more:
+                seeds[(Place(machine, *where), *cell)] = dict(sorted((mine | more).items()))
 
 
 def shared_seeds(rows: Sequence[Row]) -> list[int]:
@@ -357,6 +415,14 @@ def places(found: Sequence[Row]) -> list[Place]:
     """Every place, that with most rows first."""
     counted = Counter(row.place for row in found)
     return sorted(counted, key=lambda place: (-counted[place], place))
+
+
+def lenders(found: Sequence[Row]) -> str:
+    """In a sentence which figures of rows of one place other machines measured; "" where none."""
+    lent = Counter(machine for row in found for machine in row.lent.values())
+    total = sum(len(row.records) for row in found)
+    said = ", ".join(f"{n} of {total} on {machine}" for machine, n in sorted(lent.items()))
+    return f"Seeds whose quality was measured elsewhere, and their times left out: {said}." if said else ""
 
 
 def headline(task: Task) -> tuple[str, bool]:

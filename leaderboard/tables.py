@@ -10,7 +10,7 @@ from stepmark.leaderboard import pace
 from stepmark.leaderboard.comparisons import comparisons, in_a_sentence
 from stepmark.leaderboard.estimates import figure, with_interval
 from stepmark.leaderboard.groups import assign_groups
-from stepmark.leaderboard.rows import Row, headline, newest, rows_of, split
+from stepmark.leaderboard.rows import Row, headline, homes, lenders, newest, rows_of, split
 
 from stepmark import plugins
 from stepmark.admission import LeftOut, from_folders, sorted_out
@@ -27,7 +27,8 @@ def show(records: Sequence[Record], metrics: Sequence[str] = (), seeds: int | No
     """
     known = from_folders(records) | plugins.tasks()
     taken, others = sorted_out(records, known)
-    found = rows_of(newest(taken), known)
+    current = newest(taken)
+    found = rows_of(current, known, homes((r.device, r.machine) for r in current))
     for row in found:
         row.seeds = row.seeds if seeds is None else min(row.seeds, seeds)
     methods = plugins.methods()
@@ -69,7 +70,8 @@ def show(records: Sequence[Record], metrics: Sequence[str] = (), seeds: int | No
         title = f"{task_id} v{task.version} on {place}; rungs in {task.unit}"
         if origin := mine[0].first.environment.get("checkpoint"):  # two folders of one name make two tables
             title += f"\n{_printable(origin)}"
-        blocks.append(f"{title}\n" + "\n".join(lines))
+        elsewhere = [lenders(mine)] if lenders(mine) else []
+        blocks.append("\n".join([title, *lines, *elsewhere]))
     return "\n\n".join([*blocks, *left_out(others)]) or "no records"
 
 

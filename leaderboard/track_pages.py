@@ -33,7 +33,7 @@ from stepmark.leaderboard.pages import (
     words,
 )
 from stepmark.leaderboard.paper_pages import trust_on_task
-from stepmark.leaderboard.rows import Place, Row, headline
+from stepmark.leaderboard.rows import Place, Row, headline, lenders
 
 from stepmark.task import Task
 
@@ -121,6 +121,7 @@ def track_page(found: Board, track: str, data: Path) -> list[str]:
             curves(found, rows, task, _methods(found, task_id), charts.STATIC, data),
             whole_ladders(found, task, here[0]),
             figures(found, rows, task),
+            element("p", esc(lenders(rows)), "sm-note") if lenders(rows) else "",
             "</div>",
             trust_on_task(found, task_id),
         ]
