@@ -285,6 +285,24 @@ def test_a_processor_record_does_not_hide_the_run_on_another_device_nor_an_untim
     assert matrix.pending([cell], tmp_path, "cuda:1") == []
 
 
+def test_what_another_machine_has_may_be_left_to_it(tmp_path: Path) -> None:
+    cells = [run.Cell("euler", "sampling/mixtures_flow", 2, seed, "smoke") for seed in (0, 1)]
+    info, task = plugins.methods()["euler"], plugins.tasks()[cells[0].task][1]
+    theirs = records.parse(
+        line(rung=2, machine="elsewhere-cpu", suite=stepmark.__version__, digests=run.digests(info, task)), "here:1"
+    )
+    records.append(records.path_of(tmp_path, theirs), theirs)
+    options = matrix.Options(tmp_path, timing=False)
+    assert matrix.todo(cells, options) == cells
+    options.lacking = True
+    assert matrix.todo(cells, options) == cells[1:]
+    options.device = "cpu"
+    records.append(
+        records.path_of(tmp_path, theirs), theirs.model_copy(update={"digests": {"method": "0" * 16}, "seed": 1})
+    )
+    assert matrix.todo(cells, options) == cells[1:], "that one is of other sources"
+
+
 def test_the_newest_counts_wherever_it_stands(tmp_path: Path) -> None:
     early = whole(records.parse(line(), "here:1"))
     late = early.model_copy(update={"created": "2026-01-02T00:00:00Z", "commit": "abcdef1"})

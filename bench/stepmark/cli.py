@@ -192,7 +192,13 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         help="each method on one task of each kind only, the one that most methods share; tier smoke unless said",
     )
     found.add_argument("--no-timing", action="store_true", help="skip latency, memory and energy")
-    found.add_argument("--again", action="store_true", help="run also what has a record already")
+    repeat = found.add_mutually_exclusive_group()
+    repeat.add_argument("--again", action="store_true", help="run also what has a record already")
+    repeat.add_argument(
+        "--lacking",
+        action="store_true",
+        help="leave alone also what any other machine has a record of: to share a board out over machines",
+    )
     found.add_argument(
         "--via",
         choices=["lm-eval"],

@@ -38,6 +38,7 @@ class Options:
     address: str | None = None
     timing: bool = True
     again: bool = False
+    lacking: bool = False  # leave out also what another machine has measured
     announce: Callable[[str], None] = field(default=print)
 
 
@@ -205,6 +206,9 @@ def todo(wanted: Sequence[Cell], options: Options) -> list[Cell]:
             may_change(path)
         if not options.again:
             left = pending(left, options.results, options.device, options.timing, place)
+    if options.lacking and not options.again:
+        for folder in sorted((options.results / __version__).glob("*/")):
+            left = pending(left, options.results, options.device, options.timing, folder.name)
     return left
 
 

@@ -79,6 +79,7 @@ def _run_cells(arguments: argparse.Namespace) -> int:
         address=arguments.address,
         timing=not arguments.no_timing,
         again=arguments.again,
+        lacking=arguments.lacking,
         announce=announce,
     )
     todo = suite.todo(cells, options)
