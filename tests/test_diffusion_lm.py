@@ -211,14 +211,14 @@ def test_a_loop_holds_alpha_and_finishes() -> None:
 @pytest.mark.parametrize(
     ("name", "few", "many"),
     [
-        ("remdm", 0.64, 0.32),
-        ("remdm_unscaled", 0.04, 0.02),
+        ("remdm", 0.04, 0.02),
+        ("remdm_scaled", 0.64, 0.32),
         ("remdm_cap", 0.64, 0.128),
         ("remdm_rescale", 0.72, 0.24),
     ],
 )
 def test_eta_is_the_papers_for_the_schedule_and_the_number_of_steps(name: str, few: float, many: float) -> None:
-    """Sixteen times the published constants for a sixteenth of the words; the loop from one step a word on."""
+    """The published constants, or sixteen times those for a sixteenth of the words; the loop from one step a word on."""
     used: dict[int, tuple[str, float]] = {}
 
     def remask(denoise: Any, x: Tensor, steps: int, sigma: Any, generator: Any, nucleus: float) -> Tensor:

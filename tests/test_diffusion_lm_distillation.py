@@ -105,6 +105,25 @@ def test_every_round_learns_from_two_steps_of_the_student_of_the_last(monkeypatc
     assert ((x[:, None] == stories) | (x == MASK)[:, None]).all(2).any(1).all()
 
 
+def test_every_round_warms_up_and_decays_with_a_fresh_optimiser(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The published rate, 3e-4, up in ten updates and down to nothing; nothing is carried over from the round before."""
+    session, method = session_of(tiny(False)), sdtt.SDTT()
+    method.steps, method.batch, rates, fresh = 20, 2, [], []
+
+    class Watched(torch.optim.AdamW):
+        def step(self, *args: Any, **more: Any) -> Any:
+            rates.append(self.param_groups[0]["lr"])
+            fresh.append(not self.state)
+            return super().step(*args, **more)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    method.prepare(session)
+    n = len(rates) // len(method.rounds)
+    assert n > 10 and rates == rates[:n] * len(method.rounds)
+    assert rates[:n] == pytest.approx([3e-4 * min(1, (i + 1) / 10) * (1 - i / n) for i in range(n)])
+    assert fresh == ([True] + [False] * (n - 1)) * len(method.rounds)
+
+
 def test_the_loss_compares_at_the_masks_what_student_and_teacher_make_of_the_masked_text(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

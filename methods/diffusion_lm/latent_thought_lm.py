@@ -188,6 +188,7 @@ class LatentThoughtLM(Method):
         Claim(
             "nll[latent_thought_lm,33] < nll[latent_thought_lm,17]",
             says="more steps of inference than in training give a better bound",
+            setting="a hundred and fifty updates, with as many steps at each; the paper grows both together",
         ),
     )
 

@@ -40,18 +40,21 @@ class ReMDM(Method):
     the last 5 % finish. These are the paper's settings for unconditional text (section 5.1, table 1), with its nucleus
     of 90 %. Steps in which no mask is filled need no evaluation.
 
-    eta is a probability of one step, and the paper's texts have 1024 words where these have 64: at as many steps a word a
-    run here takes a sixteenth of the steps. eta is therefore sixteen times the paper's 0.04 (cap, fewer steps than
-    words) and 0.02 (loop), so that over a run each word is masked again as often as there; in the loop the greatest
-    possible probability, a ninth, is less than that and bounds it. `remdm_unscaled` takes the paper's numbers as they
-    are: hardly a word is masked again.
+    eta is the paper's 0.04 (cap, fewer steps than words) and 0.02 (loop). It is a probability of one step, and the paper's
+    texts have 1024 words where these have 64: at as many steps a word a run here takes a sixteenth of the steps, and masks
+    a word again a sixteenth as often (2.6 times over the loop of 256 steps). `remdm_scaled` takes sixteen times as much,
+    so that over a run each word is masked again as often as there; in the loop the greatest possible probability, a
+    ninth, is less than that and bounds it, at which every step draws all masks at once, as no step of the paper does.
 
-    `remdm_cap` caps at every number of steps (section 4.1), eta 0.008 from one step a word on (appendix table 6).
+    `remdm_cap` caps at every number of steps (section 4.1), eta 0.008 from one step a word on (appendix table 6), both
+    sixteen times for the same reason.
     `remdm_rescale` masks with a fixed share of the greatest possible probability, sigma = eta x greatest, most while
     little is written; the paper's eta are 0.045 with fewer steps than words and 0.015 from one step a word on.
 
     Differs from the official code: the time grid ends at 0 and its last step fills every mask by a draw, where the code
     stops just before and takes the most likely words. The nucleus holds the word that crosses 90 %, the code drops it.
+
+    ReMDM-conf, ReMDM-switch and combinations of the strategies are left out.
 
     What limits it here: the forward-backward corrector, which has no constant to choose, masks about as often. Words
     that are right together are a whole text here, and it takes one wrong word to spoil it.
@@ -72,7 +75,7 @@ class ReMDM(Method):
         "forward_backward",
         "remdm_cap",
         "remdm_rescale",
-        "remdm_unscaled",
+        "remdm_scaled",
         "ar_lm",
     )
     claims = (
@@ -95,27 +98,32 @@ class ReMDM(Method):
             "valid[remdm,8..256] > valid[forward_backward,8..256]",
             says="more right texts than the forward-backward corrector at every number of steps",
         ),
-        Claim(
-            "valid[remdm,64..256] > valid[remdm_cap,64..256] and valid[remdm,64..256] > valid[remdm_rescale,64..256]",
-            says="from one step a word on the loop is the best of the strategies",
-        ),
     )
 
     schedule = "loop"  # from one step a word on; "cap" and "rescale" at any number of steps
     few, many = 0.04, 0.02  # the paper's eta with fewer steps than words, and with as many or more
-    shorter = 16  # times as many words have the paper's texts; eta grows with it
+    shorter = 1  # eta grows with it; the paper's texts have 16 times as many words
     variants = (
         Variant(
-            "remdm_unscaled",
-            says="ReMDM with the paper's eta for texts of 1024 words as it is",
-            shorter=1,
-            baselines=("mdlm_nucleus", "remdm"),
+            "remdm_scaled",
+            says="ReMDM with eta as much greater as the paper's texts are longer",
+            shorter=16,
+            baselines=("mdlm_nucleus", "remdm", "remdm_cap", "remdm_rescale"),
+            claims=(
+                Claim(
+                    "valid[remdm_scaled,64..256] > valid[remdm_cap,64..256] "
+                    "and valid[remdm_scaled,64..256] > valid[remdm_rescale,64..256]",
+                    says="from one step a word on the loop is the best of the strategies",
+                    setting="eta, grown with the shorter texts, is cut at its bound: every step draws all masks at once",
+                ),
+            ),
         ),
         Variant(
             "remdm_cap",
             says="ReMDM-cap: each word is masked again with the same small probability at every step",
             schedule="cap",
             many=0.008,
+            shorter=16,
             baselines=("mdlm_nucleus",),
             claims=(
                 Claim(
@@ -131,6 +139,7 @@ class ReMDM(Method):
             schedule="rescale",
             few=0.045,
             many=0.015,
+            shorter=16,
             baselines=("mdlm_nucleus", "remdm_cap"),
             claims=(
                 Claim(
