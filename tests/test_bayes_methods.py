@@ -363,8 +363,15 @@ def test_tarp_spends_its_pilot_from_the_rung() -> None:
     plain = context.simulators["simulator"]
     context.simulators["simulator"] = lambda theta, *rest: spent.append(len(theta)) or plain(theta, *rest)
     batch = coverage.inputs(TASKS["coverage/linear_gaussian"], 3, generator(), CPU)
-    method("tarp").run(context, batch, 60)
-    assert sum(spent) == 180
+    tested: list[int] = []
+    plugin = method("tarp")
+    judged = plugin.run.__globals__["ball_test"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(
+            plugin.run.__globals__, "ball_test", lambda *given: tested.append(given[2].shape[1]) or judged(*given)
+        )
+        plugin.run(context, batch, 60)
+    assert sum(spent) == 180 and tested == [48], "a fifth of them fit the reference points, and are not tested"
 
 
 # Effects ------------------------------------------------------------------------------------------------------------------
@@ -440,6 +447,14 @@ def test_virtual_trials_toss_fair_coins_and_keep_the_law_of_the_residuals(name: 
         # A forest predicts some of the noise of its training days, which blurs the law; a ridge does not.
         assert stats.ks_2samp(simulated, own).statistic < (0.15 if name == "motr_forest" else 0.05)
     assert bool((found["effect"].abs() < 0.15).all())
+    outcome = kept["outcome"].reshape(2, 5, -1)
+    each = [
+        [float(y[t == 1].mean() - y[t == 0].mean()) for y, t in zip(outcome[i], tossed[i], strict=True)]
+        for i in range(2)
+    ]
+    scale = 1.0 if name == "motr_forest" else torch.from_numpy(y.std(1, ddof=1))
+    for end, share in (("low", 0.025), ("high", 0.975)):
+        assert torch.allclose(found[end], torch.from_numpy(np.quantile(each, share, axis=1)) * scale, atol=1e-9), end
 
 
 def test_motr_does_not_let_the_past_choose_the_treatment() -> None:

@@ -33,12 +33,14 @@ class MoTR(Method):
 
     Source: Daza, Matias and Schneider 2022 (arXiv 2208.00739), section on model-twin randomisation, who fit generalised
     linear models and random forests. Differences: the paper
-    stops when the running mean settles, here the rung is the number of trials; trials start at a random observed day; the
+    stops when the running mean settles, here the rung is the number of trials; the ridge is fitted to standardised outcomes
+    with penalty 1, its residuals are centred; trials start at a random observed day; the
     interval speaks of the spread over trials as long as the series, as the paper's does, not of the error of the fitted
     model.
 
     What limits it here: an outcome model. The people of these tasks respond with a bend and to two active days in a row;
     the ridge can represent neither and inherits a bias like that of lagged regression, whatever the number of days.
+    Any adjustment for yesterday takes half of the bias away, so that the headline is no more than that this one does, too.
     The forest finds both in six years, where it is the nearest of all, but on 222 days it shrinks
     every effect and lies behind lagged regression, whose bias is then smaller than anybody's noise.
     """

@@ -31,7 +31,8 @@ class TARP(Method):
     depend on x to find an estimator that ignores x, with r between U + 0.1 x and U + x. Here x is not a parameter, so r_i
     is uniform on the box plus half a least-squares prediction of theta from x_i, fitted on a fifth of the simulations that
     takes no further part (so that r_i knows nothing of theta*_i). Differences: that pilot counts against the rung; the
-    paper bootstraps an error band where this file has an exact p-value.
+    paper bootstraps an error band where this file has an exact p-value, and goes to hundreds of dimensions where these are
+    four. A classifier two-sample test is left out.
 
     What limits it: the mass of a ball tells little of a shift that is small beside the ball. It finds a shifted estimator
     with several times the simulations that HPD coverage and ranks need, and of any wrong one less than HPD coverage does
