@@ -279,16 +279,19 @@ def test_what_is_folded_into_a_norm_is_taken_out_of_its_projections(monkeypatch:
     plugin = plugins.load_class(plugins.methods()["mergequant"])()
     names = type(plugin).prepare.__globals__
     student = plugin.networks(SimpleNamespace(clone=lambda _: deepcopy(target)))["student"].model.layers[0]
-    folded: list[Tensor] = []
+    folded: list[tuple[Tensor, ...]] = []
     own = names["to_integers"]
-    monkeypatch.setitem(names, "to_integers", lambda weight, *rest: folded.append(weight) or own(weight, *rest))
+    monkeypatch.setitem(names, "to_integers", lambda *given: folded.append(given) or own(*given))
     hidden = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
     normed, norm, group = dense.input_layernorm(hidden), "input_layernorm", names["GROUPS"]["input_layernorm"]
     names["merge"](dense, student, norm, group, hidden, normed)
     rounding = student.input_layernorm
     assert rounding.channels.tolist().count(3) > 1
     unrounded = (normed / dense.input_layernorm.weight)[:, rounding.channels] * rounding.gain
-    for name, weight in zip(group, folded, strict=True):
+    for name, (weight, counts) in zip(group, folded, strict=True):
+        torch.testing.assert_close(
+            counts, rounding(hidden).float().square().mean(0)
+        )  # errors of a column by its inputs
         wanted = dense.get_submodule(name)(normed)
         torch.testing.assert_close(unrounded @ weight.t(), wanted, rtol=1e-3, atol=1e-3)
         found = student.get_submodule(name)(rounding(hidden))
@@ -358,13 +361,18 @@ def test_every_branch_makes_up_for_the_integers_that_run(monkeypatch: pytest.Mon
     plugin: Any = plugins.load_class(plugins.methods()["mergequant"])
     own = plugin.prepare.__globals__["Int4Linear"]
     monkeypatch.setattr(plugins, "load_class", lambda info: plugin)
-    correct = own.correct
+    names, correct, counts = plugin.prepare.__globals__, own.correct, list[Tensor]()
+    rounded = names["to_integers"]
     monkeypatch.setattr(own, "correct", lambda part, x, y: given.append((part, x, y)) or correct(part, x, y))
+    monkeypatch.setitem(names, "to_integers", lambda weight, each: counts.append(each) or rounded(weight, each))
     student = made_by("mergequant", tiny())
     parts = [part for part in student.modules() if isinstance(part, own)]
     assert {id(part) for part in parts} == {id(part) for part, _, _ in given} and len(given) == len(parts) == 14
-    for part, x, y in given:
+    for (part, x, y), count in zip(given, counts, strict=True):
         assert len(part.down) == 8
+        assert (
+            torch.cosine_similarity(count, x.square().mean(0), dim=0) > 0.99
+        )  # the clip weighs columns by their inputs
         alone = x @ (unpack(part.packed) * part.steps[:, None]).t()
         whole = part(x.to(torch.int8) if torch.equal(x, x.round()) else x)
         assert (y - whole).norm() < 0.95 * (y - alone).norm() < 0.6 * y.norm()

@@ -297,3 +297,29 @@ def test_training_reads_every_text_before_any_again(monkeypatch: pytest.MonkeyPa
     plugin.prepare(session)
     assert len(seen) == 96
     assert len(set(seen[:64])) == 64
+
+
+def test_training_aims_at_the_next_word_and_at_even_routing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss of a step: words read against the words after them, and a hundredth of the mean imbalance of the layers."""
+    plugin, session = session_of("moe_mamba")
+    session.task, session.networks = SimpleNamespace(rungs=(1,)), {"after_1": session.networks["after_1600"]}
+    kind, words, losses = plugin.prepare.__globals__["BlockModel"], list[Tensor](), list[Tensor]()
+    forward, entropy, backward = kind.forward, F.cross_entropy, Tensor.backward
+    monkeypatch.setattr(kind, "forward", lambda self, ids: words.append(ids) or forward(self, ids))
+
+    def told(logits: Tensor, wanted: Tensor) -> Tensor:
+        words.append(wanted)
+        return entropy(logits, wanted)
+
+    monkeypatch.setattr(F, "cross_entropy", lambda *given: losses.append(told(*given)) or losses[-1])
+    monkeypatch.setattr(Tensor, "backward", lambda self: losses.append(self) or backward(self))
+    plugin.prepare(session)
+    read, wanted = words
+    text = {tuple(lm.encode(row)) for row in session.train["text"]}
+    rows = torch.cat((read, wanted.view(read.shape)[:, -1:]), 1)
+    assert {tuple(row) for row in rows.tolist()} <= text  # the last word is told, all others are read
+    assert torch.equal(wanted.view(read.shape)[:, :-1], read[:, 1:])
+    switches = [part for part in session.networks["after_1"].modules() if type(part).__name__ == "SwitchLayer"]
+    uneven = sum(float(part.balance.detach()) for part in switches) / len(switches)
+    assert len(switches) == 2 and uneven > 1
+    assert float(losses[1].detach()) - float(losses[0].detach()) == pytest.approx(0.01 * uneven, rel=1e-3)

@@ -146,7 +146,7 @@ def test_longgen_prepares_on_answers_through_the_caches_that_it_runs_with() -> N
     generator = torch.Generator().manual_seed(2)
     words = [[lm.VOCABULARY[i] for i in torch.randint(6, 140, (80,), generator=generator)] for _ in range(2)]
     for name, full in (("longgen", (2, 3)), ("sink_window_trained", ())):
-        method, losses = load(name), list[float]()
+        method, losses, asked = load(name), list[float](), list[int]()
         names = type(method).prepare.__globals__
         train = names["train_band"]
         names["train_band"] = lambda *given, train=train, losses=losses: losses.append(train(*given))
@@ -159,7 +159,7 @@ def test_longgen_prepares_on_answers_through_the_caches_that_it_runs_with() -> N
         session = SimpleNamespace(
             networks={"student": student},
             train={"prompt": [" ".join(row[:-8]) for row in words], "target": [" ".join(row[-8:]) for row in words]},
-            scale=lambda embedded, smoke: smoke,
+            scale=lambda embedded, smoke, asked=asked: asked.append(embedded) or smoke,
             seed=0,
             progress=lambda steps, says: steps,
         )
@@ -173,6 +173,7 @@ def test_longgen_prepares_on_answers_through_the_caches_that_it_runs_with() -> N
                 found = decoder.forward(ids[:-1])[-9:].log_softmax(-1)
             total -= float(found[range(9), ids[-9:]].sum())
         assert losses == [pytest.approx(total / 18, rel=1e-4)]
+        assert asked == [2, 150]  # texts, all there are, and steps
 
 
 # -- HARP -------------------------------------------------------------------------------------------------------------

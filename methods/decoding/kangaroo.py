@@ -36,8 +36,12 @@ class Kangaroo(Method):
     Its control `early_exit_fixed` has no second exit: gamma tokens are drafted per step, however sure they are; the rest and
     the training of the adapter are the same.
 
-    What limits the second exit here: a drafted token costs one layer of twelve, so a wrong one is cheap; and in stories
-    several words are often equally good, so that the right draft has q < eta and drafting stops for nothing.
+    The other half of the paper's comparison with Medusa, 88.7 % fewer parameters, is not claimed: with a vocabulary of this
+    size Medusa's heads are small.
+
+    What limits the second exit here: on sums drafts are hardly ever wrong, so that it changes nothing; and in stories several
+    words are often equally good, so that the right draft has q < eta and drafting stops for nothing. eta is the paper's, and
+    is not tuned.
     """
 
     paper = Paper(
@@ -67,8 +71,10 @@ class Kangaroo(Method):
             headline=True,
         ),
         Claim(
-            "exact_match[kangaroo,*] >= 1 and latency_ms[kangaroo,64] <= latency_ms[medusa,64]",
-            says="no slower than Medusa, with one layer of attention in place of its heads",
+            "exact_match[kangaroo,*] >= 1 and latency_ms[kangaroo,64] <= latency_ms[medusa,64] "
+            "and nfe_equivalent[kangaroo,64] <= nfe_equivalent[medusa_chain,64]",
+            says="no slower than Medusa, with one layer of attention in place of its heads, and for no more arithmetic than "
+            "when that verifies a single sequence, as in the paper",
         ),
         Claim(
             "exact_match[kangaroo,*] >= 1 and tokens[kangaroo,*] >= tokens[early_exit_fixed,*] "
@@ -82,6 +88,7 @@ class Kangaroo(Method):
             "and latency_ms[kangaroo,96] <= latency_ms[early_exit_fixed,96]",
             says="the same on stories",
             task="greedy/stories_deep",
+            setting="several words are often equally good, so that a right draft has less than the confidence of 0.6 asked for",
         ),
         Claim(
             "token_bias[kangaroo,*] <= 2 and target_layer_evaluations[kangaroo,96] < "

@@ -43,7 +43,9 @@ class LinearAlignment(Method):
 
     Differs from the paper: the principle is a wish for a colour, to which the model was trained to give way weakly, so
     that how far a text follows it is counted instead of judged; temperature 1, not 0.5 or 0.7; tokens are drawn, where the
-    official scripts take the likeliest. `linear_alignment_greedy` does as they do, against greedy decoding of the wish.
+    official scripts take the likeliest. `linear_alignment_greedy` does as they do, against greedy decoding of the wish. Tuned
+    policies (PPO, DPO) and the best of several texts by a reward, which the paper compares with too, are left out.
+    Perplexity is that of a text whose colours are all equally likely: it tells whether the grammar is kept.
 
     What came out: nearly every event follows the wish, where prompting follows it in less than half and the likeliest
     texts hardly ever, and the stories stay right.
@@ -62,7 +64,7 @@ class LinearAlignment(Method):
     baselines = ("wish_prompting", "wish_greedy", "beam_search", "context_aware")
     claims = (
         Claim(
-            "compliance[linear_alignment,96..192] >= compliance[wish_prompting,96..192] + 0.1 "
+            "compliance[linear_alignment,192] >= compliance[wish_prompting,192] + 0.1 "
             "and perplexity[linear_alignment,192] <= 1.2 * perplexity[wish_prompting,192] "
             "and accuracy[linear_alignment,192] >= accuracy[wish_prompting,192] - 0.05",
             says="the preference is followed in a tenth more of the events than by prompting, as fluently, and stories stay "
@@ -73,6 +75,11 @@ class LinearAlignment(Method):
             "compliance[linear_alignment,96..192] > compliance[wish_greedy,96..192] "
             "and compliance[linear_alignment,96..192] > compliance[beam_search,96..192]",
             says="and more than by writing what is likeliest after the prompt with the wish",
+        ),
+        Claim(
+            "compliance[linear_alignment,192] > compliance[context_aware,192] "
+            "and accuracy[linear_alignment,192] >= accuracy[context_aware,192] - 0.05",
+            says="and more than by a contrast at a quarter of the strength without a nucleus, in as many forwards",
         ),
         Claim(
             "compliance[linear_alignment_greedy,96..192] >= compliance[wish_greedy,96..192] + 0.1 "

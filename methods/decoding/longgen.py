@@ -31,9 +31,12 @@ class LongGen(Method):
     reach back 378 tokens: what stands further away is out of reach. `full_attention_trained` is trained on as it is: what
     the same steps on the same texts do for full attention.
 
+    An answer has 13 tokens, so that only the last rung says whether it is right.
+
     Differs from the paper: the model already reads texts of this length, so that neither the context nor the base of the
     rotary embedding is extended here, only the architecture changes; the training is 150 steps on a few hundred texts
-    with the loss on the answers; the blockwise pattern is left out.
+    with the loss on the answers; the blockwise pattern is left out. Training reads whole texts under dense masks, so that
+    the training time that the paper saves (1.55 times as fast) is not saved here and not claimed.
     """
 
     paper = Paper(
@@ -52,15 +55,16 @@ class LongGen(Method):
             "and 1.67 * latency_ms[longgen,1] <= latency_ms[full_attention_trained,1] "
             "and 1.41 * (latency_ms[longgen,16] - latency_ms[longgen,1]) "
             "<= latency_ms[full_attention_trained,16] - latency_ms[full_attention_trained,1] "
-            "and accuracy[longgen,*] >= accuracy[full_attention_trained,*] - 0.05",
+            "and accuracy[longgen,16] >= accuracy[full_attention_trained,16] - 0.05",
             says="the cache shrinks by 60 % (the paper's 62 %), the prefill is 1.67 times as fast and what follows it 1.41 "
             "times, recall stays that of full attention after as much training",
             headline=True,
-            setting="attention is two fifths of a prefill of 1000 words, and nearly all of one of the paper's 128 000",
+            setting="attention is two fifths of a prefill of 1000 words, and nearly all of one of the paper's 128 000, to which "
+            "its training also lengthens the context: here the model reads 1000 words already",
         ),
         Claim(
             "kv_bytes[longgen,*] <= 0.4 * kv_bytes[full_attention_trained,*] "
-            "and accuracy[longgen,*] >= accuracy[full_attention_trained,*] - 0.05",
+            "and accuracy[longgen,16] >= accuracy[full_attention_trained,16] - 0.05",
             says="the cache shrinks by 60 % or more, recall stays that of full attention after as much training",
         ),
         Claim(

@@ -51,7 +51,12 @@ class Mgpt(Method):
     Differs from the paper: four languages that are ciphers of one grammar for 61 natural ones; 1023 tokens for 100,000; a
     model of width 64 and 4 layers with dense attention and rotary positions; the scores of its cross-lingual tasks have
     no counterpart here but the labels. Its abstract boasts of a model on a par with XGLM in more languages, which no table
-    of tiny models can show; the study of tokens is what can be repeated, and its result stands as the headline.
+    of tiny models can show; the study of tokens is what can be repeated, and its result stands as the headline. Perplexity
+    is that of single lines without demonstrations, the same at every budget. Answers are scored and nothing is claimed of
+    them.
+
+    What limits it here: two trainings of one strategy differ by a hundredth of a bit per character, as much as the four of
+    byte-pair encoding do among themselves, so that three trainings hardly tell which of these is best.
     """
 
     paper = Paper(

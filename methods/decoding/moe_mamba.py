@@ -31,7 +31,8 @@ class MoeMamba(Method):
 
     Differs from the paper: width 32, 4 blocks and 16 experts for 512, 16 and 32; state size 4; 1600 training steps, AdamW at
     one rate for all arms. Gates are plain softmax and experts ReLU networks, as in Switch; no noise, no dropout. While it
-    reads contexts no token is dropped, so that what a token gets does not hang on others.
+    reads contexts no token is dropped, so that what a token gets does not hang on others. Mamba's convolution has no bias,
+    its step sizes no floor, and weight decay is on all weights; the balance loss is the mean over the switch layers.
 
     `mamba_lm` is Mamba itself (Gu and Dao 2023), four of its blocks: a convolution over the last four words, a state space
     whose step sizes, inputs and outputs hang on the word (h_t = exp(D_t A) h_(t-1) + D_t B_t u_t, y_t = C_t h_t, algorithm
@@ -40,7 +41,10 @@ class MoeMamba(Method):
     cache of keys and values grows with the text.
 
     What limits it here: the first word of a text says in which tongue all others are read. Attention looks it up; a state
-    space must hold it among all that it reads, of which two blocks with small states learn less.
+    space must hold it among all that it reads, of which two blocks with small states learn less. So this task cannot show
+    the half of the abstract that is about Transformers with experts. Nor is Mamba's cheap decoding measured, which is kept:
+    states are of constant size by construction, and contexts of 23 words too short for time to show it. And a table learnt
+    by heart rewards weights as such; no control routes words to experts at random, to say what the router is worth.
     """
 
     paper = Paper(
@@ -56,10 +60,8 @@ class MoeMamba(Method):
     trainings = 3
     claims = (
         Claim(
-            "loss[moe_mamba,800] <= loss[mamba_lm,1600] and loss[moe_mamba,400] <= loss[mamba_lm,800] "
-            "and 2 * kv_bytes[moe_mamba,*] <= kv_bytes[transformer_moe,*]",
-            says="Mamba's loss in half its training steps (the paper's 2.2 times fewer), and no more than half of the memory of "
-            "a Transformer with experts after 23 words",
+            "loss[moe_mamba,800] <= loss[mamba_lm,1600] and loss[moe_mamba,400] <= loss[mamba_lm,800]",
+            says="Mamba's loss in half its training steps (the paper's 2.2 times fewer)",
             headline=True,
             setting="16 experts for 32 and 1600 steps: what experts gain grows with their number and with the training",
         ),

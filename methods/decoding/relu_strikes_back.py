@@ -29,14 +29,17 @@ class ReluStrikesBack(Method):
 
     Differs from the paper: training goes on for 200 or 600 steps, a third of them in stage 1, on completions of the task's
     own train split, with Muon; `silu_tuned` has the same steps without a change. Shifted ReLUs and the reuse of neurons over
-    neighbouring tokens (sections 5.1 and 5.3) are left out.
+    neighbouring tokens (sections 5.1 and 5.3) are left out. So are the paper's models trained from scratch, of which it
+    says that ReLUs hardly slow their training: here all arms start from a model with SiLU.
 
     Four controls. `silu_tuned` keeps its SiLU gates and skips nothing, so that a difference in quality is due to the
     activations and not to the texts. `topk_activations` is pruning by magnitude without training: of h = silu(W_gate x) *
     (W_up x) the 40 % greatest |h| of a token are kept, about as many as relufication leaves open, and W_down reads only their
     columns; gate and up projection are needed in full to know which. `topk_tuned` is trained on so for as many steps.
-    `narrow_tuned`, the dumb one, takes the same 40 % of the neurons for every token, those of the greatest mean |h| times the
+    `narrow_tuned`, plain pruning, takes the same 40 % of the neurons for every token, those of the greatest mean |h| times the
     length of their columns of W_down on 64 texts, and is trained on: if it did as well, sparsity would not be needed.
+
+    The model is judged when its training has settled, as in the paper; after 200 steps its loss still falls fast.
 
     What limits it here: attention, embedding and head are no smaller than before; a third of the computation is out of
     reach. And the target has more neurons than its texts need, so that few of them for all tokens are enough too.
@@ -55,15 +58,23 @@ class ReluStrikesBack(Method):
     trainings = 3
     claims = (
         Claim(
-            "3 * nfe_equivalent[relu_strikes_back,*] <= nfe_equivalent[silu_tuned,*] "
-            "and loss[relu_strikes_back,*] <= loss[silu_tuned,*] + 0.03",
-            says="a third of the computation per token, at a perplexity three hundredths higher at most",
+            "3 * nfe_equivalent[relu_strikes_back,600] <= nfe_equivalent[silu_tuned,600] "
+            "and loss[relu_strikes_back,600] <= loss[silu_tuned,600] + 0.03",
+            says="a third of the computation per token, at a perplexity three hundredths higher at most, when training has "
+            "settled",
             headline=True,
+            setting="head, attention scores and output projection are a third of the computation of a model of width 128",
+        ),
+        Claim(
+            "1.5 * nfe_equivalent[relu_strikes_back,600] <= nfe_equivalent[silu_tuned,600] "
+            "and loss[relu_strikes_back,600] <= loss[silu_tuned,600] + 0.03",
+            says="two thirds of the computation per token, at a perplexity three hundredths higher at most",
         ),
         Claim(
             "1.5 * nfe_equivalent[relu_strikes_back,*] <= nfe_equivalent[silu_tuned,*] "
             "and loss[relu_strikes_back,*] <= loss[silu_tuned,*] + 0.03",
-            says="two thirds of the computation per token, at a perplexity three hundredths higher at most",
+            says="the same already after 200 steps: what ReLUs lose is soon learnt back",
+            setting="the paper speaks of models whose training is done, and the loss still falls fast at 200 steps",
         ),
         Claim(
             "nfe_equivalent[relu_strikes_back,*] <= 0.8 * nfe_equivalent[topk_tuned,*] "

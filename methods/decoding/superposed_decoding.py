@@ -86,7 +86,9 @@ class SuperposedDecoding(Method):
     forward at all.
 
     Differs from the paper: the model has four layers and 150 words rather than 32 and 32,000, and n-grams are of texts
-    of the task rather than of the web. Several drafts of one prompt can also share a pass under a tree mask, whose
+    of the task rather than of the web. The constants are taken over as they are, where the paper tuned them to its model:
+    other alpha, tau and weights might serve this one better. Beam search, its third comparison, is left out. Several
+    drafts of one prompt can also share a pass under a tree mask, whose
     positions are then paid for: positions and FLOPs are in the records.
     """
 

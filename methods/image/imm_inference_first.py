@@ -117,7 +117,8 @@ class InferenceFirst(Method):
         ),
         Claim(
             "endpoint_error[imm_inference_first,*] < endpoint_error[imm_target_blind,*]",
-            says="told where to jump, a network of equal size ends nearer to the exact solution, at every number of jumps",
+            says="told where to jump, a network of equal size ends nearer to the exact solution than one that is trained for "
+            "all targets at once, at every number of jumps",
         ),
         Claim(
             "endpoint_error[imm_inference_first,1..8] < endpoint_error[euler,1..8]",
@@ -129,7 +130,7 @@ class InferenceFirst(Method):
     variants = (
         Variant(
             "imm_target_blind",
-            says="Target-blind jumps: the best that a network can do which is not told where a jump ends",
+            says="Target-blind jumps: a network that is trained for all targets at once and not told where a jump ends",
             aware=False,
             baselines=("euler",),
         ),
