@@ -448,15 +448,16 @@ def diver_without_caches(
 ) -> tuple[list[int], int]:
     """The method by its definition: each span and each text that is asked about in a pass of its own.
 
-    Without `told_too` spans by their likelihood alone.
+    Candidates are at least a tenth as likely as the likeliest, a span has at most 8 tokens. Without `told_too` spans by
+    their likelihood alone.
     """
     written: list[int] = []
     divergences = 0
     x = prompt[:-1]  # the input: all of the prompt before the sign that the story begins
 
     def near(p: Tensor) -> list[int]:
-        order = p.argsort(descending=True).tolist()[: own["CANDIDATES"]]
-        return [token for token in order if p[token] >= own["GAMMA"] * p.max()]
+        order = p.argsort(descending=True).tolist()[:8]
+        return [token for token in order if p[token] >= 0.1 * p.max()]
 
     while len(written) < room and lm.EOS not in written:
         p = last_logits(model, prompt + written).softmax(-1)
@@ -468,7 +469,7 @@ def diver_without_caches(
         spans, scores = [], []
         for token in first:
             span, likely = [token], float(p[token].log())
-            while span[-1] != lm.EOS and len(span) < own["SPAN"]:
+            while span[-1] != lm.EOS and len(span) < 8:
                 after = last_logits(model, prompt + written + span).softmax(-1)
                 if len(near(after)) > 1:  # the candidates of the span diverge again
                     break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,10 +43,11 @@ def written_by(method: Any, ids: list[int], budget: int, task: str = "recall/nee
 
 def test_lazyllm_prunes_behind_its_layers_and_its_controls_once(decoders: list[Decoder]) -> None:
     """A tenth is left behind after the second of six layers, most after the third. What was left behind is caught up with
-    by LazyLLM alone; the control that looks drops what LazyLLM leaves behind in the prefill, the other one whatever comes."""
+    by LazyLLM and where shares are drawn anew; the control that looks drops what LazyLLM leaves behind in the prefill, those
+    that draw whatever comes."""
     model, ids = tiny(3, layers=6, eos=99), words_of(3, 100)
     held: dict[str, list[list[set[int]]]] = {}
-    for name in ("lazyllm", "static_prune", "random_prune"):
+    for name in ("lazyllm", "static_prune", "random_prune", "random_revive"):
         held[name] = []
         for budget in (1, 9):
             decoders.clear()
@@ -55,12 +57,13 @@ def test_lazyllm_prunes_behind_its_layers_and_its_controls_once(decoders: list[D
         sizes = [len(layer) for layer in held[name][0]]
         assert sizes[:3] == [100, 100, 90]
         assert 1 <= sizes[5] <= sizes[4] <= sizes[3] < 0.25 * 90
-    prompt = set(range(100))
+    prompt, anew = set(range(100)), {"lazyllm", "random_revive"}
     for name, (first, last) in held.items():
         back = [(later - earlier) & prompt for earlier, later in zip(first, last, strict=True)]
-        assert any(back) == (name == "lazyllm")
-        assert name == "lazyllm" or all(later - prompt == set(range(100, 108)) for later in last)
+        assert any(back) == (name in anew)
+        assert name in anew or all(later - prompt == set(range(100, 108)) for later in last)
     assert held["lazyllm"][0] == held["static_prune"][0] != held["random_prune"][0]
+    assert held["random_revive"][0] == held["random_prune"][0] and held["random_revive"][1] != held["lazyllm"][1]
 
 
 # -- LESS -------------------------------------------------------------------------------------------------------------
@@ -107,11 +110,11 @@ def test_less_takes_the_bytes_of_h2o_with_its_state(decoders: list[Decoder]) -> 
 @pytest.mark.parametrize("task", ["recall/needles", "forced/stories"])
 def test_lessons_of_less_are_read_as_the_cache_that_runs_would(task: str) -> None:
     """Needles: a prefill, then token by token, with the shares of a prompt that long; forced texts from the first word on,
-    with the sizes of all rungs in turn."""
+    with the sizes of all rungs in turn. The maps learn from them: all of their parts move, and their error falls."""
     method, lessons, caches = load("less_kv"), list[tuple[int, ...]](), list[tuple[int, int]]()
-    names = method.run.__globals__
+    names, learnt = method.run.__globals__, list[tuple[Tensor, ...]]()
     own, cache = names["lesson"], names["RecurrentCache"]
-    names["lesson"] = lambda seen, *given: lessons.append(given) or own(seen, *given)
+    names["lesson"] = lambda seen, *given: lessons.append(given) or learnt.append(own(seen, *given)) or learnt[-1]
     names["RecurrentCache"] = lambda depth, *given: caches.append(given[:2]) or cache(depth, *given)
     model = lm.build(32, 2, 0).eval().requires_grad_(False)
     texts = [(lm.decode(words_of(seed, 90 + seed, 140)), lm.decode(words_of(50 + seed, 12, 140))) for seed in range(6)]
@@ -120,15 +123,22 @@ def test_lessons_of_less_are_read_as_the_cache_that_runs_would(task: str) -> Non
         networks={"target": model},
         task=SimpleNamespace(id=task, rungs=rungs),
         train={"prompt": [prompt for prompt, _ in texts], "target": [text for _, text in texts]},
-        scale=lambda embedded, smoke: 6 if smoke == 1 else smoke,
+        scale=lambda embedded, smoke: 6 if smoke == 1 else 30,
         rng=torch.Generator().manual_seed(0),
         device=torch.device("cpu"),
         progress=lambda steps, says: steps,
         state={},
     )
     session.networks |= method.networks(session)
+    kernels = session.networks["kernels"]
+    fresh = copy.deepcopy(kernels)
     with torch.enable_grad():
         method.prepare(session)
+    for earlier, later in zip(fresh.parameters(), kernels.parameters(), strict=True):
+        assert float((later - earlier).detach().abs().max()) > 0.01
+    with torch.no_grad():
+        after, before = (sum(float(maps.error(*one)) for one in learnt) for maps in (kernels, fresh))
+    assert after < before
     lengths = [len(lm.encode(prompt)) + len(lm.encode(text)) for prompt, text in texts]
     for number, (first, count, *shares) in enumerate(lessons):
         if task == "forced/stories":
@@ -149,13 +159,16 @@ def test_lessons_of_less_are_read_as_the_cache_that_runs_would(task: str) -> Non
 # -- DMS --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "window"), [("dms_hyper_scaling", 32), ("dms_immediate", 1)])
-def test_dms_distils_the_target_while_the_ratio_grows_to_eight(
-    name: str, window: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "data", "window", "ratio"),
+    [("dms_hyper_scaling", "needles", 32, 8), ("dms_hyper_scaling", "sums", 8, 4), ("dms_immediate", "needles", 1, 8)],
+)
+def test_dms_distils_the_target_while_the_ratio_grows(
+    name: str, data: str, window: int, ratio: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loss of each step by its definition: the divergence of the student's words from the target's over the answer,
-    KL(student || target), and what is missing of alpha = 1 - 1 / ratio, which goes from 1 to 8 in 70 % of the steps; no
-    more evictions than that are pulled back. In training tokens fade as old as they are evicted in a run."""
+    KL(student || target), and what is missing of alpha = 1 - 1 / ratio, which goes from 1 to 8 (of sums to 4) in
+    70 % of the steps; no more evictions than that are pulled back. In training tokens fade as old as a run evicts them."""
     model = lm.build(32, 2, 0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -173,7 +186,7 @@ def test_dms_distils_the_target_while_the_ratio_grows_to_eight(
         names["SoftCache"] = lambda *given, of=soft_cache, softs=softs: softs.append(of(*given)) or softs[-1]
         session = SimpleNamespace(
             networks={"target": model},
-            task=SimpleNamespace(id="recall/needles", dataset="needles"),
+            task=SimpleNamespace(id={"needles": "recall/needles", "sums": "scaling/sums"}[data], dataset=data),
             train={"prompt": [prompt for prompt, _ in texts], "target": [text for _, text in texts]},
             scale=lambda embedded, smoke: 10,
             rng=torch.Generator().manual_seed(0),
@@ -204,7 +217,7 @@ def test_dms_distils_the_target_while_the_ratio_grows_to_eight(
             student = logits.detach().log_softmax(-1)
             assert student.shape == truth.shape
             divergence = float((student.exp() * (student - truth)).sum(-1).mean())
-            alpha = 1 - 1 / (1 + 7 * min(1.0, (step + 1) / 7))
+            alpha = 1 - 1 / (1 + (ratio - 1) * min(1.0, (step + 1) / 7))
             wanted = alpha - float(torch.cat(soft.decisions).detach().mean())
             missing.append(wanted > 0)
             assert losses[step] == pytest.approx(divergence + max(0.0, wanted), rel=1e-4, abs=1e-6)
@@ -234,14 +247,34 @@ def test_decisions_read_a_normalised_state() -> None:
         torch.testing.assert_close(evictor(7 * hidden, layer), evictor(hidden, layer), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "left"), [("dms_hyper_scaling", 31), ("dms_immediate", 0)])
-def test_a_run_of_dms_holds_the_doomed_for_their_window(name: str, left: int, decoders: list[Decoder]) -> None:
-    """With everything to be evicted the next token sees 31 old ones and itself, or nothing old at all."""
+@pytest.mark.parametrize(
+    ("name", "task", "read", "left"),
+    [
+        ("dms_hyper_scaling", "recall/needles", 65, 31),  # a budget of 6 forwards
+        ("dms_hyper_scaling", "scaling/sums", 99, 7),  # one text, of all the room there is
+        ("dms_immediate", "recall/needles", 65, 0),
+        ("dms_immediate", "scaling/sums", 99, 0),
+    ],
+)
+def test_a_run_of_dms_holds_the_doomed_for_their_window(
+    name: str, task: str, read: int, left: int, decoders: list[Decoder]
+) -> None:
+    """With everything to be evicted the next token sees 31 old ones (of sums 7) and itself, or nothing old at all."""
     model, ids = tiny(0, layers=2, eos=99), words_of(0, 60)
     evictor = load(name).run.__globals__["Evictor"](2, 16, 1).requires_grad_(False)
     evictor.bias.fill_(9.0)
     decoders.clear()
-    written_by(load(name), ids, 6, target=model, evictor=evictor)
+    written_by(load(name), ids, 6, task, target=model, evictor=evictor)
     cache: Any = decoders[-1]
     for heads in cache.held_cache.heads:
-        assert [head[2].tolist() for head in heads] == [list(range(65 - left, 65))]
+        assert [head[2].tolist() for head in heads] == [list(range(read - left, read))]
+
+
+def test_tova_holds_a_third_of_a_text_of_sums_and_an_eighth_of_others(decoders: list[Decoder]) -> None:
+    """Shares of the prompt and the room after it, 100 tokens in all."""
+    model, ids = tiny(0, layers=2, eos=99), words_of(0, 60)
+    for task, left in (("scaling/sums", 34), ("recall/needles", 12)):
+        decoders.clear()
+        written_by(load("tova"), ids, 20, task, target=model)
+        cache: Any = decoders[-1]
+        assert [cache.held_cache.held(layer)[0].shape[1] for layer in range(2)] == [left, left]

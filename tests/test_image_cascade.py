@@ -145,7 +145,7 @@ class Ideal(nn.Module):
 
 
 def test_upsamplers_learn_the_flow_of_the_times_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss is least at the true flow, the pivots are the clean halves, and no time lies beyond the start."""
+    """The loss is least at the true flow, the pivots are the clean halves, no time lies beyond the start, and that is 0.5."""
     images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     data = {"x0": images, "condition": torch.tensor([[0, 3]])}
     monkeypatch.setattr("stepmark.session.load_split", lambda dataset, split: data)
@@ -159,6 +159,9 @@ def test_upsamplers_learn_the_flow_of_the_times_sampled(monkeypatch: pytest.Monk
     assert 0 < times.min() < 0.05 and 0.25 < times.max() < 0.3
     for pivot, _ in ideal.asked:
         torch.testing.assert_close(pivot, cascade.halved(images).expand_as(pivot))
+    ideal.asked.clear()
+    TUNED().prepare(session)
+    assert 0.48 < torch.stack([t for _, t in ideal.asked]).max() < 0.5
 
 
 def test_full_fine_tuning_learns_at_all_times_without_a_pivot(monkeypatch: pytest.MonkeyPatch) -> None:

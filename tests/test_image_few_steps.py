@@ -112,6 +112,30 @@ def test_tuned_timesteps_minimise_the_change_of_direction_and_are_what_the_netwo
     )
 
 
+def test_timesteps_are_tuned_on_training_images_at_the_beginning_of_the_grid() -> None:
+    """The first states of the search are x0 and noise at t = 1, and it goes along the leading timesteps."""
+    asked: list[tuple[Tensor, float]] = []
+
+    class Keeper(Gaussian):
+        def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+            asked.append((x.clone(), float(t[0])))
+            return super().forward(x, t, condition)
+
+    session, method = session_of("sampling/mixtures_eps", Keeper("epsilon")), aligner.TimestepAligner()
+    session.begin("prepare", 5)
+    data, draw = session.train["x0"], session.rng
+    pick = torch.randperm(len(data), generator=draw)[:16]
+    noise = torch.randn(16, 2, generator=draw)
+    session.begin("prepare", 5)
+    assert list(method.prepare(session)) == ["ratios_4"]
+    schedule = schedules.Schedule("epsilon")
+    torch.testing.assert_close(asked[0][0], schedule.alpha(1.0) * data[pick] + schedule.sigma(1.0) * noise)
+    assert asked[0][1] == pytest.approx(750, abs=1e-3)
+    assert [round(1000 * t) for t in method.times(session.networks["teacher"], 5)] == [801, 601, 401, 201, 1, 0]
+    method.grid = "trailing"
+    assert [round(1000 * t) for t in method.times(session.networks["teacher"], 5)] == [1000, 800, 600, 400, 200, 0]
+
+
 # --- BOOT ------------------------------------------------------------------------------------------------------------
 
 
@@ -233,6 +257,16 @@ def test_boots_loss_vanishes_for_the_teachers_own_trajectory(monkeypatch: pytest
     assert raised > 0.1  # the boundary tells a student that is off by the same everywhere
 
 
+def test_a_sample_of_boot_is_the_end_of_the_trajectory_in_one_evaluation() -> None:
+    """The flow of N(0, 1/4) leads from eps to eps / 2, at every rung."""
+    session, batch = session_of("class_to_image/digits_flow"), batch_of(6, (1, 8, 8), 10)
+    session.networks["student"] = watch(session._ledger, "student", ExactSignal())
+    for rung in (1, 4):
+        session.begin("run", 1, 6 * rung)
+        torch.testing.assert_close(boot.Boot().run(session, batch, rung).float(), batch["noise"] / 2)
+        assert session.spent == 6
+
+
 # --- ReDi ------------------------------------------------------------------------------------------------------------
 
 
@@ -266,6 +300,11 @@ def test_all_queries_start_from_the_noise_of_the_knowledge_base_and_ask_for_othe
     batch = captions.inputs(spec, 8, torch.Generator().manual_seed(2), torch.device("cpu"))
     assert torch.equal(batch["noise"], captions.start_noise().expand(8, *captions.SHAPE))
     assert len(batch["condition"].unique(dim=0)) == 8
+
+
+def test_half_of_the_steps_are_skipped_after_the_first_fifth() -> None:
+    """S, k and v: k + S - v evaluations are the rung."""
+    assert [redi.ReDi.cuts(rung) for rung in (2, 4, 8, 16)] == [(4, 1, 3), (8, 2, 6), (16, 3, 11), (32, 6, 22)]
 
 
 @pytest.mark.parametrize("rung", [4])
@@ -452,6 +491,17 @@ def test_the_control_is_the_same_sampler_untouched() -> None:
     with torch.no_grad():
         plain = module_of("ddim").DDIM.solve(denoise, batch["noise"], schedules.leading_times(4))
     torch.testing.assert_close(found, plain)
+
+
+@torch.no_grad()
+def test_the_tuned_network_is_the_one_that_samples() -> None:
+    session, batch, student = session_of("class_to_image/digits_eps"), batch_of(10, (1, 8, 8), 10), Told(0.9, 0.0)
+    session.networks["student"] = student
+    plain = mmd.MMDFinetuning.sample(student, batch["noise"], batch["condition"], schedules.leading_times(6))
+    session.begin("run", 3)
+    for name in ("mmd_ddm", "mmd_ddm_untuned"):
+        method = plugins.load_class(plugins.methods()[name])()
+        assert torch.equal(method.run(session, batch, 6), plain)
 
 
 def test_fine_tuning_learns_the_spread_and_leaves_alone_what_is_out_of_range() -> None:

@@ -76,7 +76,10 @@ def test_annealed_noise_is_gaussian_on_the_whole_way() -> None:
 
 
 def test_distillation_is_guided_by_two_steps_of_the_annealed_flow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A flow that is straight already is its own one-step student: only the stored pairs are left in the loss."""
+    """A flow that is straight already is its own one-step student: only the stored pairs are left in the loss. Its two steps
+    meet somewhere in [0.2, 0.8].
+    """
+    asked: list[Tensor] = []
 
     class Straight(nn.Module):
         prediction = "flow"
@@ -87,6 +90,7 @@ def test_distillation_is_guided_by_two_steps_of_the_annealed_flow(monkeypatch: p
 
         def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
             """Towards zero along straight lines, v = x / t, or bent away from them."""
+            asked.append(t)
             return x / t.view(-1, 1, 1, 1).clamp(min=1e-3) * (1 + self.bend * (1 - t.view(-1, 1, 1, 1)))
 
     found = {}
@@ -100,9 +104,13 @@ def test_distillation_is_guided_by_two_steps_of_the_annealed_flow(monkeypatch: p
         monkeypatch.setattr(slim, "fit", lambda session, network, loss, *_, losses=losses: losses.append(loss().item()))
         method.prepare(session)
         found[bend] = losses[1]
+        assert asked[1].unique() == asked[2].unique() == asked[4].unique() == 1  # after the one call of the reflow
+        assert 0.2 <= asked[3].min() < 0.3 and 0.7 < asked[3].max() <= 0.8
+        asked.clear()
         method.anneal, method.guided = 0.0, False  # the naive way
         method.prepare(session)
         assert losses[3] < 1e-4, "the stored pairs are straight whatever the flow"
+        asked.clear()
     assert found[0.0] < 1e-4
     assert found[0.5] > 0.1
 
@@ -126,7 +134,7 @@ def test_annealing_leads_from_random_pairs_to_the_teachers_and_the_naive_way_beg
     monkeypatch.setattr(
         slim, "fit", lambda session, network, loss, steps, *_: stages.append([loss().item() for _ in range(steps)])
     )
-    for name in ("slimflow", "slimflow_naive", "slimflow_direct"):
+    for name in ("slimflow", "slimflow_annealed", "slimflow_naive", "slimflow_guided", "slimflow_direct"):
         stages: list[list[float]] = []
         method, session = slim.SlimFlow(), session_of(DIGITS)
         vars(method).update(plugins.methods()[name].overrides)
@@ -138,10 +146,11 @@ def test_annealing_leads_from_random_pairs_to_the_teachers_and_the_naive_way_beg
         assert len(stages) == (1 if name == "slimflow_direct" else 2)
         assert name != "slimflow_direct" or len(stages[0]) == 10 + 4
     away = float(noise[0].square().mean()) + 1  # of a fresh noise from the stored one
-    assert found["slimflow"][0] == pytest.approx(away, rel=0.1)
-    assert all(later < earlier for earlier, later in pairwise(found["slimflow"][:7]))
-    assert max(found["slimflow"][6:]) < 1e-6
-    assert max(found["slimflow_naive"]) < 1e-6
+    for name in ("slimflow", "slimflow_annealed"):
+        assert found[name][0] == pytest.approx(away, rel=0.1)
+        assert all(later < earlier for earlier, later in pairwise(found[name][:7]))
+        assert max(found[name][6:]) < 1e-6
+    assert max(found["slimflow_naive"] + found["slimflow_guided"]) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["one_step_regression", "slimflow", "slimflow_naive", "slimflow_direct"])
@@ -190,6 +199,25 @@ def test_noise_stays_gaussian_given_the_condition() -> None:
     assert torch.equal(ours[inner].sort().values, inner.nonzero().flatten())
     assert float(eps[plain[inner]].square().mean()) < 0.7
     assert float(eps[ours[inner]].square().mean()) > 0.9
+
+
+def test_fields_are_trained_on_the_pairings_of_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the same draws: conditions are kept by one, and the cheapest pairing of all is the other's; the third is random."""
+    batch, found = batch_of(60, (2,), 2), {}
+    data = torch.randn(60, 2, generator=torch.Generator().manual_seed(5)) + 3.0 * batch["condition"][:, None]
+    for module, name in ((c2ot, "C2OT"), (ot_cfm, "OTCFM"), (points, "FlowMatchingPoints")):
+        method, asked = getattr(module, name)(), []
+        session = session_of(POINTS, method)
+        monkeypatch.setattr(module, "fit_coupled", lambda *given, asked=asked, **_: asked.append(given))
+        method.prepare(session)
+        ((_, field, couple, _),) = asked
+        assert field is session.networks["field"]
+        found[name] = couple(batch["noise"], data, batch["condition"])
+    away = {name: float((data - batch["noise"][order]).square().sum()) for name, order in found.items()}
+    assert torch.equal(found["FlowMatchingPoints"], torch.arange(60))
+    assert away["OTCFM"] < away["C2OT"] < away["FlowMatchingPoints"]
+    kept = {name: torch.equal(batch["condition"][order], batch["condition"]) for name, order in found.items()}
+    assert kept["C2OT"] and not kept["OTCFM"]
 
 
 def test_a_field_trained_on_a_pairing_follows_it() -> None:
@@ -298,6 +326,31 @@ def test_the_critic_is_punished_for_its_slope_and_the_generator_follows_it() -> 
     assert float(side.generator.place[1]) == 0
 
 
+def test_the_critic_sees_where_a_transition_starts_and_when() -> None:
+    """In both losses: of a critic that reads nothing but x_t and t both are known where every path starts at 2."""
+
+    class Start(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.idle = nn.Parameter(torch.zeros(2).double())
+
+        def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+            return x[:, 2:].sum(1, keepdim=True) - t[:, None] + self.idle.sum()
+
+    class Origin(Start):
+        def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+            return self.idle.expand(len(x), 2)
+
+    rng, softplus = torch.Generator().manual_seed(0), torch.nn.functional.softplus
+    pairs = (torch.ones(8, 2).double(), torch.full((8, 2), 2.0).double(), torch.zeros(8, dtype=torch.int64))
+    side = asbm.Projection(Origin(), Start(), 1e-2)
+    loss, penalty = side.critic_loss(pairs, 1, EPSILON, rng)
+    real = torch.tensor(2.0 + 2.0 - 1.0)
+    assert float(loss.detach()) == pytest.approx(float(softplus(-real) + softplus(real)), rel=1e-5)
+    assert float(penalty) == 0
+    assert float(side.generator_loss(pairs, 1, EPSILON, rng)) == pytest.approx(float(softplus(-real)), rel=1e-5)
+
+
 def test_four_transitions_are_counted_and_fewer_are_refused() -> None:
     method, batch = asbm.ASBM(), batch_of(20, (2,), 2)
     session = session_of(POINTS, method)
@@ -318,8 +371,10 @@ def test_each_side_learns_from_the_ends_that_the_other_reached(monkeypatch: pyte
     session.scale = lambda embedded, smoke: 2000 if isinstance(embedded, int) else (1, 1, 1)
     data = session.train["x0"]
 
-    def fit(side: Any, pairs: Any, *_: Any) -> None:
+    def fit(side: Any, pairs: Any, count: int, steps: int, epsilon: float, rng: torch.Generator) -> None:
         rounds.append((id(side), *pairs()[:2]))
+        assert (count, steps, epsilon) == (1, 4, 1.0) and rng is session.rng
+        nn.init.constant_(next(side.average.parameters()), float(len(rounds)))
 
     def shifted(network: nn.Module, x: Tensor, *_: Any) -> Tensor:
         return x + 100.0
@@ -328,6 +383,7 @@ def test_each_side_learns_from_the_ends_that_the_other_reached(monkeypatch: pyte
     monkeypatch.setattr(asbm, "transport", shifted)
     method.prepare(session)
     assert [side == rounds[0][0] for side, *_ in rounds] == [True, False, True]
+    assert (next(session.networks["generator"].parameters()) == 3).all()  # the average of the forward side is what runs
 
     def is_data(x: Tensor) -> bool:
         return float((x[:50, None] - data).norm(dim=2).min(1).values.max()) < 1e-6

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rigs.images import idle_session, method_of, module_of, noise_of, ran
+from rigs.images import idle_session, method_of, module_of, noise_of, ran, session_of
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -268,6 +268,53 @@ def test_a_layer_left_out_hands_on_its_shortcut_and_comes_back_after_an_error():
     with pytest.raises(TypeError), module.without(network, (index,)):
         network(x)  # its other arguments are missing
     assert "forward" not in vars(block)
+
+
+def test_a_candidate_is_scored_as_it_would_run_against_the_training_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    session, method = session_of("class_to_image/digits_eps"), method_of("autodiffusion")
+    own, data = type(method).scorer.__globals__, session.train["x0"]
+    plain, masked = (((799, ()), (300, ())), ((799, (2,)), (300, (0, 7))))
+    asked: list[tuple[Any, ...]] = []
+    original = own["sample"]
+    monkeypatch.setitem(own, "sample", lambda *given: asked.append(given) or original(*given))
+    score = method.scorer(session, 24)
+    assert score(masked) != score(plain)
+    assert [call[3] for call in asked] == [[(2,), (0, 7)], [(), ()]]
+    assert all(call[2] == pytest.approx([0.8, 0.301, 0.0]) for call in asked)
+    assert torch.equal(asked[0][1], asked[1][1])
+    assert asked[0][1].shape == (24, 1, 8, 8)
+    monkeypatch.setitem(own, "sample", lambda *_: data)
+    assert score(((500, ()),)) == pytest.approx(0, abs=1e-6)
+    assert min(score(masked), score(plain)) > 1e-3  # as before: what was scored is not sampled again
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "cut", "blind", "best"),
+    [("autodiffusion", 2, False, 2), ("autodiffusion_steps", 0, False, 0), ("autodiffusion_random", 0, True, 0)],
+)
+def test_the_cheapest_is_taken_of_those_that_are_about_as_good(
+    name: str, cut: int, blind: bool, best: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of made-up figures: whole and best, two that are within 2 % and leave out as much, one worse and cheaper still."""
+    layers = ((), (1,), (1, 2), (3, 4), (5, 6, 7))
+    made = [tuple((n, skipped) for n in (900, 600, 400, 100)) for skipped in layers]
+    method, searches = method_of(name), []
+
+    def evolve(_: Any, start: Any, *__: Any, **settings: Any) -> tuple[dict[Any, float], list[float]]:
+        searches.append((start, settings))
+        return dict(zip(made, (1.0, 1.005, 1.01, 1.015, 1.03), strict=True)), []
+
+    monkeypatch.setitem(type(method).prepare.__globals__, "evolve", evolve)
+    monkeypatch.setattr(method, "scorer", lambda *_: None)
+    state = method.prepare(session_of("class_to_image/digits_eps"))
+    kept = [[i not in layers[best] for i in range(9)]] * 4
+    assert state["timesteps_4"].tolist() == [900, 600, 400, 100]
+    assert state["kept_4"].tolist() == kept
+    assert [settings["blind"] for _, settings in searches] == [blind, blind]
+    assert searches[1][1]["cut"] == cut
+    assert "cut" not in searches[0][1]
+    assert searches[1][0] == made[:1]  # the second stage begins with the best of the first
 
 
 def test_autodiffusion_runs_what_it_found():

@@ -23,15 +23,21 @@ class HARP(Method):
     (equation 3, algorithm 1). theta = 1 bit, delta = 0.2, beta = 0.5, and the entries that stay are not scaled up, as in
     the official code. At most one more pass a token; the rest of the network is left as it is.
 
-    Its control `harp_always` takes the second pass at every word; `beam_search` is what the paper sets its time against.
+    Its control `harp_always` takes the second pass at every word; `beam_search` is what the paper sets its time against. Here
+    it has 4 beams, a length penalty of 1 and a cache, and its beams run in one pass; the official comparison has 3 beams of 5
+    candidates each, a penalty of 1.2 and no cache on either side.
 
     The second pass runs over the whole text with a cache of its own, so that the clean keys and values stay clean. It
     counts as one forward, as the prefill does; its positions show in the FLOPs. A rung that is used up ends the text, whose last
     word then takes no second pass.
 
+    The claims compare whole answers, as the paper does: they stand at the rungs at which plain decoding ends all of its texts.
+    Below, a text with second passes is cut sooner than one without. Masks are drawn from one seed, for 192 texts.
+
     What limits it here: these models were trained without dropout and have 64 or 128 entries to a word, so that words
     with a fifth of them gone are words they never met; numbers and names cannot be told apart by context, as the words
-    of ordinary text can. And where the target is sure, as that of four layers nearly always is, nothing happens.
+    of ordinary text can. And where the target is sure, nothing happens: that of four layers does not hesitate once over
+    `greedy/words`, so that nothing is claimed there.
     """
 
     paper = Paper(
@@ -53,7 +59,7 @@ class HARP(Method):
     baselines = ("autoregressive", "beam_search", "harp_always")
     claims = (
         Claim(
-            "accuracy[harp,16..64] > accuracy[autoregressive,16..64] "
+            "accuracy[harp,64] > accuracy[autoregressive,64] "
             "and latency_ms[harp,64] <= 2 * latency_ms[autoregressive,64] "
             "and latency_ms[harp,64] <= 0.5 * latency_ms[beam_search,64]",
             says="more right answers than greedy decoding where the target is often wrong, in at most twice its time and half "
@@ -62,20 +68,14 @@ class HARP(Method):
             setting="words of 64 entries, which a fifth fewer makes other words; the paper's have thousands of entries",
         ),
         Claim(
-            "accuracy[harp,12..48] > accuracy[autoregressive,12..48]",
+            "accuracy[harp,24..48] > accuracy[autoregressive,24..48]",
             says="more right answers on questions of several hops",
             task="greedy/hops_weak",
             setting="words of 64 entries, which a fifth fewer makes other words; the paper's have thousands of entries",
         ),
         Claim(
-            "accuracy[harp,16..64] >= accuracy[harp_always,16..64] "
-            "and latency_ms[harp,64] <= 0.75 * latency_ms[harp_always,64]",
+            "accuracy[harp,64] >= accuracy[harp_always,64] and latency_ms[harp,64] <= 0.75 * latency_ms[harp_always,64]",
             says="a second pass where the target hesitates is as good as one at every word, in three quarters of the time",
-        ),
-        Claim(
-            "accuracy[harp,*] >= accuracy[autoregressive,*] and nfe[harp,32] <= 1.05 * nfe[autoregressive,32]",
-            says="where the target is sure and right, nothing is lost and hardly a forward is added",
-            task="greedy/words",
         ),
     )
 

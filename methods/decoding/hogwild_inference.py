@@ -46,7 +46,17 @@ class HogwildInference(Method):
     Differs from the paper: the layout is its contiguous one throughout; the combined one, which moves finished
     paragraphs to a common history, is for texts of thousands of words. A model of this size does not take to working in
     pairs by itself: it was trained on transcripts of one worker and of two, where whoever is free takes the next
-    question that nobody has begun. The reminder to look for redundant work is a matter of prompting and left out.
+    question that nobody has begun. Workers are told their names and nothing else: rules for working together and the
+    reminder to look for redundant work are a matter of prompting and left out.
+
+    A fixed split, the paper's third comparison, is left out too. These questions do not depend on each other, so that a rule
+    (odd ones for tom, even ones for anna) could share them out without a shared cache: the claims say that the model shares
+    work out, not that this needs a shared cache. Every other question alone in its prompt is no such split for this target:
+    trained on whole lists, it then answers about a quarter of all.
+
+    The claims on the trained target rest on one training of it and 48 lists; those on the untrained one on three trainings.
+    Against workers who cannot see each other the steps count from 16 on: 8 suffice for one solution a worker, and the first
+    ones differ by the workers' names alone.
     """
 
     paper = Paper(
@@ -78,9 +88,10 @@ class HogwildInference(Method):
             says="more questions are answered where the steps do not suffice for one worker",
         ),
         Claim(
-            "accuracy[hogwild_inference,8..32] >= accuracy[hogwild_unshared,8..32] + 0.05 "
+            "accuracy[hogwild_inference,16..32] >= accuracy[hogwild_unshared,16..32] + 0.05 "
             "and repeated[hogwild_inference,*] <= 0.05",
-            says="more than by two workers who cannot see each other: hardly any question is answered twice",
+            says="more than by two workers who cannot see each other, where there is time for more than one answer each: "
+            "hardly any question is answered twice",
         ),
         Claim(
             "latency_ms[hogwild_inference,64] <= 0.8 * latency_ms[single_worker,64]",

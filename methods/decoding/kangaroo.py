@@ -39,9 +39,9 @@ class Kangaroo(Method):
     The other half of the paper's comparison with Medusa, 88.7 % fewer parameters, is not claimed: with a vocabulary of this
     size Medusa's heads are small.
 
-    What limits the second exit here: on sums drafts are hardly ever wrong, so that it changes nothing; and in stories several
-    words are often equally good, so that the right draft has q < eta and drafting stops for nothing. eta is the paper's, and
-    is not tuned.
+    What limits the second exit here: on sums drafts are hardly ever wrong, so that it changes nothing: the headline does not
+    turn on it, and what it is worth is asked on stories alone. There several words are often equally good, so that
+    the right draft has q < eta and drafting stops for nothing. eta is the paper's, and is not tuned.
     """
 
     paper = Paper(
@@ -65,10 +65,14 @@ class Kangaroo(Method):
     trainings = 3
     claims = (
         Claim(
-            "exact_match[kangaroo,*] >= 1 and latency_ms[kangaroo,64] <= 0.75 * latency_ms[autoregressive,64]",
-            says="the output is greedy decoding's, in at most three quarters of the time (the paper's 1.4 to 1.7 times the "
-            "speed)",
+            "exact_match[kangaroo,*] >= 1 and 1.4 * latency_ms[kangaroo,64] <= latency_ms[autoregressive,64]",
+            says="the output is greedy decoding's, at 1.4 times the speed or more (the paper's 1.4 to 1.7)",
             headline=True,
+        ),
+        Claim(
+            "exact_match[kangaroo,*] >= 1 and 1.4 * latency_ms[kangaroo,96] <= latency_ms[autoregressive,96]",
+            says="the same on stories, where drafts are wrong more often",
+            task="greedy/stories_deep",
         ),
         Claim(
             "exact_match[kangaroo,*] >= 1 and latency_ms[kangaroo,64] <= latency_ms[medusa,64] "
@@ -78,15 +82,9 @@ class Kangaroo(Method):
         ),
         Claim(
             "exact_match[kangaroo,*] >= 1 and tokens[kangaroo,*] >= tokens[early_exit_fixed,*] "
-            "and target_layer_evaluations[kangaroo,64] <= target_layer_evaluations[early_exit_fixed,64] "
-            "and latency_ms[kangaroo,64] <= latency_ms[early_exit_fixed,64]",
-            says="stopping where the draft is unsure pays, in layers and in time, against drafts of fixed length",
-        ),
-        Claim(
-            "exact_match[kangaroo,*] >= 1 and tokens[kangaroo,*] >= tokens[early_exit_fixed,*] "
             "and target_layer_evaluations[kangaroo,96] <= target_layer_evaluations[early_exit_fixed,96] "
             "and latency_ms[kangaroo,96] <= latency_ms[early_exit_fixed,96]",
-            says="the same on stories",
+            says="stopping where the draft is unsure pays, in layers and in time, against drafts of fixed length",
             task="greedy/stories_deep",
             setting="several words are often equally good, so that a right draft has less than the confidence of 0.6 asked for",
         ),

@@ -31,7 +31,8 @@ class LazyLLM(Method):
 
     Its control `static_prune` makes the choice once, before the first token is written, by the same shares: what the last
     token of the prompt does not look at is dropped, and the deeper layers never see it; tokens of the answer are all kept.
-    `random_prune` drops as many, whichever they are.
+    `random_prune` drops as many, whichever they are, and once as well; `random_revive` draws as many anew for every token,
+    from all that wait: LazyLLM but for the ranking.
 
     Differs from the paper: shares are fixed by depth, where the paper takes percentiles found by hand for each model. They
     were chosen on texts of the train split. What this target looks up it has looked up after the third layer: beyond that
@@ -40,9 +41,12 @@ class LazyLLM(Method):
     That tenth was added after a first run in which random pruning had lost nothing either.
 
     What limits it here: half of the layers run in full, so that the prefill cannot become twice as fast, and what is
-    caught up with afterwards costs passes over several tokens where plain decoding has one. All names that will be asked
-    for stand in the prompt, so that what its end attends to is what later tokens need as well, and a choice made once is
-    good enough.
+    caught up with afterwards costs passes over several tokens where plain decoding has one.
+
+    What came out: a choice made once is not good enough. The end of the prompt looks at what its own next word needs, and
+    names that later words need are dropped: `static_prune` repeats a wrong name in a quarter of the places and hardly ever
+    has a whole answer right. Pruned once, a random choice loses less than that one does. So `random_prune` alone does not
+    say what the ranking is worth, as it differs in the time of the choice too; `random_revive` does.
     """
 
     paper = Paper(
@@ -69,8 +73,10 @@ class LazyLLM(Method):
         ),
         Claim(
             "target_positions[lazyllm,*] <= 0.9 * target_positions[autoregressive,*] "
-            "and target_positions[lazyllm,1] <= 0.65 * target_positions[autoregressive,1]",
-            says="the prefill runs at most 65 % of the token-layers, and with all that is caught up with later 90 %",
+            "and target_positions[lazyllm,1] <= 0.65 * target_positions[autoregressive,1] "
+            "and accuracy[lazyllm,16] >= accuracy[autoregressive,16] - 0.02",
+            says="the prefill runs at most 65 % of the token-layers, and with all that is caught up with later 90 %, and no "
+            "answers are lost",
         ),
         Claim(
             "latency_ms[lazyllm,16] < latency_ms[autoregressive,16]",
@@ -83,6 +89,10 @@ class LazyLLM(Method):
         Claim(
             "accuracy[lazyllm,16] >= accuracy[random_prune,16] + 0.2",
             says="and far more than leaving as many tokens of the prompt behind at random",
+        ),
+        Claim(
+            "accuracy[lazyllm,16] > accuracy[random_revive,16]",
+            says="it is the ranking that does it: as many tokens drawn anew for every token answer less",
         ),
     )
 
@@ -99,6 +109,12 @@ class LazyLLM(Method):
             "random_prune",
             says="random token dropping: as many tokens of the prompt are left behind, whichever they are",
             revive=False,
+            ranked=False,
+            baselines=("autoregressive",),
+        ),
+        Variant(
+            "random_revive",
+            says="random token dropping anew for every token: as many go on, whichever they are, what waits among them",
             ranked=False,
             baselines=("autoregressive",),
         ),

@@ -61,15 +61,16 @@ class TimestepAligner(Method):
     The states x_t come from the training images, noised to t = 1 and led down by the steps tuned so far (sequential
     mode). The last step, to the data, keeps its timestep. Sampling costs what DDIM costs.
 
-    Timesteps are the authors', (n - 1) k, ..., k, 0 with k = N // n, so that sampling begins below the last timestep with
-    what is pure noise only there; to tell the network a later time is then much of what there is to gain.
+    Timesteps are (n - 1) k, ..., k, 0 with k = N // n, so that sampling begins below the last timestep with what is pure
+    noise only there; to tell the network a later time is then much of what there is to gain. The authors' are each one
+    later, (n - 1) k + 1, ..., k + 1, 1, and their last step leads to timestep 0, where here it leads to the data.
     `untuned_leading` is DDIM on the same timesteps. `timestep_aligner_trailing` begins at the last timestep, as `ddim`
     does, and shows what is left to gain once the grid is mended.
 
-    Differs: L is a function of one number, so it is minimised on fixed states instead of by 500 steps of Adam from 1 on
-    fresh ones. As those do, the search begins at ratio 1 and goes downhill, as far as it goes: in growing steps until L
-    rises again, then by Brent's method between the last three. Only tau <= 1 is kept to, the last time that the network
-    was trained on. Step counts from 2 to 16 are tuned, others use their own timesteps.
+    Differs: L is a function of one number, so it is minimised on fixed states, the same for all step counts, instead of by
+    500 steps of Adam from 1 on fresh ones. As those do, the search begins at ratio 1 and goes downhill, as far as it goes:
+    in growing steps until L rises again, then by Brent's method between the last three. Only tau <= 1 is kept to, the last
+    time that the network was trained on. Step counts from 2 to 16 are tuned, others use their own timesteps.
 
     What limits it here: in a first run of one seed on the trailing grid, tuned steps were worse than DDIM's at 8, 10 and 16
     steps; only after it did the headline move to the authors' grid. Images of 64 pixels may leave little to repair once

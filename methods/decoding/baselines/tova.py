@@ -13,8 +13,8 @@ from stepmark.tracks.decoding.chains import write_chains
 from stepmark.tracks.decoding.decoder import Decoder
 from stepmark.tracks.decoding.held_cache import HeldCache, HeldDecoder, write_held
 
-# Of the greatest length of a text: what DMS is trained to hold there. Other texts keep an eighth.
-KEPT = {"sums": 1 / 4}
+# Of the greatest length of a text: what DMS is seen to hold there, window and all. Other texts keep an eighth.
+KEPT = {"sums": 0.34}
 
 
 class Tova(Method):
@@ -22,7 +22,11 @@ class Tova(Method):
 
     Where more than the budget is held, the tokens with the least attention of the newest query, mean over heads, are
     evicted, once for all heads of a layer. The prompt is read with full attention and then cut to the budget by the
-    attention of its last token. No training; the same bytes as the learned eviction beside which it is a baseline.
+    attention of its last token. No training.
+
+    It is a baseline of DMS, and holds as much. Of sums that is 0.34 of the greatest length: of the longest, 79 tokens, 27 of
+    4160 bytes, 112 kB, where DMS holds 108 to 116 kB at its fullest. DMS is trained to a quarter, but its window comes on
+    top. Of needles it is an eighth, what DMS is trained to; there DMS ends up with less.
     """
 
     paper = Paper(
