@@ -329,6 +329,40 @@ def test_two_whole_neighbours_are_all_there_is() -> None:
     assert not torch.equal(sampled("pcpp", SHAPES, 2, 4)[0], sampled("distrifusion", SHAPES, 2, 4)[0])
 
 
+def test_a_tenth_of_the_steps_is_synchronous_with_parts_of_neighbours_too() -> None:
+    """Of 16 steps two, which is neither the least, one, nor all of a short run."""
+    found, two, one = (
+        sampled(name, DIGITS, 2, 16, **settings)[0]
+        for name, settings in (
+            ("pcpp", {"fraction": 1.0}),
+            ("distrifusion", {"warm_up": 2 / 16}),
+            ("distrifusion", {"warm_up": 1 / 16}),
+        )
+    )
+    assert torch.equal(found, two) and not torch.equal(found, one)
+
+
+@pytest.mark.parametrize(("name", "rungs"), [("distrifusion", {50: 5, 16: 2, 4: 1, 1: 1}), ("naive_patches", {50: 50})])
+def test_so_many_steps_are_synchronous_and_they_are_the_first(
+    name: str, rungs: dict[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, asked = plugins.load_class(plugins.methods()[name])(), []
+
+    class Idle(Bands):
+        def output(self, denoise: Denoiser, x: Tensor, t: float) -> Tensor:
+            asked.append(self.synchronous)
+            return 0 * x
+
+    monkeypatch.setitem(type(method).run.__wrapped__.__globals__, "Bands", Idle)
+    spec, network = track_of(DIGITS)[1], backbones.load(track_of(DIGITS)[1].backbones["teacher"])
+    for rung, count in rungs.items():
+        session = Session(spec, "smoke", torch.device("cpu"), torch.float32, {"teacher": network}, {}, Ledger(), False)
+        session.begin("run", 1)
+        method.run(session, {"noise": torch.zeros(1, 1, 8, 8), "condition": torch.zeros(1, dtype=torch.int64)}, rung)
+        assert asked == [True] * count + [False] * (rung - count)
+        asked.clear()
+
+
 def test_naive_bands_know_nothing_of_each_other() -> None:
     batch, method = batch_of(SHAPES, 2), method_of("naive_patches")
     other = {**batch, "noise": torch.cat([batch["noise"][:, :, :8], torch.zeros(2, 3, 8, 16)], 2)}

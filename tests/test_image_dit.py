@@ -209,6 +209,36 @@ def test_variants_run_the_encoder_where_they_say() -> None:
     assert len(found["ddt"]) == 2 and found["ddt"][0] == 0
 
 
+def test_every_variant_asks_for_the_training_of_its_own_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that ask for the same function share its weights, which have the same names and shapes in both networks."""
+    asked: dict[str, str] = {}
+    for name in ("ddt", "ddt_every_step", "ddt_undivided", "ddt_uniform", "ddt_fifth", "ddt_uniform_fifth"):
+        method, session = plugins.load_class(plugins.methods()[name])(), ddt_session()
+        weights = session.networks["ddt"].state_dict()
+        monkeypatch.setattr(
+            session, "once", lambda function, name=name: asked.update({name: function.__name__}) or weights
+        )
+        method.prepare(session)
+    assert asked.pop("ddt_undivided") == "fit_undivided"
+    assert len(asked) == 5 and set(asked.values()) == {"fit_decoupled"}
+
+
+def test_a_block_is_attention_and_layers_each_normed_shifted_scaled_and_gated() -> None:
+    torch.manual_seed(1)
+    block = lively(ddt.DecoupledBlock(12, 3))
+    x, c = torch.randn(2, 5, 12), torch.randn(2, 5, 12)
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = block.modulation(c).split(12, -1)
+    norm = torch.nn.functional.layer_norm
+    q, k, v = block.qkv(norm(x, (12,), eps=1e-6) * (1 + scale) + shift).split(12, -1)
+    heads = []
+    for part in (slice(0, 4), slice(4, 8), slice(8, 12)):
+        weights = (q[..., part] @ k[..., part].transpose(1, 2) / 2).softmax(-1)
+        heads.append(weights @ v[..., part])
+    middle = x + gate * block.out(torch.cat(heads, -1))
+    expected = middle + gate_mlp * block.mlp(norm(middle, (12,), eps=1e-6) * (1 + scale_mlp) + shift_mlp)
+    torch.testing.assert_close(block(x, c), expected)
+
+
 def test_half_the_encoders_cost_less_than_three_quarters() -> None:
     ledger = Ledger()
     network = watch(ledger, "ddt", lively(DecoupledDiT(8, 1, 10)))

@@ -269,6 +269,66 @@ def test_the_coupling_of_a_straight_flow_is_reproduced(method):
         assert spent == rung
 
 
+class Known(nn.Module):
+    """A flow whose velocity is a learnt picture, more of it the later; keeps the times at which it is asked."""
+
+    prediction = "flow"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v, self.times = nn.Parameter(torch.linspace(-1, 1, 64).view(1, 8, 8)), []
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        self.times.append(t)
+        return self.v.expand_as(x) + (t**2)[:, None, None, None]
+
+
+@pytest.mark.parametrize("method", ["simple_reflow", "simple_reflow_backward", "simple_reflow_plain"])
+def test_the_choices_reach_training_and_sampling_and_their_control_makes_none(method, monkeypatch):
+    """Loss, training times, grid and solver, each as it is used; by pairs that are all alike."""
+    plugin, module, network, found = method_of(method), module_of("simple_reflow"), Known(), []
+    plain, batch = method == "simple_reflow_plain", noise_of("class_to_image/digits_flow", 6)
+    session = idle_session("class_to_image/digits_flow", teacher=network, student=network)
+    noise = batch["noise"][:1].expand(64, -1, -1, -1)
+    session.once = lambda *_: {"eps": noise, "x0": 0 * noise, "condition": torch.arange(64) % 10}
+    used = type(plugin).prepare.__globals__
+    monkeypatch.setitem(used, "project", lambda eps: eps)
+
+    def losses(session: Session, student: nn.Module, loss: Callable[[], Tensor], *_: Any) -> None:
+        value = loss()
+        found.extend((value.detach(), *torch.autograd.grad(value, [network.v])))
+        for _ in range(30):
+            loss()
+
+    monkeypatch.setitem(used, "fit", losses)
+    session.begin("prepare", 1)
+    plugin.prepare(session)
+    v = network.v.detach().clone().requires_grad_()
+    residual = v + (network.times[0] ** 2)[:, None, None, None] - noise
+    if plain:
+        expected = residual.square().mean()
+    else:
+        size = (residual + module.high_pass(residual)).square().mean((1, 2, 3))
+        expected = (size / size.detach()).mean()
+    torch.testing.assert_close(found, [expected.detach(), *torch.autograd.grad(expected, [v])], rtol=1e-4, atol=1e-5)
+    mean = 1 / 2 if plain else 10 / 9 - 1 / np.log(10)  # of times of density 10^t
+    assert torch.cat(network.times).mean().item() == pytest.approx(mean, abs=0.03)
+
+    network.times.clear()
+    out, _ = ran(session, plugin, batch, 9)
+    times = uniform_times(9) if plain else module.sigmoid_times(9, 8.0)
+    assert [float(t[0]) for t in network.times] == pytest.approx(times[:-1], abs=1e-6)
+    session.begin("run", 5)
+    denoise = Denoiser(network, batch["condition"])
+    with torch.no_grad():
+        second = module_of("dpm_solver_pp").DPMSolverPP.solve(denoise, batch["noise"], times)
+        steps = [(s - t) * (network.v + t**2) for t, s in itertools.pairwise(times)]
+    euler = batch["noise"] + torch.stack(steps).sum(0)
+    right, wrong = (euler, second) if plain else (second, euler)
+    torch.testing.assert_close(out, right, rtol=1e-4, atol=1e-4)
+    assert (out - wrong).abs().max() > 0.01
+
+
 def test_reflow_learns_the_coupling_of_a_curved_flow():
     """A student of one parameter on a linear flow: least squares on the pairs has a closed form."""
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rigs.images import DIGITS, GUIDED, Gaussian, batch_of, method_of, module_of, session_of
+from rigs.images import DIGITS, GUIDED, Gaussian, batch_of, idle_session, method_of, module_of, session_of
 from torch import Tensor, nn
 
 from stepmark import backbones
@@ -115,6 +115,16 @@ def test_students_are_told_the_scale_in_their_own_convention(name: str, offset: 
     method.run(session, batch | {"guidance": torch.arange(6.0)}, 4)
     assert len(told) == 4
     assert all(torch.equal(scale, torch.arange(6.0) + offset) for scale in told)
+
+
+def test_a_student_that_is_told_no_scale_takes_the_weight_of_the_paper() -> None:
+    method = method_of("guided_distillation")
+    session, batch, told = session_of(DIGITS, method), batch_of(6, (1, 8, 8), 10), []
+    for network in session.networks.values():
+        network.register_forward_pre_hook(lambda module, args: told.append(args[-1]))
+    session.begin("run", 1, 24)
+    method.run(session, batch, 4)
+    assert len(told) == 4 and all(torch.equal(w, torch.full((6,), 0.3)) for w in told)
 
 
 @pytest.mark.parametrize("backbone", ["digits_flow_a", "digits_eps_a"])
@@ -285,6 +295,22 @@ def test_adapters_are_told_time_condition_and_scale_and_what_they_say_reaches_th
         assert (moved - plain).abs().max() > 1e-3
 
 
+@torch.no_grad()
+def test_there_is_an_adapter_behind_every_residual_block_and_each_reaches_the_output() -> None:
+    torch.manual_seed(0)
+    teacher = backbones.load("digits_flow_a")
+    blocks = [part.out_channels for part in teacher.unet.modules() if type(part).__name__ == "ResnetBlock2D"]
+    adapted = agd.AdaptedUNet(teacher)
+    assert [adapter.out.out_features for adapter in adapted.adapters] == blocks
+    told = batch_of(1, (1, 8, 8), 10)["noise"], torch.tensor([0.5]), torch.tensor([3]), torch.tensor([2.0])
+    plain = adapted(*told)
+    for adapter in adapted.adapters:
+        nn.init.normal_(adapter.out.weight)
+        assert (adapted(*told) - plain).abs().max() > 1e-4
+        nn.init.zeros_(adapter.out.weight)
+    assert torch.equal(adapted(*told), plain)
+
+
 @pytest.mark.parametrize(("name", "source"), [("agd", "states_of_sampling"), ("agd_noised_data", "states_of_data")])
 def test_the_first_loss_is_what_guidance_adds_to_the_conditional_prediction(
     name: str, source: str, monkeypatch: pytest.MonkeyPatch
@@ -304,6 +330,7 @@ def test_the_first_loss_is_what_guidance_adds_to_the_conditional_prediction(
     monkeypatch.setattr(agd, "fit", first_loss)
     method.prepare(session)
     x, t, condition, scale, _ = kept[0]
+    assert len(x) == 8 * 3 and sorted(t.unique().tolist()) == pytest.approx([1 / 3, 2 / 3, 1])  # 8 paths of 3 steps
     assert float(scale.min()) >= 1 and float(scale.max()) <= 6
     with torch.no_grad():
         named, null = (session.networks["teacher"](x, t, c) for c in (condition, torch.full_like(condition, 10)))
@@ -354,3 +381,40 @@ def test_the_ablation_stores_as_many_states_at_the_same_times_but_of_noised_data
     with torch.no_grad():
         torch.testing.assert_close(target, fusing.guided_rows(session.networks["teacher"], x, t, condition, scale))
     assert method_of("agd_noised_data").noised_data and not agd.AGD().noised_data
+
+
+class Shrinking(nn.Module):
+    """eps = x / 2, so that x0 = (1 - sigma / 2) x / alpha."""
+
+    prediction = "epsilon"
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        return x / 2
+
+
+@pytest.mark.parametrize(("name", "temperature"), [("sg_minority", 1.0), ("pushed_at_random", 1.3)])
+def test_a_guided_step_is_the_ancestral_one_and_the_scaled_direction_times_its_variance(
+    name: str, temperature: float
+) -> None:
+    """Two steps with a weight of 3, the first guided, written out by hand: only the noises of the chain are multiplied."""
+    schedule, batch = schedules.Schedule("epsilon"), batch_of(6, (2,), 1)
+    session = idle_session("minority/rare_eps", teacher=Shrinking(), guide=module_of("sg_minority").Guide())
+    method = method_of(name, weight=3.0, temperature=temperature)
+    session.begin("run", 1)
+    first, noise = (torch.randn(6, 2, generator=session.rng) for _ in range(2))
+    session.begin("run", 1)
+    found = method.run(session, batch, 4 if name == "sg_minority" else 2)
+
+    def guess(x: Tensor, t: float) -> Tensor:
+        return (1 - schedule.sigma(t) / 2) / schedule.alpha(t) * x
+
+    x = temperature * batch["noise"]
+    x0 = guess(x, 1.0)
+    again = guess(schedule.alpha(0.2) * x0 + schedule.sigma(0.2) * first, 0.2)
+    push = x0 - again if name == "sg_minority" else first  # the slope of |x0 - again|, but for its length
+    push = push / push.abs().amax(1, keepdim=True)
+    (alpha, sigma), (a, s) = ((schedule.alpha(t), schedule.sigma(t)) for t in (1.0, 0.5))
+    variance = (s / sigma) ** 2 * (1 - (alpha / a) ** 2)
+    mean = a * x0 + (s**2 - variance) ** 0.5 * x / 2
+    x = mean + 3 * variance * push + temperature * variance**0.5 * noise
+    torch.testing.assert_close(found, guess(x, 0.5), rtol=1e-3, atol=1e-3)

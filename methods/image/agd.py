@@ -134,6 +134,14 @@ class AGD(Method):
     alike; trajectories are DDIM's of 20 steps instead of ancestral sampling's of a thousand; 1500 updates at a rate of 2e-3,
     with weight decay and an average of the weights, instead of 5000 at 1e-4.
 
+    For class-conditional networks the release adds an offset, made by a small perceptron from time, condition and scale, to
+    what attention gives; the cross-attention here is its adapter for networks that are told a text.
+
+    On this task guidance leads away from the data, the further the stronger it is: a student that follows it by half is
+    nearer to them than guidance. So the headline asks for the ends of guidance beside the Frechet distance: less than half
+    as far from them as without guidance, which a scale of 1.5 in place of 3 does not reach, from eight steps on, as with
+    four guidance itself is further off. Two steps are left out of it: no budget of the paper is so small.
+
     What limits it here: 4 % of the parameters of a small network leave little room for all scales up to 6, and two minutes
     of training little time. The distance to the end of each path also counts every error on the way, which the Frechet
     distance of the paper forgives as long as the samples as a whole are right.
@@ -154,10 +162,12 @@ class AGD(Method):
         Claim(
             "fd[agd,4] <= 1.05 * fd[ddim_cfg,8] and fd[agd,8] <= 1.05 * fd[ddim_cfg,16] "
             "and fd[agd,16] <= 1.05 * fd[ddim_cfg,32] and fd[agd,32] <= 1.05 * fd[ddim_cfg,64] "
-            "and endpoint_error[agd,4..32] < endpoint_error[euler,4..32]",
+            "and endpoint_error[agd,4..32] < endpoint_error[euler,4..32] "
+            "and endpoint_error[agd,8..32] < 0.5 * endpoint_error[euler,64]",
             says="in four steps or more as near to the data as as many steps of guidance, which cost twice the evaluations, "
-            "and nearer to its ends than without guidance",
+            "and nearer to its ends than without guidance: from eight steps on less than half as far",
             headline=True,
+            setting="two minutes of training, and a distance for each path that the paper does not take",
         ),
         Claim(
             "endpoint_error[agd,2..64] < endpoint_error[ddim_cfg,2..64]",

@@ -77,8 +77,12 @@ class D4DRGBD(Method):
     range of the data, so that a pair is drawn in a few steps; one depth network instead of four.
 
     A hundred rooms are little to draw others from, and the network knows them nearly by heart (its loss on them and on
-    others is in the report of the backbone): what drawn pairs add lies between the real ones. Of engine pairs a thousand
-    different ones are mixed in, of drawn ones as many.
+    others is in the report of the backbone): what drawn pairs add lies between the real ones. That blends of two real
+    pairs would do as well is not ruled out. A thousand pairs are drawn, no two the same; engine pairs are picked a
+    thousand times from a thousand, with repetition, so that about 630 different ones are mixed in.
+
+    The claims span 10 to 50 steps: pairs for training are drawn once, so that few steps are no aim. With two the pairs
+    are blurred.
 
     The variants draw nothing: every item is one at random of the real pairs once more, of the same mirrored by half the
     chance or cut and mirrored, or of those of a graphics engine, which have exact depth and are as many as wanted, but of
