@@ -287,6 +287,38 @@ def test_only_a_schedule_that_ends_in_noise_gives_the_brightness_of_the_data() -
     assert spread[0] < 0.85 * spread[1]
 
 
+class FlatNoise(nn.Module):
+    """What `Flat` predicts, as noise."""
+
+    prediction = "epsilon"
+
+    def __init__(self, signal: Tensor) -> None:
+        super().__init__()
+        self.v, self.alphas_cumprod = Flat(signal), signal**2
+
+    def null_condition(self, condition: Tensor) -> Tensor:
+        return condition
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        alpha = self.v.signal[t.long()].view(-1, 1, 1, 1).to(x.dtype)
+        return (1 - alpha**2).sqrt() * x + alpha * self.v(x, t, condition)
+
+
+def test_begun_where_training_ended_the_flawed_schedule_keeps_the_brightness(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control without training: with an exact network the spread of brightness is whole, where pure noise narrows it."""
+    network = FlatNoise(backbones.load("shades_eps").alphas_cumprod.sqrt())
+    shades = torch.randn(5000, 1, 1, 1, generator=torch.Generator().manual_seed(5)).expand(-1, 1, 8, 8) / 2
+    monkeypatch.setattr(Session, "train", property(lambda _: {"x0": shades}))
+    spread = {}
+    for name in ("ddim_offset", "ddim"):
+        session, method = session_of("class_to_image/shades", network), plugins.load_class(plugins.methods()[name])()
+        session.state = method.prepare(session) or {}
+        found = method.run(session, batch_of(4000, (1, 8, 8), 3), 50)
+        spread[name] = float(found.mean((1, 2, 3)).std())
+    assert spread["ddim_offset"] == pytest.approx(0.5, rel=0.06)
+    assert spread["ddim"] < 0.85 * spread["ddim_offset"]
+
+
 def test_the_control_is_trained_alike_but_for_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw for draw the same training and sampling: given the fixed schedule, the control is `zero_terminal_snr` itself."""
     teacher, losses, samples = backbones.load("shades_eps"), [], []

@@ -117,7 +117,7 @@ class ZeroTerminalSNR(Method):
 
     What limits it here: the brightness of a picture is one number, independent of the rest and of a known law, so that the
     task cannot tell the fixes from starting where training ended. The untouched teacher on the trailing grid, begun from
-    noise to which sqrt(abar_T) times the mean of a random training picture is added, is at a third of the distance of
+    noise to which sqrt(abar_T) times the mean of a random training picture is added (`ddim_offset`), is at a third of the distance of
     brightness that `ddim` has or less, with five steps it is nearer to the data than the fine-tuned student, and with 25
     about as near. Guidance makes the named mark clearer and leaves the unnamed brightness nearly alone, so that there is little
     overexposure to repair; and scoring clamps images to the range of the data, as a picture file would.
@@ -140,6 +140,12 @@ class ZeroTerminalSNR(Method):
             says="brightness is nearer to that of the data than with the flawed schedule and grid and as much training, with 25 "
             "steps and more at most half as far from it, and pictures are better",
             headline=True,
+        ),
+        Claim(
+            "w1_brightness[zero_terminal_snr,*] < w1_brightness[ddim_offset,*] and fd[zero_terminal_snr,*] < fd[ddim_offset,*]",
+            says="and than without any training, from noise that has the brightness of a training picture drawn at random",
+            setting="the brightness of these pictures is one number of a known law, independent of all else; that of photographs "
+            "is not",
         ),
         Claim(
             "w1_brightness[zero_terminal_snr,*] < w1_brightness[trailing_finetuned,*] "
