@@ -56,7 +56,7 @@ def _step(before: str, old: Sequence[Row], after: str, new: Sequence[Row]) -> St
         if row.measured:
             earlier[row.task, row.method, row.rung, *row.place[1:]].append(row)
     for row in new:
-        same = earlier[row.task, row.method, row.rung, *row.place[1:]] if row.measured else []
+        same = earlier[row.task, row.method, row.rung, *row.place[1:]] if row.own else []  # lent rows stand elsewhere
         other = next((each for each in same if each.place == row.place), next(iter(same), None))
         if other is None:
             continue

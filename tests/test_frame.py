@@ -90,7 +90,7 @@ def test_a_variant_names_its_method(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_the_published_figures_are_those_of_the_board() -> None:
     table = frame()
     everything = records.read_all(results_folder("embedded"))
-    assert len(table) > 10 * len(everything)
+    assert len(table) > 5 * len(everything)  # a line a figure: seeds that are not timed have fewer
     assert (table.low.isna() | ((table.low <= table.value) & (table.value <= table.high))).all()
     mine = [r for r in everything if r.method == "ddim" and r.task == "class_to_image/digits_eps" and r.latency]
     theirs = {row.rung: row for row in groups.grouped(mine)}
