@@ -68,11 +68,10 @@ class VocabExpansionLowres(Method):
         Claim(
             "nfe[vocab_expansion_lowres,640..1280] <= 0.7 * nfe[source_vocabulary,640..1280] "
             "and right_pieces[vocab_expansion_lowres,640..1280] >= right_pieces[source_vocabulary,640..1280] - 0.05 "
-            "and right_pieces[vocab_expansion_lowres,640] > right_pieces[random_expansion,640] "
-            "and right_pieces[vocab_expansion_lowres,1280] >= right_pieces[random_expansion,1280] - 0.01 "
+            "and right_pieces[vocab_expansion_lowres,640..1280] > right_pieces[random_expansion,640..1280] "
             "and right_pieces[vocab_expansion_lowres,640..1280] > right_pieces[focus_expansion,640..1280]",
             says="fewer steps than with the source tokenizer at its quality, and with 100 new tokens the simple start is better "
-            "than a random one (no worse where both have nearly all right) and than one that needs a model and data of its own",
+            "than a random one and than one that needs a model and data of its own",
             headline=True,
         ),
         Claim(
@@ -87,9 +86,8 @@ class VocabExpansionLowres(Method):
             says="at most 0.7 of the inference steps of the source tokenizer, and of their time",
         ),
         Claim(
-            "right_pieces[vocab_expansion_lowres,320..640] > right_pieces[random_expansion,320..640] "
-            "and right_pieces[vocab_expansion_lowres,1280] >= right_pieces[random_expansion,1280] - 0.01",
-            says="better than with random initial embeddings, and no worse where both have nearly all right",
+            "right_pieces[vocab_expansion_lowres,*] > right_pieces[random_expansion,*]",
+            says="better than with random initial embeddings",
         ),
         Claim(
             "right_pieces[vocab_expansion_lowres,*] > right_pieces[average_expansion,*]",

@@ -30,6 +30,7 @@ from stepmark.tracks.text_to_image.captions import (
     START,
     TEXTURES,
     VOCABULARY,
+    read,
 )
 
 LATENT = (4, 8, 8)
@@ -77,10 +78,15 @@ class Autoencoder(nn.Module):
 
 def pictures() -> Tensor:
     """What the autoencoder is trained on: the training pictures of every data set of the track [N, 3, 32, 32]."""
-    parts = [load_split(name, "train")["x0"] for name in ("scenes32", "pastel32", "parts32", "edits32", "tryon32")]
-    tryon = load_split("tryon32", "train")
-    clips = load_split("clips32", "train")
-    parts += [tryon["garment"], tryon["agnostic"], clips["x0"][:, ::4].flatten(0, 1), clips["without"][:, 3]]
+    parts = [load_split(name, "train")["x0"] for name in ("scenes32", "pastel32", "parts32", "edits32")]
+    tryon, clips = (load_split(name, "train") for name in ("tryon32", "clips32"))
+    parts += [
+        tryon["x0"],
+        tryon["garment"],
+        tryon["agnostic"],
+        clips["x0"][:, ::4].flatten(0, 1),
+        clips["without"][:, 3],
+    ]
     return torch.cat(parts)
 
 
@@ -165,8 +171,6 @@ class _Places(nn.Module):
 
 def _what_is_said(data: Mapping[str, Any]) -> dict[str, Tensor]:
     """Targets of `_Places`: the truth where the caption says it, else the class of what is not said."""
-    from stepmark.tracks.text_to_image.captions import read
-
     n = len(data["text"])
     found = {name: torch.full((n, len(PLACES)), kinds) for name, kinds in HEADS.items()}
     found["background"] = torch.full((n,), len(BACKGROUNDS))
@@ -184,7 +188,7 @@ def _what_is_said(data: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _train_text(network: nn.Module, progress: Progress, steps: int = 2_000) -> dict[str, float]:
-    """Full captions of fresh scenes and all kinds of those of the training split; the heads are thrown away."""
+    """All kinds of captions of the training splits; the heads are thrown away."""
     assert isinstance(network, CaptionEncoder)
     parts = [load_split(name, "train") for name in ("scenes32", "pastel32")]
     ids = torch.cat([part["tokens"] for part in parts])
@@ -229,7 +233,7 @@ class Painter(nn.Module):
 
     prediction = "epsilon"
 
-    def __init__(self, widths: tuple[int, ...] = (64, 64)) -> None:
+    def __init__(self) -> None:
         super().__init__()
         from diffusers import UNet2DConditionModel
 
@@ -238,9 +242,9 @@ class Painter(nn.Module):
             sample_size=LATENT[1],
             in_channels=LATENT[0],
             out_channels=LATENT[0],
-            down_block_types=("CrossAttnDownBlock2D",) * len(widths),
-            up_block_types=("CrossAttnUpBlock2D",) * len(widths),
-            block_out_channels=widths,
+            down_block_types=("CrossAttnDownBlock2D",) * 2,
+            up_block_types=("CrossAttnUpBlock2D",) * 2,
+            block_out_channels=(64, 64),
             layers_per_block=1,
             norm_num_groups=8,
             attention_head_dim=16,
@@ -258,9 +262,9 @@ class Painter(nn.Module):
         """Predicted noise [B, 4, 8, 8]."""
         return self.denoise(x, t, self.words(condition))
 
-    def denoise(self, x: Tensor, t: Tensor, states: Tensor, guidance: Tensor | None = None) -> Tensor:
-        """The same with the states of captions [B, 32, 64], and an embedding of a guidance scale [B, 64] if there is one."""
-        return self.unet(x, t, states, timestep_cond=guidance, return_dict=False)[0]
+    def denoise(self, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
+        """The same with the states of captions [B, 32, 64]."""
+        return self.unet(x, t, states, return_dict=False)[0]
 
 
 class FlowPainter(nn.Module):
