@@ -19,8 +19,8 @@ import torch
 from stepmark.datasets.scenes32 import apart, describe, draw, packed, settle
 
 from stepmark.task import Dataset
-from stepmark.tracks.text_to_image.captions import PLACES
-from stepmark.tracks.text_to_image.scenes import Array, Look, Scenes, masks, render
+from stepmark.tracks.scenes.captions import PLACES
+from stepmark.tracks.scenes.drawing import Array, Look, Scenes, masks, render
 
 DATASET = Dataset(
     id="clips32",

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from stepmark.datasets.scenes32 import EXTENT, MOST, SEEN, describe, draw, packed, settle
 
 from stepmark.task import Dataset
-from stepmark.tracks.text_to_image.captions import (
+from stepmark.tracks.scenes.captions import (
     BACKGROUNDS,
     COLOURS,
     PLACES,
@@ -30,7 +30,7 @@ from stepmark.tracks.text_to_image.captions import (
     tokens,
     write,
 )
-from stepmark.tracks.text_to_image.scenes import RADII, SIZE, Integers, Scenes, area, masks, open_ground, render
+from stepmark.tracks.scenes.drawing import RADII, SIZE, Integers, Scenes, area, masks, open_ground, render
 
 DATASET = Dataset(
     id="edits32",

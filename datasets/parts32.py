@@ -15,8 +15,8 @@ import torch
 from stepmark.datasets.scenes32 import describe, draw, packed
 
 from stepmark.task import Dataset
-from stepmark.tracks.text_to_image.captions import COLOURS, Caption
-from stepmark.tracks.text_to_image.scenes import HALVES, Array, Scenes, masks, pattern
+from stepmark.tracks.scenes.captions import COLOURS, Caption
+from stepmark.tracks.scenes.drawing import HALVES, Array, Scenes, masks, pattern
 
 DATASET = Dataset(
     id="parts32",

@@ -13,7 +13,7 @@ import numpy as np
 from stepmark.datasets.scenes32 import captioned, draw, packed
 
 from stepmark.task import Dataset
-from stepmark.tracks.text_to_image.scenes import PASTEL
+from stepmark.tracks.scenes.drawing import PASTEL
 
 DATASET = Dataset(
     id="pastel32",

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from stepmark.datasets.scenes32 import MOST, draw, packed
 
 from stepmark.task import Dataset
-from stepmark.tracks.text_to_image.captions import BACKGROUNDS, COLOURS, REGIONS, Caption, Thing
+from stepmark.tracks.scenes.captions import BACKGROUNDS, COLOURS, REGIONS, Caption, Thing
 
 DATASET = Dataset(
     id="regions32",

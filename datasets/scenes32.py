@@ -6,9 +6,9 @@ or of three dark colours, so that the brightness of a picture is free where a ca
 equally likely; the objects of a scene differ in colour and in place, and at least 0.6 of each is seen.
 
 Sizes vary by 5 % and positions by 2.5 pixels, so that two pictures of a full caption differ. They are drawn, and their
-masks, layouts, depths and edges given, by `stepmark.tracks.text_to_image.scenes`.
+masks, layouts, depths and edges given, by `stepmark.tracks.scenes.drawing`.
 
-``x0`` is float32 [N, 3, 32, 32] in [-1, 1]; ``text`` are the captions (`stepmark.tracks.text_to_image.captions`), ``tokens``
+``x0`` is float32 [N, 3, 32, 32] in [-1, 1]; ``text`` are the captions (`stepmark.tracks.scenes.captions`), ``tokens``
 their ids int64 [N, 32]; ``objects`` int64 [N, 3, 5] (shape, colour, size, texture, place; -1: no such object) and
 ``background`` int64 [N] are the whole truth, whatever the caption leaves out, and ``geometry`` float32 [N, 3, 3] (row and
 column of the centre of mass, radius; pixels) is what else it takes to draw the picture again (`scenes_of`).
@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from stepmark.task import Dataset
-from stepmark.tracks.text_to_image.captions import (
+from stepmark.tracks.scenes.captions import (
     ATTRIBUTES,
     BACKGROUNDS,
     COLOURS,
@@ -38,7 +38,7 @@ from stepmark.tracks.text_to_image.captions import (
     tokens,
     write,
 )
-from stepmark.tracks.text_to_image.scenes import (
+from stepmark.tracks.scenes.drawing import (
     RADII,
     SIZE,
     USUAL,

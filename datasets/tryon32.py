@@ -19,8 +19,8 @@ import torch
 from stepmark.datasets.scenes32 import between
 
 from stepmark.task import Dataset
-from stepmark.tracks.text_to_image.captions import BACKGROUNDS, COLOURS, SHAPES
-from stepmark.tracks.text_to_image.scenes import GROUND, PALETTE, SIZE, Array, Integers, coverage, over, paint, pixels
+from stepmark.tracks.scenes.captions import BACKGROUNDS, COLOURS, SHAPES
+from stepmark.tracks.scenes.drawing import GROUND, PALETTE, SIZE, Array, Integers, coverage, over, paint, pixels
 
 DATASET = Dataset(
     id="tryon32",

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from stepmark import plugins
 from stepmark.task import digest_of
-from stepmark.tracks.text_to_image import captions as words
-from stepmark.tracks.text_to_image import metrics
-from stepmark.tracks.text_to_image.captions import ATTRIBUTES, Caption, Thing, read, write
-from stepmark.tracks.text_to_image.parser import Reading, parse
-from stepmark.tracks.text_to_image.scenes import (
+from stepmark.tracks.scenes import captions as words
+from stepmark.tracks.scenes import metrics
+from stepmark.tracks.scenes.captions import ATTRIBUTES, Caption, Thing, read, write
+from stepmark.tracks.scenes.drawing import (
     HALVES,
     PASTEL,
     Scenes,
@@ -32,6 +31,7 @@ from stepmark.tracks.text_to_image.scenes import (
     owners,
     render,
 )
+from stepmark.tracks.scenes.parser import Reading, parse
 
 NAMES = ("scenes32", "pastel32", "regions32", "parts32", "edits32", "tryon32", "clips32")
 LONG = 1_000  # pictures; larger splits are checked when they are loaded

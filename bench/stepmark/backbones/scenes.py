@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from stepmark.backbones import Progress, Recipe, load
 from stepmark.task import load_split
-from stepmark.tracks.text_to_image.captions import (
+from stepmark.tracks.scenes.captions import (
     BACKGROUNDS,
     COLOURS,
     END,
@@ -73,6 +73,10 @@ class Autoencoder(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Pictures [B, 3, 32, 32] of latents, as they come from the decoder: not cut off at -1 and 1."""
+        return self(z)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """`decode`, which counts as an evaluation."""
         return self.vae.decode(z / self.scale, return_dict=False)[0]
 
 
@@ -226,9 +230,12 @@ class Painter(nn.Module):
     """A `diffusers.UNet2DConditionModel` of latents with the encoder of captions in front of it, called as image denoisers
     are: eps [B, 4, 8, 8] for x [B, 4, 8, 8], t float [B] in 0..999 and captions int64 [B, 32].
 
+    Captions may also be given by their states, float [B, 32, 64], which `words` makes of ids: encoded once, asked often.
+    `guidance` [B] is a scale w that a student is told (`guidance_embedding`, by `time_cond_proj_dim`); the teacher's weights
+    for it are zero.
+
     Its schedule is that of latent diffusion, betas whose roots grow evenly from 0.00085 to 0.012 (`alphas_cumprod`, float64
-    [1000]). `unet` is the wrapped model, which also takes an embedding of a guidance scale (`time_cond_proj_dim`, Luo et al.
-    2023), untrained here; `words` the encoder, which stays as it is.
+    [1000]). `unet` is the wrapped model, `words` the encoder, which stays as it is.
     """
 
     prediction = "epsilon"
@@ -251,25 +258,24 @@ class Painter(nn.Module):
             cross_attention_dim=WIDTH,
             time_cond_proj_dim=GUIDANCE_DIM,
         )
+        nn.init.zeros_(self.unet.time_embedding.cond_proj.weight)
         self.words = CaptionEncoder()
         self.alphas_cumprod = scaled_linear()
 
     def null_condition(self, condition: Tensor) -> Tensor:
-        """The empty caption [B, 32]."""
-        return _empty(condition)
+        """The empty caption, in the form of the ones that are given."""
+        return _empty(condition, self.words)
 
-    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor, guidance: Tensor | None = None) -> Tensor:
         """Predicted noise [B, 4, 8, 8]."""
-        return self.denoise(x, t, self.words(condition))
-
-    def denoise(self, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
-        """The same with the states of captions [B, 32, 64]."""
-        return self.unet(x, t, states, return_dict=False)[0]
+        states = condition if condition.is_floating_point() else self.words(condition)
+        told = None if guidance is None else guidance_embedding(guidance)
+        return self.unet(x, t, states, timestep_cond=told, return_dict=False)[0]
 
 
 class FlowPainter(nn.Module):
     """A `diffusers.PixArtTransformer2DModel` of latents in patches of 2x2, with the same encoder of captions in front of it:
-    v = eps - x0 [B, 4, 8, 8] for x [B, 4, 8, 8], t float [B] in [0, 1] and captions int64 [B, 32].
+    v = eps - x0 [B, 4, 8, 8] for x [B, 4, 8, 8], t float [B] in [0, 1] and captions, int64 [B, 32] or their states.
 
     Args:
         width, depth: of the transformer; heads are of 24 channels.
@@ -300,23 +306,29 @@ class FlowPainter(nn.Module):
         self.words = CaptionEncoder()
 
     def null_condition(self, condition: Tensor) -> Tensor:
-        """The empty caption [B, 32]."""
-        return _empty(condition)
+        """The empty caption, in the form of the ones that are given."""
+        return _empty(condition, self.words)
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """Predicted velocity [B, 4, 8, 8]."""
-        return self.denoise(x, t, self.words(condition))
-
-    def denoise(self, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
-        """The same with the states of captions [B, 32, 64]."""
+        states = condition if condition.is_floating_point() else self.words(condition)
         return self.transformer(x, encoder_hidden_states=states, timestep=t * 1000, return_dict=False)[0]
 
 
-def _empty(condition: Tensor) -> Tensor:
-    """The caption that says nothing, in the shape of some [B, 32]."""
-    empty = torch.full_like(condition, PAD)
+def _empty(condition: Tensor, words: nn.Module) -> Tensor:
+    """The caption that says nothing, in the form of some: ids [B, 32], or states [B, 32, 64]."""
+    empty = torch.full((len(condition), LENGTH), PAD, device=condition.device)
     empty[:, 0], empty[:, 1] = START, END
-    return empty
+    return words(empty[:1]).expand_as(condition) if condition.is_floating_point() else empty
+
+
+def guidance_embedding(scale: Tensor) -> Tensor:
+    """Sines and cosines [B, 64] of guidance scales [B], as those of timesteps, of a thousand times the scale (Luo et al. 2023,
+    whose code embeds the scale less one, that of the other convention)."""
+    half = GUIDANCE_DIM // 2
+    rates = torch.exp(torch.arange(half, device=scale.device, dtype=scale.dtype) * (-math.log(10_000.0) / (half - 1)))
+    angles = 1000.0 * (scale - 1)[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 def scaled_linear() -> Tensor:
@@ -388,7 +400,7 @@ def fit(
             dropped = torch.rand(64, generator=draw) < 1 / 8
             said = torch.where(dropped[:, None, None], nothing, states[rows])
             x_t = alpha.view(-1, 1, 1, 1) * x0[rows] + sigma.view(-1, 1, 1, 1) * eps
-            loss = (network.denoise(x_t, t, said) - target).square().mean()
+            loss = (network(x_t, t, said) - target).square().mean()
             step(loss)
             if number >= 0.9 * steps:
                 losses.append(loss.item())

@@ -61,8 +61,8 @@ from numpy.typing import NDArray
 from scipy.ndimage import maximum_filter, uniform_filter
 from torch import Tensor
 
-from stepmark.tracks.text_to_image.captions import COLOURS, SHAPES
-from stepmark.tracks.text_to_image.scenes import (
+from stepmark.tracks.scenes.captions import COLOURS, SHAPES
+from stepmark.tracks.scenes.drawing import (
     DOTTED,
     GROUND,
     HALVES,

@@ -9,9 +9,9 @@ from itertools import permutations
 import numpy as np
 from numpy.typing import NDArray
 
-from stepmark.tracks.text_to_image.captions import ATTRIBUTES, BACKGROUNDS, RELATIONS, REVERSE, Caption, Thing
-from stepmark.tracks.text_to_image.parser import Reading
-from stepmark.tracks.text_to_image.scenes import APART, HIDES, Scenes, related
+from stepmark.tracks.scenes.captions import ATTRIBUTES, BACKGROUNDS, RELATIONS, REVERSE, Caption, Thing
+from stepmark.tracks.scenes.drawing import APART, HIDES, Scenes, related
+from stepmark.tracks.scenes.parser import Reading
 
 PARTS = (*ATTRIBUTES, "lower")  # what a caption can say of an object
 FRONT = RELATIONS.index("in front of")

@@ -207,6 +207,11 @@ def negative_prompt(caption: Caption) -> str:
     return "" if caption.absent is None else _words(caption.absent)
 
 
+def unwanted(text: str) -> Thing | None:
+    """What a negative prompt says must not be there: the inverse of `negative_prompt`."""
+    return _Reader(text).thing() if text else None
+
+
 def tokens(texts: Iterable[str]) -> Tensor:
     """Ids int64 [N, 32] of texts: start, words, end, padding. KeyError for a word that is not in VOCABULARY.
 

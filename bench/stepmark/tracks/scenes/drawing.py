@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stepmark.tracks.text_to_image.captions import SHAPES
+from stepmark.tracks.scenes.captions import SHAPES
 
 SIZE = 32  # pixels, of pictures
 PALETTE = np.array(
