@@ -374,6 +374,27 @@ def test_what_the_check_is_at_is_a_line_each(
     assert re.fullmatch(r"a stage \.\.\. \d+\.\d s\n", capsys.readouterr().err)  # its line ends, whatever happens
 
 
+def test_a_rung_that_is_skipped_hides_no_other(elsewhere: Path) -> None:
+    """The whole smoke ladder is skipped; what is wrong further on is found, and repeated in a fresh process."""
+    path = scaffold(elsewhere / "image" / "picky")
+    skipping = "        if rung <= 4:\n            skip('five evaluations at least')\n        denoise = Denoiser(session.networks"
+    text = written(path.read_text(), FILLED.replace("        denoise = Denoiser(session.networks", skipping))
+    path.write_text(text.replace(IMPORTS, f"{IMPORTS}from stepmark.method import skip\n"))
+    stages: list[str] = []
+
+    def noted(what: str) -> contextlib.nullcontext[None]:
+        stages.append(what)
+        return contextlib.nullcontext()
+
+    assert list(running(plugins.methods()["picky"], stage=noted)) == []
+    assert [what for what in stages if "again in a fresh process" in what] == [
+        "picky on sampling/mixtures_flow at rung 8, again in a fresh process"
+    ]
+    path.write_text(path.read_text().replace("return x\n", "return x[:1]\n"))
+    findings = list(running(plugins.methods()["picky"], fresh=False))
+    assert findings and all("at rung 4" not in finding and "run returned shape" in finding for finding in findings)
+
+
 def test_a_call_beyond_its_rung_is_told_the_sum_and_the_line(elsewhere: Path) -> None:
     path = scaffold(elsewhere / "image" / "greedy_one")
     path.write_text(written(path.read_text(), FILLED.replace("uniform_times(rung)", "uniform_times(rung + 1)")))

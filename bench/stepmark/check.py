@@ -260,7 +260,8 @@ def running(info: MethodInfo, device: str = "cpu", fresh: bool = True, stage: St
     """Faults that show when the plugin runs at tier smoke: failures, wrong outputs, and what the audit flags.
 
     Each task at the rungs of the smoke ladder and at `further_rungs`; of a variant, which is the same code, at those on
-    its first task only.
+    its first task only. A rung that is skipped is passed over, and the fresh process repeats the first that is not, from
+    the end of the smoke ladder on.
     """
     from stepmark.cell import Cell
     from stepmark.run import measure
@@ -268,6 +269,7 @@ def running(info: MethodInfo, device: str = "cpu", fresh: bool = True, stage: St
     for number, task_id in enumerate(info.tasks):
         smoke = plugins.tasks()[task_id][1].ladder("smoke")
         beyond = further_rungs(info, task_id)
+        repeated = not fresh or number > 0
         for rung in (*smoke, *beyond):
             cell = Cell(info.id, task_id, rung, 0, "smoke")
             place = f"{task_id} at rung {rung}"
@@ -278,10 +280,13 @@ def running(info: MethodInfo, device: str = "cpu", fresh: bool = True, stage: St
                     yield (record.message or "").removeprefix("PluginError: ")
                     return
                 yield f"{place}: {record.message}"
-            if record.status in {"failed", "skipped"} and rung in smoke:
+            if record.status == "failed" and rung in smoke:
                 break
+            if record.status == "skipped":
+                continue
             yield from (f"{place}: {flag}" for flag in record.flags)
-            if fresh and (number, rung) == (0, smoke[-1]):
+            if not repeated and rung in (smoke[-1], *beyond) and record.status != "failed":
+                repeated = True
                 with stage(f"{info.id} on {place}, again in a fresh process"):
                     other = _fresh_outputs(cell, device)
                 if other != record.outputs:
