@@ -139,6 +139,8 @@ def test_a_negative_prompt_is_the_clause_alone() -> None:
     assert words.negative_prompt(caption) == "a red star"
     assert write(words.positive(caption)) == "a circle on black"
     assert write(words.swapped(read("a circle left of a star"))) == "a star right of a circle"
+    assert words.unwanted(words.negative_prompt(caption)) == caption.absent
+    assert words.unwanted(words.negative_prompt(words.positive(caption))) is None
 
 
 @pytest.mark.parametrize("split", ["test", "negative", "two", "protected", "free"])

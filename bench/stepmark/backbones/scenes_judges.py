@@ -59,8 +59,7 @@ def _truth(objects: Tensor, background: Tensor) -> dict[str, Tensor]:
     """What lies in each place [N, 9] by attribute, from the `objects` [N, 3, 5] and the `background` [N] of a split."""
     found = {name: torch.full((len(objects), len(PLACES)), kinds - 1) for name, kinds in KINDS.items()}
     rows, slots = (objects[..., 0] >= 0).nonzero(as_tuple=True)
-    names = ("shape", "colour", "size", "texture")
-    for i, name in enumerate(names):
+    for i, name in enumerate(KINDS):  # in the order of `objects`, whose last is the place
         found[name][rows, objects[rows, slots, 4]] = objects[rows, slots, i]
     return found | {"background": background}
 
