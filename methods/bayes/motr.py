@@ -40,9 +40,10 @@ class MoTR(Method):
 
     What limits it here: an outcome model. The people of these tasks respond with a bend and to two active days in a row;
     the ridge can represent neither and inherits a bias like that of lagged regression, whatever the number of days.
-    Any adjustment for yesterday takes half of the bias away, so that the headline is no more than that this one does, too.
-    The forest finds both in six years, where it is the nearest of all, but on 222 days it shrinks
-    every effect and lies behind lagged regression, whose bias is then smaller than anybody's noise.
+    Lagged regression and propensity weighting take more than half of the bias of a plain difference away, and more of it
+    than the ridge does, so that the headline is no more than that this one does, too. The forest takes most of it away in
+    six years, where it is the nearest of all; on 222 days it has more bias than the three others that adjust and lies behind
+    them all. Lagged regression is the nearest there: its bias is smaller than anybody's noise.
     """
 
     paper = Paper(

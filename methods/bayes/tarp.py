@@ -34,9 +34,10 @@ class TARP(Method):
     paper bootstraps an error band where this file has an exact p-value, and goes to hundreds of dimensions where these are
     four. A classifier two-sample test is left out.
 
-    What limits it: the mass of a ball tells little of a shift that is small beside the ball. It finds a shifted estimator
-    with several times the simulations that HPD coverage and ranks need, and of any wrong one less than HPD coverage does
-    where simulations are few (50); what it finds and they do not is the bias that averages out.
+    What limits it: the mass of a ball tells little of a shift that is small beside the ball. To find a shifted
+    estimator it needs more than ten times the simulations that HPD coverage and ranks need, and where simulations are
+    few (50) it finds fewer of the wrong ones, all together, than HPD coverage does; what it finds and they do not are
+    the bias that averages out and the prior.
 
     `tarp_uniform` takes the paper's plain choice, reference points that ignore x. It is valid for any estimator, but blind
     to one that ignores x, such as the prior: then theta*_i and the draws have the same law whatever r_i is.

@@ -48,10 +48,11 @@ class DMS(Method):
 
     What limits it here: the window and the question are half of so short a text, so that what is saved buys twice as many
     texts and not eight times as many. Distilled on texts without slips, the sparse cache makes more of them at a high
-    temperature than the full one, and four texts do not make up for it. At a ratio of 8 and w = 4 it is wrong more
-    than twice as often. That the headline's setting is another was said after a first run of one seed had failed it. With 32
-    sums or 48 recalls and three trainings, differences of a few hundredths cannot be told from none: between four sparse
-    texts and two full ones, or between eviction delayed and at once on recall.
+    temperature than the full one, and four texts are not seen to make up for it. At a ratio of 8 and w = 4 it is wrong
+    more than twice as often. On recall it ends up with a twelfth of the bytes, where it was trained to an eighth, and
+    nearly a tenth of the answers go. That the headline's setting is another was said after a first run of one seed had
+    failed it. With 32 sums or 48 recalls and three trainings, differences of a few hundredths cannot be told from none:
+    between four sparse texts and two full ones, or between eviction delayed and at once on recall.
     """
 
     paper = Paper(

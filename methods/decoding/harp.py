@@ -35,9 +35,10 @@ class HARP(Method):
     Below, a text with second passes is cut sooner than one without. Masks are drawn from one seed, for 192 texts.
 
     What limits it here: these models were trained without dropout and have 64 or 128 entries to a word, so that words
-    with a fifth of them gone are words they never met; numbers and names cannot be told apart by context, as the words
-    of ordinary text can. And where the target is sure, nothing happens: that of four layers does not hesitate once over
-    `greedy/words`, so that nothing is claimed there.
+    with a fifth of them gone are words they never met; numbers and names cannot be told apart by context, as the words of
+    ordinary text can. On word problems second passes cost right answers, on hops they hardly change how many there are.
+    And where the target is sure, nothing happens: that of four layers does not hesitate once over sums, word problems and
+    hops, so that nothing is claimed there.
     """
 
     paper = Paper(

@@ -55,8 +55,12 @@ class HogwildInference(Method):
     trained on whole lists, it then answers about a quarter of all.
 
     The claims on the trained target rest on one training of it and 48 lists; those on the untrained one on three trainings.
-    Against workers who cannot see each other the steps count from 16 on: 8 suffice for one solution a worker, and the first
-    ones differ by the workers' names alone.
+    Against workers who cannot see each other 8 steps tell little: they suffice for one solution a worker, and the first ones
+    differ by the workers' names alone. From 16 on the others answer far less: of the solutions that they begin about two in
+    five had been begun before.
+
+    What limits it here: without training for it both workers go through the same questions. Half of the solutions that they
+    begin, or more, had been begun before, and from 24 steps on they answer less than one worker.
     """
 
     paper = Paper(

@@ -39,9 +39,10 @@ class Kangaroo(Method):
     The other half of the paper's comparison with Medusa, 88.7 % fewer parameters, is not claimed: with a vocabulary of this
     size Medusa's heads are small.
 
-    What limits the second exit here: on sums drafts are hardly ever wrong, so that it changes nothing: the headline does not
-    turn on it, and what it is worth is asked on stories alone. There several words are often equally good, so that
-    the right draft has q < eta and drafting stops for nothing. eta is the paper's, and is not tuned.
+    What limits the second exit here: on sums drafts are hardly ever wrong, so that it changes nothing: the headline does
+    not turn on it, and what it is worth is asked on stories alone. There several words are often equally good, so that
+    the right draft has q < eta and drafting stops for nothing: drafts of fixed length take fewer evaluations. eta is the
+    paper's, and is not tuned.
     """
 
     paper = Paper(

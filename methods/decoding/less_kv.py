@@ -51,10 +51,10 @@ class LESS(Method):
     is left out, and the rate falls from 3e-3 to 0. Only H2O is paired with a state: the paper also pairs sinks and a window
     (its Lambda mask), which stand here without one, as the baseline `sink_window`.
 
-    What limits it here: a needle is one exact fact among many, and a state of low rank that sums up all evicted tokens blurs
-    them; the gain on language modelling, where an average of the past helps, is not what that task asks for. On stories the
-    mean loss of H2O is carried by few texts: of 48 most lose next to nothing, three (24 tokens held) to seven (12) lose
-    several nats each. Those are what the state wins back.
+    What limits it here: a needle is one exact fact among many, and a state of low rank that sums up all evicted tokens
+    blurs them; the gain on language modelling, where an average of the past helps, is not what that task asks for. On
+    stories the mean loss of H2O is carried by few texts: most lose next to nothing, less than a quarter of them several
+    nats each. Those are what the state wins back.
     """
 
     paper = Paper(

@@ -51,7 +51,7 @@ class LinearAlignment(Method):
     a share of the events told so far would set beginnings beside whole texts.
 
     What came out: nearly every event follows the wish, where prompting follows it in less than half and the likeliest
-    texts hardly ever, and the stories stay right.
+    texts in about one of eight, and the stories stay right.
     """
 
     paper = Paper(

@@ -55,8 +55,8 @@ class Mgpt(Method):
     is that of single lines without demonstrations, the same at every budget. Answers are scored and nothing is claimed of
     them.
 
-    What limits it here: two trainings of one strategy differ by a hundredth of a bit per character, as much as the four of
-    byte-pair encoding do among themselves, so that three trainings hardly tell which of these is best.
+    What limits it here: two trainings of one strategy may differ by more than a hundredth of a bit per character, and the
+    means of the four of byte-pair encoding by less, so that three trainings hardly tell which of these is best.
     """
 
     paper = Paper(

@@ -40,11 +40,12 @@ class MoeMamba(Method):
     the Mamba blocks, of 4 d^2 weights, and experts of inner width 4 d, of 8 d^2: together those of two Mamba blocks. Its
     cache of keys and values grows with the text.
 
-    What limits it here: the first word of a text says in which tongue all others are read. Attention looks it up; a state
-    space must hold it among all that it reads, of which two blocks with small states learn less. So this task cannot show
-    the half of the abstract that is about Transformers with experts. Nor is Mamba's cheap decoding measured, which is kept:
-    states are of constant size by construction, and contexts of 23 words too short for time to show it. And a table learnt
-    by heart rewards weights as such; no control routes words to experts at random, to say what the router is worth.
+    What limits it here: in half of Mamba's steps its final loss is about reached, its loss midway is not. The first word
+    of a text says in which tongue all others are read. Attention looks it up; a state space must hold it among all that
+    it reads, of which two blocks with small states learn less. So this task cannot show the half of the abstract that is
+    about Transformers with experts. Nor is Mamba's cheap decoding measured, which is kept: states are of constant size by
+    construction, and contexts of 23 words too short for time to show it. And a table learnt by heart rewards weights as
+    such; no control routes words to experts at random, to say what the router is worth.
     """
 
     paper = Paper(

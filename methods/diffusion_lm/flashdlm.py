@@ -53,9 +53,10 @@ class FlashDLM(Method):
     they were masks. The guide is as large as the diffusion model, where theirs is a fifth of it. Where the budget of a
     rung ends, the last evaluation keeps the whole draft.
 
-    What limits it here: forty new words leave few steps to save, where the paper's answers have hundreds. The surest words
-    do not come from the left, so that `freecache` alone waits for gaps to close. The guide knows the grammar as well as
-    the diffusion model does, and writing with it alone takes a tenth of the FLOPs of asking it.
+    What limits it here: forty new words leave few steps to save, where the paper's answers have hundreds. Where 4 or 8
+    steps have to do, fewer texts are right than by the surest words, for the last of them keeps the whole draft. The
+    surest words do not come from the left, so that `freecache` alone waits for gaps to close. The guide knows the grammar
+    as well as the diffusion model does, and writing with it alone takes a tenth of the FLOPs of asking it.
     """
 
     paper = Paper(

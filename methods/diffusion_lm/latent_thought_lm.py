@@ -158,8 +158,10 @@ class LatentThoughtLM(Method):
 
     What limits it here: minutes of training. After so few updates the bound is above the likelihood of the autoregressive
     arm and above that of the window alone: what the latent vectors carry does not pay for their divergence yet. More
-    steps than in training do not help, for with one held draw they climb on that draw. With more training the
-    autoregressive model would learn the grammar almost exactly, copies included, which leaves nothing to be better by.
+    steps than in training do not help, for with one held draw they climb on that draw. Inference that starts at the prior
+    has a better bound at any number of steps, though not than the window alone, and past 8 of them it hardly gains. With
+    more training the autoregressive model would learn the grammar almost exactly, copies included, which leaves nothing
+    to be better by.
     """
 
     paper = Paper(

@@ -43,10 +43,10 @@ class SDTT(Method):
     more training alone gives is the difference to the undistilled model, what distillation gives is the difference to it;
     the teacher's two evaluations of each text are the price of distillation and come on top.
 
-    What limits it here: tens of updates. A quarter of the steps comes near the teacher, a sixteenth does not, and fewer
-    texts are wholly right than their likelihood suggests: of 64 words written sixteen at a time, names that must repeat
-    fall into one step, which no model of single words can see. The student gains at 64 steps too, where nothing is
-    saved, for the reverse divergence makes likely words likelier.
+    What limits it here: tens of updates. With a quarter of the steps texts are likelier than the teacher's, though fewer
+    are wholly right; with a sixteenth they are not likelier either: of 64 words written sixteen at a time, names that
+    must repeat fall into one step, which no model of single words can see. The student gains at 64 steps too, where
+    nothing is saved, for the reverse divergence makes likely words likelier.
     """
 
     paper = Paper(

@@ -118,12 +118,13 @@ class ASBM(Method):
     update of its generator, as in their runs in the plane, where those on Gaussian mixtures update it three times. The latent
     z has two dimensions, there one.
 
-    The variance e is 1, one of the authors' values. Bridges of a tenth of it between a Gaussian and a mixture of the plane
-    have transitions that are nearly Gaussian, and DSBM then loses nothing with four of them; at 1 its four steps end twice
-    as far from the data as its sixty-four, which leaves room for transitions of any shape.
+    The variance e is 1, one of the authors' values. Bridges of a tenth of it between a Gaussian and a mixture of the
+    plane have transitions that are nearly Gaussian, and DSBM then loses nothing with four of them; at 1 its four steps
+    end about twice as far from the data as its sixty-four, which leaves room for transitions of any shape.
 
     What limits it here: adversarial training of minutes; every round of a critic and a generator passes the errors of its
-    coupling on to the next.
+    coupling on to the next. Four transitions end between four and sixty-four steps of DSBM; how near differs from training
+    to training.
     """
 
     paper = Paper(

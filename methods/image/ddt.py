@@ -231,10 +231,11 @@ class DDT(Method):
     dropped in training; 900 updates, and weights averaged over the last hundred or so. A step costs one evaluation of the
     rung with or without its encoder: what sharing saves shows in FLOPs.
 
-    What limits it here: after 900 updates both networks are far from the teacher, and more steps give worse images. With
-    the encoder in half of the steps a stale z is then no loss at 16 and 50 steps, and at 50 the Frechet distance is the
-    lower, the fewer runs of the encoder there are: no similarity of z can foretell that. What half of the runs cost shows
-    at four and eight steps only. That training converges sooner, which the paper reports of split networks, is not
+    What limits it here: after 900 updates both networks, divided or not, are far from the teacher and close to each other,
+    and beyond eight steps more give worse images. With the encoder in half of the steps a stale z is then no loss at 16 and
+    50 steps, and at 50 the Frechet distance is the lower, the fewer runs of the encoder there are: no similarity of z can
+    foretell that, and the steps that are found are now better than equal ones and now worse. What half of the runs cost
+    shows at eight steps and fewer. That training converges sooner, which the paper reports of split networks, is not
     measured: both arms get equal updates.
     """
 

@@ -33,7 +33,7 @@ class MMDFinetuning(Method):
     The number of DDIM steps is fixed (4) and the deterministic chain is run with gradients, all of it kept in memory
     (the paper recomputes it step by step). The loss is the unbiased squared MMD between features of a batch of samples
     and of a batch of training images of the same labels, with the cubic kernel; there is no target for the single
-    sample, no adversary and no teacher. A few hundred updates are enough.
+    sample, no adversary and no teacher. In the paper a few hundred updates are enough.
 
     Features are those of a small perceptron that learns to classify the training images in prepare: the metric's own
     classifier is out of reach, so matching the features of the loss cannot flatter the metric. As in the authors' code

@@ -33,8 +33,9 @@ class PCPP(Method):
     saves; bands of two to eight rows cannot send less than one of them; and of small images the borders of convolutions,
     which stay, are three fifths of what DistriFusion sends, and more. So what is sent is 0.81 of DistriFusion's in the UNet
     of shapes and half in the transformer, whatever is sampled, and with four bands it would be 0.79 and half. In the UNets
-    little hangs on distant keys and values, so that fewer stale ones can make better images. Borders of convolutions alone
-    may be what makes it better there than bands without context, so that this is claimed of the transformer only.
+    little hangs on distant keys and values, so that fewer stale ones can make better images; in the transformer images are
+    worse for it, the more so the more steps there are. Borders of convolutions alone may be what makes it better in the
+    UNets than bands without context, so that this is claimed of the transformer only.
     """
 
     paper = Paper(

@@ -45,9 +45,10 @@ class ReDi(Method):
     The whole sampler of the headline, of twice the rung, is on the ladder for all rungs but the last.
 
     What limits it here: captions are a continuum of five dimensions, and the nearest of two thousand is still another
-    picture. The jump is worth more than as many plain steps and than the neighbour's picture, but what it misses by stays
-    while the sampler that is cut short comes nearer with every step. Ten neighbours fit a query better than the nearest
-    alone does and land further off: weights that cancel on the keys do not cancel on the values.
+    picture. The jump is worth more than the neighbour's picture, and up to eight evaluations more than as many plain steps;
+    but what it misses by stays while plain steps come nearer with every further one, so that sixteen of them are ahead, and
+    the whole sampler is throughout. Ten neighbours fit a query better than the nearest alone does and land nearer at every
+    budget, nearer than sixteen plain steps too, though not as near as the whole sampler where that is on the ladder.
 
     Differs from the paper: the sampler is Euler's on a flow instead of PNDM on a diffusion; prompts are blends of shapes
     and colours, two thousand of them stored; quality is the distance to where the flow leads under the prompt.

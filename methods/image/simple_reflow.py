@@ -92,9 +92,10 @@ class SimpleReflow(Method):
 
     What limits it here: plain ReFlow deteriorates on large images, which is what the seven choices mend. On these digits
     it does not: from pairs of Heun's method, which all learn from, nine of its steps are at the level of its teacher's
-    fifty, and nothing is left to gain. On the three kinds of pairs the choices are a little ahead of the plain ones, most
-    with two steps; but the inverted pairs cost more here than they bring, so that plain ReFlow on backward pairs alone is
-    ahead of both.
+    fifty, and nothing is left to gain. On the same pairs, of three kinds or of one, the choices are ahead of the plain ones
+    with one and two steps, most with one; but the inverted pairs cost more here than they bring, so that the choices are
+    better with few steps on backward pairs alone, and from four steps on plain ReFlow on those is about as good as all
+    choices together.
     """
 
     paper = Paper(

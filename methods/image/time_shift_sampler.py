@@ -54,8 +54,10 @@ class TimeShiftSampler(Method):
     the solver's coefficients move to t_s too; then the images are worse than DDIM's here.
 
     What limits it here: the variance of 64 values scatters by 18 % from sample to sample, that of the paper's 3 072 by
-    2.6 %. Above timestep 500 the window spans less than that, and nearly every sample is sent to one end of it or the other,
-    as by a coin; below, to the later end. On the points of the mixtures "pixels" are two coordinates.
+    2.6 %. Above timestep 500 the window spans less than that, and nearly every sample is sent to one end of it or the
+    other, as by a coin; below, to the later end. So it gains on DDIM about what a constant shift gains. On the points
+    of the mixtures "pixels" are two coordinates, and from sixteen steps on it ends further from the exact solution than
+    DDIM.
     """
 
     paper = Paper(

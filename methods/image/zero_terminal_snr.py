@@ -115,12 +115,13 @@ class ZeroTerminalSNR(Method):
     Differs from the paper: pictures instead of latents, of 64 values, so the flawed schedule keeps more signal at its end;
     brightness is not named by the condition; w = 5 instead of 7.5.
 
-    What limits it here: the brightness of a picture is one number, independent of the rest and of a known law, so that the
-    task cannot tell the fixes from starting where training ended. `ddim_offset`, the untouched teacher on the trailing
-    grid, begun from noise to which sqrt(abar_T) times the mean of a random training picture is added, is nearer to the
-    brightness of the data than the fine-tuned student at every number of steps, and its pictures are better up to 25.
-    Guidance makes the named mark clearer and leaves the unnamed brightness nearly alone, so that there is little
-    overexposure to repair; and scoring clamps images to the range of the data, as a picture file would.
+    What limits it here: the brightness of a picture is one number, independent of the rest and of a known law, so that
+    the task cannot tell the fixes from starting where training ended. `ddim_offset`, the untouched teacher on the
+    trailing grid, begun from noise to which sqrt(abar_T) times the mean of a random training picture is added, is
+    nearer to the brightness of the data than the fine-tuned student at every number of steps, and its pictures are
+    better up to 25. Guidance makes the named mark clearer and leaves the unnamed brightness nearly alone, so that there
+    is little overexposure to repair, and scaling back makes pictures worse; and scoring clamps images to the range of
+    the data, as a picture file would.
     """
 
     paper = Paper(

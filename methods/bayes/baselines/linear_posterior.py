@@ -14,9 +14,9 @@ from stepmark.tracks.bayes import linear, problems
 class LinearPosterior(Method):
     """One Gaussian for all: least squares of the parameters on a set's mean, spread by the residuals' covariance.
 
-    What a set network starts from, fitted in closed form on the same simulations: theta ~ N(B xbar + b, V). Exact where
-    prior and likelihood are Gaussian, so that a network which loses to it there has learnt nothing; wrong wherever the
-    posterior is not, or the mean is not sufficient. Evaluates nothing: the same at every rung.
+    theta ~ N(B xbar + b, V), fitted in closed form on the simulations that a set network learns from, whose score is
+    scaled by the same V. Of the right form where prior and likelihood are Gaussian, and nearer there than any network;
+    wrong wherever the posterior is not, or the mean is not sufficient. Evaluates nothing: the same at every rung.
     """
 
     tasks = (

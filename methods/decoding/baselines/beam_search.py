@@ -15,7 +15,7 @@ WIDTH = 4
 
 
 class BeamSearch(Method):
-    """Beam search of width 4: what the likeliest text does, at no more forwards than greedy decoding.
+    """Beam search of width 4: what the likeliest text does, at one forward a token as in greedy decoding.
 
     Each step all beams are read in one pass, under a mask that shows each its own past, and of all their continuations
     the 4 likeliest are kept; one that ends is put aside. The search stops when the best text that ended is as likely,

@@ -22,8 +22,8 @@ class DDIM(Method):
 
     which is the Euler step of the probability-flow ODE in the variables x / alpha and sigma / alpha, and on a flow that
     of its velocity. One evaluation a step. Timesteps are equally spaced from the last one down ("trailing"), so that
-    sampling starts from the pure noise the model was trained on; the paper's own "leading" grid starts below it and is
-    worse at few steps. No clipping.
+    sampling starts from the pure noise the model was trained on; the paper's own "leading" grid starts below it and
+    gives worse images with four to eight steps. No clipping.
 
     `ddim_quadratic` is the second of the two grids that the paper tries (appendix D.2: tau_i = floor(c i^2)), started at
     the last timestep too. `ddim_best_grid` takes, for every step count, that of six common grids on which DDIM ends

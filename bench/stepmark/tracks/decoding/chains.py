@@ -8,7 +8,7 @@ The answer that most of the finished texts give is the answer. What a text costs
 `run` returns, for each prompt, a list of `chains_of(rung)` lists of new token ids, each as the track wants them.
 
 Ground, measured with full caches: at temperature 1 to 1.5 nearly every text of the 4-layer target is right and there is
-nothing to gain; at 1.8 two in five are. A model that is wrong for want of knowledge (the 1-layer one) gains nothing from
+nothing to gain; at 1.8 about one in three is. A model that is wrong for want of knowledge (the 1-layer one) gains nothing from
 a vote at any temperature.
 """
 

@@ -7,10 +7,10 @@ the other, each filled up to `max_new_tokens` with the padding token. Of `prefer
 without the wish, and "temperature"; a list holds one text, nothing after its end-of-sequence token.
 
 Wishes are followed weakly: after a prompt with a wish the target gives its colour 0.29 and the hero's favourite more, so
-that the likeliest word is the wished colour in one event of twelve. Measured over whole texts (48, one seed): prompting
-follows the wish in 0.40 of the events, beam search, which is what a task that any likely text solves would reward, in 0.06,
-the target's own best spans in 0.24. Asked backwards, the target tells a wish from other colours by 1.2 nats at its first
-event.
+that the likeliest word is the wished colour in about one event of eight. Measured over whole texts: prompting follows the
+wish in about two events of five, beam search, which is what a task that any likely text solves would reward, in about one
+of eight, the target's own best spans in a third. Asked backwards, the target tells a wish from other colours by 1.2 nats
+at its first event.
 
 Stories come from a known grammar, so that texts are judged by their exact likelihood (`story_likelihood`).
 """

@@ -1,8 +1,9 @@
 """Track image, task of resolution: 32x32 images from a network that was trained on 16x16.
 
-The network takes images of any size. At twice the size it still draws shapes of the pixels that it knows, too small and
-sometimes several of them: it has learned composition at one size only. `session.train` holds a thousand images of the
-larger size, for methods that adapt. A rung counts rows of any size; what a row costs is in the FLOPs.
+The network takes images of any size. At twice the size it still draws shapes of the pixels that it knows, too small,
+and in most images not exactly one of them: it has learned composition at one size only. `session.train` holds a
+thousand images of the larger size, for methods that adapt. A rung counts rows of any size; what a row costs is in the
+FLOPs.
 """
 
 from __future__ import annotations
