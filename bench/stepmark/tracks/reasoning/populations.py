@@ -1,0 +1,66 @@
+"""Several texts of each question side by side: what the rung has room for, draws among them, judging, writing to the ends.
+
+`owner` says of each text of some `Chains` to which question it belongs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stepmark.backbones.chains import Chains
+from stepmark.backbones.reasoners import Verifier
+from stepmark.session import Session
+from stepmark.tracks.reasoning.solving import CHAIN, STEP, judged, write_step
+
+
+def room(session: Session, sharing: int) -> int:
+    """Tokens that each of so many questions, or texts, may still have, if all others leave theirs to them."""
+    return int((session.limit - session.spent) // max(1, sharing))
+
+
+def by_question(owner: Sequence[int], questions: int) -> list[list[int]]:
+    """Numbers of the texts of each question, in their order."""
+    found: list[list[int]] = [[] for _ in range(questions)]
+    for i, question in enumerate(owner):
+        found[question].append(i)
+    return found
+
+
+def going(chains: Chains, chosen: Sequence[int], longest: int = CHAIN) -> list[int]:
+    """Those of the chosen texts that have not ended and are shorter than `longest` tokens without their prompts."""
+    return [i for i in chosen if not chains.ended(i) and len(chains.texts[i]) - chains.starts[i] < longest]
+
+
+def drawn(session: Session, weights: Tensor | Sequence[float], count: int, replacement: bool = False) -> list[int]:
+    """`count` numbers drawn by weights that need not sum to 1, one after the other; none twice without replacement."""
+    table = torch.as_tensor(weights, dtype=torch.float64, device=session.device).clamp_min(1e-12)
+    return torch.multinomial(table, count, replacement, generator=session.rng).tolist()  # type: ignore[no-any-return]
+
+
+def judged_once(verifier: Verifier, texts: Sequence[Sequence[int]]) -> list[float]:
+    """As `judged`; texts that are the same are read once."""
+    distinct = list(dict.fromkeys(tuple(text) for text in texts))
+    found = dict(zip(distinct, judged(verifier, distinct), strict=True))
+    return [found[tuple(text)] for text in texts]
+
+
+def write_to_ends(
+    session: Session, chains: Chains, owner: Sequence[int], temperature: float, longest: int = CHAIN
+) -> None:
+    """Write all texts on, step by step, to their ends or to `longest` tokens.
+
+    Of each question only as many are written at a time as the rung has room for, `STEP` tokens each, at least one; the
+    others, those further behind in the order, wait until these have ended. Where nothing is left, the rest stays as it is.
+    """
+    questions = max(owner, default=-1) + 1
+    while True:
+        waiting = [mine for mine in (going(chains, i, longest) for i in by_question(owner, questions)) if mine]
+        fit = max(1, room(session, len(waiting)) // STEP)
+        chosen = [i for mine in waiting for i in mine[:fit]]
+        share = room(session, len(chosen))
+        if not chosen or share < 1:
+            return
+        write_step(chains, chosen, session, temperature, min(STEP, share))
