@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 from stepmark.leaderboard import markup
 from stepmark.leaderboard.estimates import Estimate
@@ -17,6 +19,7 @@ from stepmark import plugins
 from stepmark.record import Record
 
 # Of a record's environment: what may move a figure beside the sources, and how a page calls it.
+ACCOUNT = "CHANGELOG.md"  # of the checkout
 LIBRARIES = ("torch", "numpy", "scipy", "scikit_learn", "diffusers", "transformers", "tokenizers")
 
 
@@ -123,8 +126,17 @@ def page(found: Board) -> list[str]:
         parts.append(element("p", "There are records of one suite version only, so nothing can have moved.", "sm-note"))
     for step in changes:
         parts.append(f"## {markup.heading(step.before)} to {markup.heading(step.after)}")
-        parts += _step_parts(step)
+        parts += [*told(step.after), *_step_parts(step)]
     return parts
+
+
+def told(version: str, root: Path | None = None) -> list[str]:
+    """What the changelog says of a version, as Markdown; nothing where there is no checkout or no such section."""
+    root = root or plugins.checkout()
+    if root is None or not (root / ACCOUNT).exists():
+        return []
+    sections = re.split(r"^## ", (root / ACCOUNT).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return next((text.split("\n", 1)[1].strip().split("\n") for text in sections if text.split()[0] == version), [])
 
 
 def _step_parts(step: Step) -> list[str]:

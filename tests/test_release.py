@@ -105,6 +105,24 @@ def test_pages_say_it() -> None:
     assert changes.history(rows, "dpm_solver_pp") == "<p>Measured in suite version 0.1.0 only.</p>"
 
 
+def test_the_changelog_tells_of_each_version_and_stands_before_its_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / changes.ACCOUNT).write_text(
+        "# Changelog\n\n## 0.2.0\n\n- **Arms** are\n  equal.\n\n## 0.1.0\n\nFirst.\n"
+    )
+    assert changes.told("0.2.0", tmp_path) == ["- **Arms** are", "  equal."]
+    assert changes.told("0.1.0", tmp_path) == ["First."]
+    assert changes.told("0.3.0", tmp_path) == changes.told("0.1.0", tmp_path / "elsewhere") == []
+    rows = versions()
+    everything = [r for found in rows.values() for row in found for r in row.records.values()]
+    board = Board(ledger.of(everything), plugins.methods(), plugins.tasks())
+    assert list(board.versions) == ["0.1.0", "0.2.0"]
+    monkeypatch.setattr(plugins, "checkout", lambda: tmp_path)
+    text = "\n".join(changes.page(board))
+    assert text.index("to 0\\.2\\.0") < text.index("- **Arms** are") < text.index("cells are in both")
+
+
 def test_versions_come_in_the_order_of_their_numbers() -> None:
     found = ledger.of(record(1.0, suite=s) for s in ("0.10.0", "0.9.0"))
     assert list(found.versions) == ["0.9.0", "0.10.0"]
