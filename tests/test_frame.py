@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from stepmark.leaderboard import groups
 
-from stepmark import frame, plugins
+from stepmark import __version__, frame, plugins
 from stepmark import record as records
 from stepmark.dataframe import COLUMNS
 from stepmark.places import results_folder
@@ -24,7 +24,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "records.md"
 def record(**fields: Any) -> Record:
     """A record with a metric whose resamples read higher than its value."""
     full: dict[str, Any] = {
-        "suite": "0.1.0", "track": "image", "method": "ddim", "task": "class_to_image/digits_eps", "rung": 4,
+        "suite": __version__, "track": "image", "method": "ddim", "task": "class_to_image/digits_eps", "rung": 4,
         "seed": 0, "tier": "embedded", "machine": "test-cpu", "status": "ok", "counts": {"nfe": 4.0},
         "quality": {"fd": {"value": 1.0, "resamples": [1.5 + x / 100 for x in range(-20, 21)]}},
         "offline": {"seconds": 2.0, "evaluations": {"teacher": 30.0, "judge": 12.0}, "state_mib": 0.0},

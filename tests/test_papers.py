@@ -20,7 +20,7 @@ from stepmark.leaderboard.pages import Board
 from stepmark.leaderboard.rows import record_id
 from stepmark.leaderboard.trust import Dispute
 
-from stepmark import check, plugins
+from stepmark import __version__, check, plugins
 from stepmark.places import checkout
 from stepmark.record import Quality, Record
 
@@ -32,7 +32,7 @@ def record(method: str, task: str, rung: int, value: float, **fields: Any) -> Re
     track, found = plugins.tasks()[task]
     resamples = (value * (1 + np.random.default_rng(0).normal(0, 0.02, 100))).tolist()
     full: dict[str, Any] = {
-        "suite": "0.1.0", "track": track, "method": method, "task": task, "rung": rung, "seed": 0, "tier": "embedded",
+        "suite": __version__, "track": track, "method": method, "task": task, "rung": rung, "seed": 0, "tier": "embedded",
         "machine": "test-cpu", "status": "ok", "counts": {"nfe": float(rung)},
         "quality": {next(iter(found.metrics)): Quality(value=value, resamples=resamples)},
         "command": "stepmark run", "created": "2031-01-02T03:04:05Z", "commit": "abcdef1",

@@ -16,7 +16,7 @@ from rigs.records import whole
 from stepmark.leaderboard import ledger, sample_pages
 from stepmark.leaderboard.pages import Board
 
-from stepmark import cell, migrate, plugins, samples
+from stepmark import __version__, cell, migrate, plugins, samples
 from stepmark import record as records
 from stepmark.backbones.lm import encode
 from stepmark.cli import main
@@ -29,7 +29,7 @@ from stepmark.verify import draw
 def record(**fields: Any) -> Record:
     """A record without figures."""
     full: dict[str, Any] = {
-        "suite": "0.1.0", "track": "image", "method": "ddim", "task": "class_to_image/digits_flow", "rung": 4,
+        "suite": __version__, "track": "image", "method": "ddim", "task": "class_to_image/digits_flow", "rung": 4,
         "seed": 0, "tier": "embedded", "machine": "test-cpu", "status": "ok", "digests": {"method": "ab" * 16},
         "command": "stepmark run", "created": "2031-01-02T03:04:05Z",
     }  # fmt: skip

@@ -25,7 +25,7 @@ from stepmark.leaderboard.tables import compare, show
 from stepmark.leaderboard.trust import Dispute, sources_now, stale, standing
 from stepmark.leaderboard.verdicts import verdicts
 
-from stepmark import plugins
+from stepmark import __version__, plugins
 from stepmark import record as record_files
 from stepmark.record import Latency, Memory, Offline, Quality, Record
 
@@ -69,7 +69,7 @@ def make(method: str, rung: int, value: float, seed: int = 0, **fields: Any) -> 
     others = [float(rung + 0.01 * i) for i in range(9)]
     speedup = float(np.median(others) / np.median(rounds))
     full: dict[str, Any] = {
-        "suite": "0.1.0",
+        "suite": __version__,
         "track": "image",
         "method": method,
         "task": TASK,

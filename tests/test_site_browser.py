@@ -21,7 +21,7 @@ from stepmark.leaderboard import coverage, markup, site
 from stepmark.leaderboard.comparisons import comparisons, in_a_sentence
 from stepmark.leaderboard.estimates import Estimate, figure
 
-from stepmark import plugins
+from stepmark import __version__, plugins
 from stepmark import record as record_files
 from stepmark.method import Paper
 from stepmark.record import Latency, Memory, Offline, Quality, Record
@@ -49,7 +49,7 @@ def make(method: str, rung: int, value: float, seed: int, machine: str, **fields
     quality[first] = Quality(value=value, resamples=(value * (1 + noise + own)).tolist())
     speed = 2.0 if method == "toy_half" else 1.0
     full: dict[str, Any] = {
-        "suite": "0.1.0", "track": "image", "method": method, "task": TASK, "rung": rung, "seed": seed,
+        "suite": __version__, "track": "image", "method": method, "task": TASK, "rung": rung, "seed": seed,
         "tier": "embedded", "machine": machine, "status": "ok",
         "counts": {"nfe": float(rung), "nfe_equivalent": 1.5 * rung}, "quality": quality,
         "latency": Latency(

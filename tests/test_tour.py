@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rigs.records import whole
 
-from stepmark import plugins, tour
+from stepmark import __version__, plugins, tour
 from stepmark import record as record_files
 from stepmark.cli import main
 from stepmark.record import Latency, Quality, Record, append, path_of, read_all
@@ -25,7 +25,7 @@ def make(method: str, rung: int, value: float, ms: float, **fields: Any) -> Reco
     noise = np.random.default_rng(0).normal(0, 0.02, 100)
     own = np.random.default_rng([rung, *method.encode()]).normal(0, 0.005, 100)
     full: dict[str, Any] = {
-        "suite": "0.1.0", "track": "image", "method": method, "task": STOP.task, "rung": rung, "seed": 0,
+        "suite": __version__, "track": "image", "method": method, "task": STOP.task, "rung": rung, "seed": 0,
         "tier": "embedded", "machine": "here", "status": "ok", "counts": {"nfe": float(rung), "kv_bytes": 100.0},
         "quality": {METRIC: Quality(value=value, resamples=(value * (1 + noise + own)).tolist())},
         "latency": Latency(items=10, median_ms=10 * ms, iqr_ms=0.1, p95_ms=11 * ms, samples_ms=[10 * ms] * 5),

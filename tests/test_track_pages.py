@@ -35,7 +35,7 @@ from stepmark.leaderboard.groups import grouped
 from stepmark.leaderboard.rows import training
 from stepmark.leaderboard.tables import compare
 
-from stepmark import plugins
+from stepmark import __version__, plugins
 from stepmark import record as record_files
 from stepmark.method import Paper
 from stepmark.record import Energy, Latency, Memory, Offline, Quality, Record
@@ -56,7 +56,7 @@ def make(method: str, rung: int, value: float, seed: int = 0, **fields: Any) -> 
     shared = np.random.default_rng(seed).normal(0, 0.02, 100)
     own = np.random.default_rng([seed, rung, *method.encode()]).normal(0, 0.005, 100)
     full: dict[str, Any] = {
-        "suite": "0.1.0", "track": "image", "method": method, "task": TASK, "rung": rung, "seed": seed,
+        "suite": __version__, "track": "image", "method": method, "task": TASK, "rung": rung, "seed": seed,
         "tier": "embedded", "machine": "test-cpu", "status": "ok",
         "counts": {"nfe": float(rung), "nfe_equivalent": 1.5 * rung},
         "quality": {metric: Quality(value=value, resamples=[value * (1 + float(x)) for x in shared + own])},
@@ -318,7 +318,7 @@ def test_many_processes_read_what_one_reads(tmp_path: Path, monkeypatch: pytest.
         return rows, standings, versions, found.files, files
 
     alone = told(ledger.read(tmp_path / "results", folder=tmp_path / "alone"), tmp_path / "alone")
-    assert list(alone[2]) == ["0.0.9", "0.1.0"]
+    assert list(alone[2]) == ["0.0.9", __version__]
     assert len(alone[4]) == 2 * len(alone[3]) == 10
     monkeypatch.setattr(ledger, "APART", 0)
     monkeypatch.setattr(ledger, "cores", lambda: 2)

@@ -14,7 +14,7 @@ from stepmark.leaderboard.groups import paired
 from stepmark.leaderboard.rows import index, rows_of
 from stepmark.leaderboard.verdicts import Arm, judge, unequal
 
-from stepmark import check, claims, plugins
+from stepmark import __version__, check, claims, plugins
 from stepmark.claims import Span
 from stepmark.literals import MethodInfo
 from stepmark.method import Claim
@@ -28,7 +28,7 @@ ALONE = {"usable_cores": "2", "logical_cores": "2"}
 def record(method: str, rung: int, value: float, seed: int = 0, **fields: Any) -> Record:
     shared = np.random.default_rng(seed).normal(0, 0.01, 100)
     full: dict[str, Any] = {
-        "suite": "0.1.0",
+        "suite": __version__,
         "track": "image",
         "method": method,
         "task": TASK,

@@ -13,7 +13,7 @@ from rigs.records import few_seeds, whole
 from stepmark.leaderboard import ledger
 from stepmark.leaderboard.trust import standing
 
-from stepmark import plugins, run
+from stepmark import __version__, plugins, run
 from stepmark import record as records
 from stepmark.cell import Cell
 from stepmark.cli import main
@@ -230,7 +230,7 @@ def test_all_slices_together_are_the_board_and_a_task_stays_whole() -> None:
     methods = [info for info in plugins.methods().values() if info.track == "image"][:40]
     made = [
         whole(Record.model_validate({
-            "suite": "0.1.0", "track": "image", "method": info.id, "task": task, "rung": 4, "seed": seed,
+            "suite": __version__, "track": "image", "method": info.id, "task": task, "rung": 4, "seed": seed,
             "tier": "embedded", "machine": name, "status": "ok", "command": "x", "created": "2026-01-01T00:00:00Z",
         }))
         for info in methods for task in info.tasks for seed in (0, 1) for name in ("one-cpu", "two-cpu")
