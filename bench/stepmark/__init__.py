@@ -3,7 +3,7 @@
 from stepmark.method import Claim, Method, Paper, Variant, skip
 from stepmark.task import Task
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Claim", "Method", "Paper", "Session", "Task", "Variant", "frame", "skip"]
 
 
