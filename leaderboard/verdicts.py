@@ -280,15 +280,17 @@ def rounds(record: Record) -> float | None:
 
 
 def verdicts(info: MethodInfo, found: Sequence[Row], have: Found | None = None) -> Verdicts:
-    """Every claim of a method with its verdict in every place that ran the method, best covered place first.
+    """Every claim of a method with its verdict in every place that ran the method: best covered place first, those where
+    the claim could not be judged last, for times may be of one machine and further seeds of another.
 
     `have` is `index(found)`, for those who ask for many methods.
     """
     have = index(found) if have is None else have
     where = places([row for row in found if row.method == info.id])
-    return [(claim, {place: judge(claim, info, place, have) for place in where}) for claim in info.claims]
+    judged = [(claim, {place: judge(claim, info, place, have) for place in where}) for claim in info.claims]
+    return [(claim, dict(sorted(by.items(), key=lambda each: each[1].state == "not run"))) for claim, by in judged]
 
 
 def tally(judged: Verdicts) -> Counter[str]:
-    """How many claims of a method got which verdict in its best covered place."""
+    """How many claims of a method got which verdict, in the first place of each."""
     return Counter(next(iter(by.values())).state if by else "not run" for _, by in judged)

@@ -16,12 +16,14 @@ from stepmark.leaderboard.verdicts import judge
 
 from stepmark import check as contract
 from stepmark import plugins
+from stepmark.cell import Cell
 from stepmark.check import aloud, check, further_rungs, running, warned
 from stepmark.cli import main
 from stepmark.method import Claim
 from stepmark.names import meant
 from stepmark.places import results_folder
 from stepmark.record import files, read
+from stepmark.run import measure
 from stepmark.scaffold import first_claim, folder_of, scaffold, usual_baseline
 
 LEAST = """from stepmark import Method
@@ -393,6 +395,28 @@ def test_a_rung_that_is_skipped_hides_no_other(elsewhere: Path) -> None:
     path.write_text(path.read_text().replace("return x\n", "return x[:1]\n"))
     findings = list(running(plugins.methods()["picky"], fresh=False))
     assert findings and all("at rung 4" not in finding and "run returned shape" in finding for finding in findings)
+
+
+def test_who_skips_a_rung_takes_no_part_in_the_rounds(elsewhere: Path) -> None:
+    """Neither a baseline nor a method that a claim of time names beside makes another's cell a skipped one."""
+    skipping = "        if rung <= 4:\n            skip('five evaluations at least')\n        denoise = Denoiser(session.networks"
+    text = written(
+        scaffold(elsewhere / "image" / "picky").read_text(),
+        FILLED.replace("        denoise = Denoiser(session.networks", skipping),
+    )
+    (elsewhere / "image" / "picky.py").write_text(text.replace(IMPORTS, f"{IMPORTS}from stepmark.method import skip\n"))
+    path = scaffold(elsewhere / "image" / "steady")
+    text = written(path.read_text())
+    text = re.sub(r"baselines = .*", 'baselines = ("picky", "euler")', text)
+    claim = 'Claim("latency_ms[steady,4] <= latency_ms[picky,4] and latency_ms[steady,4] <= latency_ms[heun,4]", says="soon")'
+    path.write_text(re.sub(r"claims = \(.*?\n    \)\n", f"claims = ({claim},)\n", text, flags=re.DOTALL))
+    (task, *_) = plugins.methods()["steady"].tasks
+    found = measure(Cell("steady", task, 4, 0, "smoke"), show_progress=False)
+    assert found.status == "ok", found.message
+    assert found.latency is not None
+    assert found.latency.baseline == "euler"
+    assert set(found.latency.beside) == {"heun"}
+    assert measure(Cell("picky", task, 4, 0, "smoke"), show_progress=False).status == "skipped"
 
 
 def test_a_call_beyond_its_rung_is_told_the_sum_and_the_line(elsewhere: Path) -> None:

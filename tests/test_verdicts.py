@@ -12,7 +12,7 @@ import pytest
 from rigs.records import few_seeds
 from stepmark.leaderboard.groups import paired
 from stepmark.leaderboard.rows import index, rows_of
-from stepmark.leaderboard.verdicts import Arm, judge, unequal
+from stepmark.leaderboard.verdicts import Arm, judge, tally, unequal, verdicts
 
 from stepmark import __version__, check, claims, plugins
 from stepmark.claims import Span
@@ -254,6 +254,20 @@ def test_times_are_judged_in_turns_and_on_a_device_that_was_alone(monkeypatch: p
     # Where only quality was measured, the command that takes the times is named.
     found = verdict([record("fast", r, 1.0), base], f"latency_ms[fast,{r}] < latency_ms[base,{r}]")
     assert found.state == "not run" and f"stepmark run --method fast --task {TASK} --rung {r}" in found.text
+
+
+def test_the_verdict_is_that_of_the_machine_which_can_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    few_seeds(monkeypatch, 1)
+    r, more = RUNGS[:2]
+    here = [record("fast", r, 1.0, latency=timed(1.0, 2.0)), record("base", r, 1.0)]
+    there = [record(name, rung, 1.0, machine="other-cpu") for name in ("fast", "base") for rung in (r, more)]
+    found = rows_of([*here, *there], plugins.tasks())
+    stated = info(Claim(f"latency_ms[fast,{r}] < latency_ms[base,{r}]", says="sooner"))
+    ((_, by),) = verdicts(stated, found)
+    assert [(place.machine, each.state) for place, each in by.items()] == [
+        ("test-cpu", "reproduced"), ("other-cpu", "not run"),
+    ]  # fmt: skip
+    assert tally(verdicts(stated, found)) == {"reproduced": 1}
 
 
 def test_check_wants_a_headline_and_warns_of_weak_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

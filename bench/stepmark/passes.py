@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -125,8 +125,8 @@ def somebody_else(mine: Worker) -> Iterator[Worker]:
 
 def latency(mine: Worker, judge: Judge, cell: Cell, answers: Answers) -> Part:
     """Wall time of calls on batches of the size of the first, in rounds with those of the first baseline that runs on the
-    task and of the methods that a claim of time names beside it. Every round has inputs that nobody has seen; all subjects
-    of a round have the same."""
+    task at this rung and of the methods that a claim of time names beside it. Every round has inputs that nobody has seen;
+    all subjects of a round have the same."""
     task, size = judge.task, size_of(answers.batch)
     smoke, secret = cell.tier == "smoke", secrets.randbits(60)
     batches: dict[int, dict[str, Any]] = {}  # of the round that is running
@@ -145,12 +145,25 @@ def latency(mine: Worker, judge: Judge, cell: Cell, answers: Answers) -> Part:
         return call.ns, call.device_ns, call.outputs
 
     with contextlib.ExitStack() as opened:
-        workers = {"method": mine}
-        baseline = _baseline(mine, judge, cell, answers.batch)
-        if baseline is not None:
-            workers["baseline"] = _opened(opened, baseline)
-        for name, template in _beside(mine, cell, {each.info.id for each in workers.values()}).items():
-            workers[name] = _opened(opened, template)
+        workers, baseline = {"method": mine}, None
+
+        def joins(name: str, template: Template) -> bool:
+            """Whether somebody takes part: not who skips this rung, which is no fault of the method's."""
+            workers[name] = worker = template.worker()
+            opened.callback(worker.close)
+            try:
+                turn(name, -1)
+            except Skip:
+                del workers[name]
+            return name in workers
+
+        for template in _ready(mine, cell, mine.info.baselines):
+            if joins("baseline", template):
+                baseline = template
+                break
+        have = {mine.info.id, *([baseline.info.id] if baseline else [])}
+        for template in _ready(mine, cell, (name for name in _beside(mine, cell) if name not in have)):
+            joins(template.info.id, template)
         read = clock.take_turns(
             {name: partial(turn, name) for name in workers},
             warmup=1,
@@ -200,43 +213,25 @@ def latency(mine: Worker, judge: Judge, cell: Cell, answers: Answers) -> Part:
     return Part({"latency": found}, reasons={"latency": own.note} if own.note else {}, flags=flags)
 
 
-def _opened(stack: contextlib.ExitStack, template: Template) -> Worker:
-    worker = template.worker()
-    stack.callback(worker.close)
-    return worker
-
-
-def _baseline(mine: Worker, judge: Judge, cell: Cell, batch: Mapping[str, Any]) -> Template | None:
-    """The first baseline that names the task, trained with seed 0. Where a task does not bring all that methods may
-    ask for, one that lacks something is passed over."""
-    partly = bool(judge.task.absent or judge.task.untrained)
+def _ready(mine: Worker, cell: Cell, names: Iterable[str]) -> Iterator[Template]:
+    """Those of some methods that name the task, trained with seed 0; who skips it while preparing is passed over."""
     known = plugins.methods()
-    for name in mine.info.baselines:
-        if cell.task not in known[name].tasks:
-            continue
-        try:
-            found = remote.ready(known[name], cell.task, cell.tier, str(mine.device))
-            if partly:
-                worker = found.worker()
-                try:
-                    worker.run(batch, cell.rung, cell.seed)
-                finally:
-                    worker.close()
-            return found
-        except Skip:
-            if not partly:
-                raise
-    return None
+    for name in names:
+        if cell.task in known[name].tasks:
+            try:
+                found = remote.ready(known[name], cell.task, cell.tier, str(mine.device))
+            except Skip:
+                continue
+            yield found
 
 
-def _beside(mine: Worker, cell: Cell, have: set[str]) -> dict[str, Template]:
-    """Templates of further methods whose times at this cell's rung a claim of the method compares with its own."""
-    known, named = plugins.methods(), []
+def _beside(mine: Worker, cell: Cell) -> list[str]:
+    """Further methods whose times at this cell's rung a claim of the method compares with its own."""
+    named = []
     for claim in mine.info.claims:
         if (claim.task or mine.info.tasks[0]) == cell.task:
             named += [r.method for r in parse(claim.check).references() if r.metric in TIMES]
-    ids = [name for name in dict.fromkeys(named) if name not in have and cell.task in known[name].tasks]
-    return {name: remote.ready(known[name], cell.task, cell.tier, str(mine.device)) for name in ids}
+    return list(dict.fromkeys(named))
 
 
 def _tokens(outputs: Any) -> list[int]:
