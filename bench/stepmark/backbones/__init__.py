@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 WEIGHTS = Path(__file__).parent / "weights"
-FAMILIES = ("unet", "dit", "rgbd", "classifier", "lm", "mdlm")
+FAMILIES = (
+    "unet", "dit", "rgbd", "classifier", "lm", "mdlm", "reasoners", "deducers",
+    "demonstrators", "analogists", "proceduralists", "knowers",
+)  # fmt: skip
 
 Progress = Callable[[Iterable[int], str], Iterable[int]]
 Load = Callable[["str", "torch.device | str"], "nn.Module"]
