@@ -24,8 +24,8 @@ bench: $(VENV)/.installed ## a tour: headline comparisons measured here, the pub
 # What measures time has the machine to itself; the rest shares it, one worker pinned to each core.
 TIMED := tests/test_meter.py bench/test_instruments.py
 
-test: $(VENV)/.installed ## every test, the ruler, and the suite at tier smoke: by turns, what records vouch for
-	$(BIN)/python -m pytest --quick --turns 6 --numprocesses auto --dist worksteal --junitxml build/junit/shared.xml $(TIMED:%=--ignore=%)
+test: $(VENV)/.installed ## every test, the ruler and the quick suite
+	$(BIN)/python -m pytest --quick --numprocesses auto --dist worksteal --junitxml build/junit/shared.xml $(TIMED:%=--ignore=%)
 	$(BIN)/python -m pytest --junitxml build/junit/timed.xml $(TIMED)
 
 WHAT := cells list

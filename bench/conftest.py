@@ -13,29 +13,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("stepmark")
     group.addoption("--tier", choices=["smoke", "embedded", "hub"], default="smoke", help="size of the suite")
     group.addoption("--quick", action="store_true", help="each method on one task of each kind only")
-    group.addoption(
-        "--turns",
-        type=int,
-        default=1,
-        metavar="N",
-        help="of the methods that a published record of today's sources vouches for every N-th, as the commit tells (1: all)",
-    )
     group.addoption("--device", default="cpu", help="device of the suite: cpu, cuda, ...")
     group.addoption("--method", action="append", default=[], help="only this method (repeatable)")
     group.addoption("--track", action="append", default=[], help="only this track (repeatable)")
     group.addoption("--results", default=None, help="folder of the records; at tier smoke a temporary one")
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """With `--turns`, how many methods were left to other commits."""
-    from test_suite import chosen
-
-    if config.getoption("--turns") > 1:
-        now, every = chosen(config)
-        left = (
-            f"{len(every) - len(now)} of {len(every)} methods and tasks are vouched for by records of today's sources"
-        )
-        terminalreporter.write_line(f"suite: {left} and were left to other commits; pytest bench/ runs all")
 
 
 @pytest.fixture(scope="session", autouse=True)

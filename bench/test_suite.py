@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from stepmark import plugins, remote, suite, turns
+from stepmark import plugins, remote, suite
 from stepmark.judge import Judge
 from stepmark.meter import latency
-from stepmark.places import results_folder
-
-
-def chosen(config: pytest.Config) -> tuple[list[turns.Pair], list[turns.Pair]]:
-    """Methods and tasks of the selection, baselines first: those that are run, and all."""
-    option = config.getoption
-    asked = suite.Selection(
-        option("--tier"), methods=tuple(option("--method")), tracks=tuple(option("--track")), quick=option("--quick")
-    )
-    return _chosen(asked, option("--turns"), config.rootpath)
-
-
-@cache
-def _chosen(asked: suite.Selection, every_nth: int, root: Path) -> tuple[list[turns.Pair], list[turns.Pair]]:
-    every = list(dict.fromkeys((cell.method, cell.task) for cell in suite.cells(asked)))
-    if every_nth == 1 or asked.methods:
-        return every, every
-    return turns.in_turn(every, turns.vouched(results_folder("embedded")), every_nth, turns.turn_of(root)), every
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test for each (method, task) that is run."""
-    pairs, _ = chosen(metafunc.config)
+    """One test for each (method, task) of the selection, baselines first."""
+    option = metafunc.config.getoption
+    methods, tracks = tuple(option("--method")), tuple(option("--track"))
+    chosen = suite.Selection(option("--tier"), methods=methods, tracks=tracks, quick=option("--quick"))
+    pairs = list(dict.fromkeys((cell.method, cell.task) for cell in suite.cells(chosen)))
     metafunc.parametrize(("method", "task"), pairs, ids=[f"{method}-{task}" for method, task in pairs])
 
 
