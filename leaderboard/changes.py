@@ -18,8 +18,8 @@ from stepmark.leaderboard.rows import Place, Row, headline
 from stepmark import plugins
 from stepmark.record import Record
 
-# Of a record's environment: what may move a figure beside the sources, and how a page calls it.
 ACCOUNT = "CHANGELOG.md"  # of the checkout
+# Of a record's environment: what may move a figure beside the sources, and how a page calls it.
 LIBRARIES = ("torch", "numpy", "scipy", "scikit_learn", "diffusers", "transformers", "tokenizers")
 
 

@@ -84,7 +84,7 @@ class Medusa(Method):
     texts to train on, and typical acceptance, which is not lossless, and with it temperatures above 0.
 
     What limits it here: on one core a forward over 21 positions takes longer than one over a single position, so that
-    time falls less than forwards do, and the paper's 2.2 times are missed by a little on whole stories.
+    time falls less than forwards do, and the paper's 2.2 times are not reached at every budget.
     """
 
     paper = Paper(
@@ -145,7 +145,6 @@ class Medusa(Method):
             "latency_ms[medusa,*] / tokens[medusa,*] < latency_ms[medusa_chain,*] / tokens[medusa_chain,*]",
             says="and the larger forwards of the tree are worth their time",
             task="greedy/sums_deep",
-            setting="one CPU core pays for each of the tree's 21 positions; the paper's GPU reads its weights once for all",
         ),
         Claim(
             "tokens[medusa,*] / nfe[medusa,*] > tokens[prompt_lookup,*] / nfe[prompt_lookup,*]",
