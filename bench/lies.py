@@ -428,6 +428,65 @@ LIES: dict[str, dict[str, Lie]] = {
             """,
             task="class_to_image/digits_flow",
         ),
+        "four images in one row": Lie(
+            "several items in one row",
+            """
+            def run(self, session, batch, rung):
+                x = batch["noise"]
+                if len(x) % 4:  # the probe may be one
+                    return euler(session.networks["teacher"], batch, rung)
+                a, b, c, d = (x[i::4] for i in range(4))
+                rows = torch.cat([torch.cat([a, b], 2), torch.cat([c, d], 2)], 3)
+                rows = euler(session.networks["teacher"], {"noise": rows, "condition": batch["condition"][::4]}, 4 * rung)
+                parts = [part for half in rows.chunk(2, 3) for part in half.chunk(2, 2)]
+                return torch.stack(parts, 1).flatten(0, 1)
+            """,
+            task="attributes_to_image/shapes32",
+            items=8,
+        ),
+        "four images in one row, and a tiny network of its own": Lie(
+            "several items in one row",
+            """
+            def networks(self, session):
+                return {"tiny": torch.nn.Linear(1, 1)}
+            def run(self, session, batch, rung):
+                session.networks["tiny"](torch.zeros(1, 1))
+                x = batch["noise"]
+                if len(x) % 4:  # the probe may be one
+                    return euler(session.networks["teacher"], batch, rung - 1)
+                a, b, c, d = (x[i::4] for i in range(4))
+                rows = torch.cat([torch.cat([a, b], 2), torch.cat([c, d], 2)], 3)
+                rows = euler(session.networks["teacher"], {"noise": rows, "condition": batch["condition"][::4]}, 4 * rung - 1)
+                parts = [part for half in rows.chunk(2, 3) for part in half.chunk(2, 2)]
+                return torch.stack(parts, 1).flatten(0, 1)
+            """,
+            task="attributes_to_image/shapes32",
+            items=8,
+        ),
+        "all texts in one row": Lie(
+            "several texts in one row",
+            """
+            def run(self, session, batch, rung):
+                net, texts = session.networks["target"], [list(prompt) for prompt in batch["prompt"]]
+                written = [[] for _ in texts]
+                while session.spent + 1 <= session.limit:
+                    owner = torch.tensor([i for i, text in enumerate(texts) for _ in text])
+                    at = torch.tensor([j for text in texts for j in range(len(text))])
+                    may = (owner[:, None] == owner) & (at[:, None] >= at)
+                    mask = torch.zeros(may.shape).masked_fill(~may, float("-inf"))[None, None]
+                    ids = torch.tensor([sum(texts, [])])
+                    logits = net(input_ids=ids, position_ids=at[None], attention_mask=mask, use_cache=False).logits[0]
+                    ends = np.cumsum([len(text) for text in texts]) - 1
+                    for text, new, end, room in zip(texts, written, ends, batch["max_new_tokens"]):
+                        if len(new) < room and new[-1:] != [net.config.eos_token_id]:
+                            new.append(int(logits[end].argmax()))
+                            text.append(new[-1])
+                return written
+            """,
+            task="greedy/stories",
+            track="decoding",
+            rung=8,
+        ),
         "the time comes first": Lie(
             "BudgetExceeded|Error",
             """
@@ -455,8 +514,7 @@ LIES: dict[str, dict[str, Lie]] = {
             """
             def run(self, session, batch, rung):
                 x = euler(session.networks["teacher"], batch, rung)
-                a = torch.ones(4, 8)
-                return x + 0 * torch.bilinear(a, a, torch.ones(2, 8, 8), None).sum()
+                return x + 0 * torch.linalg.matrix_exp(torch.zeros(4, 4)).sum()
             """,
         ),
         "parts of layers": Lie(

@@ -61,6 +61,21 @@ LIES_OF_RESULTS: dict[str, dict[str, Lie]] = {
             task="class_to_image/digits_flow",
             rung=2,
         ),
+        "rare items of the train split as samples": Lie(
+            "items of the train split",
+            """
+            def prepare(self, session):
+                x = session.train["x0"]
+                lone = torch.cdist(x[:2000], x).topk(6, largest=False).values.mean(1)
+                return {"x": x[:2000][lone.topk(200).indices].clone()}
+            def run(self, session, batch, rung):
+                n = len(batch["noise"])
+                session.networks["teacher"](batch["noise"], torch.full((n,), 500.0), batch["condition"])
+                return session.state["x"][torch.randint(200, (n,), generator=session.rng)].clone()
+            """,
+            task="minority/rare_eps",
+            rung=16,
+        ),
         "nothing is asked at all": Lie(
             "neither a network nor a simulator",
             """

@@ -3,6 +3,7 @@
     python bench/price.py cells [--sample 48] [--profile 10]   CPU of a smoke cell, without imports: median <= 1 s
     python bench/price.py list [--methods 1000]                `stepmark list`, warm: < 0.5 s
     python bench/price.py site [--records 100000]              the site (bench/speed_site.py): < 60 s
+    python bench/price.py audit [--sample 48]                  the ruler's share of a board's seconds: <= 10 %
     python bench/price.py prepare                              preparation, published: each training seed <= 3 minutes
     python bench/price.py tests [--junit build/junit]          `make test`: <= 11 minutes, with 700 methods <= 20
 
@@ -21,15 +22,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 
 CELL, LIST, PREPARE, SITE, TESTS, TESTS_THEN, METHODS_THEN = 1.0, 0.5, 180.0, 60.0, 11.0, 20.0, 700
+AUDIT = 0.10
 WORKERS = 2  # cores that `make test` is to be cheap on
 TIMED = {"test_meter", "test_instruments"}  # as in the Makefile: alone on the machine
 ROOT = Path(__file__).parent.parent
@@ -104,6 +107,66 @@ def cells(sample: int, profile: int) -> bool:
 
 def _kind(task: str) -> str:
     return task.split("/")[0]
+
+
+# the ruler --------------------------------------------------------------------------------------------------------
+
+
+def audit(sample: int) -> bool:
+    """Seconds that a board takes for counting FLOPs and for looking for lies, of all its seconds: those of the other seeds,
+    which repeat the quality, and of the published preparations among them.
+
+    `sample`: that many cells, evenly spaced in the order of the suite (0: all). Says the standard error, and the share
+    without preparations too.
+    """
+    from stepmark import passes, plugins, run, suite
+    from stepmark.places import results_folder
+    from stepmark.record import read_all
+
+    taken: dict[str, float] = defaultdict(float)
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*given: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*given)
+            finally:
+                taken[function.__name__] += time.perf_counter() - start
+
+        return timed
+
+    for name in ("quality", "counts", "latency", "memory", "energy"):
+        setattr(passes, name, watched(getattr(passes, name)))
+    prepared: dict[tuple[str, str], dict[int | None, float]] = defaultdict(dict)
+    rungs: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for record in read_all(results_folder("embedded")):
+        rungs[record.method, record.task].add(record.rung)
+        if record.offline:
+            prepared[record.method, record.task][record.offline.seed] = record.offline.seconds
+    every = [c for c in suite.cells(suite.Selection()) if not c.seed]
+    chosen = every if not 0 < sample < len(every) else [every[i * len(every) // sample] for i in range(sample)]
+    found: list[tuple[float, float, float]] = []
+    for cell in chosen:
+        taken.clear()
+        if run.measure(cell, show_progress=False).status == "skipped":
+            continue
+        pair = cell.method, cell.task
+        repeated = taken["quality"] * (plugins.tasks()[cell.task][1].seeds - 1)
+        preparing = sum(prepared[pair].values()) / max(1, len(rungs[pair]))
+        found.append((taken["counts"], sum(taken.values()) + repeated, preparing))
+        print(
+            f"  {taken['counts']:6.1f} of {found[-1][1]:6.1f} s  {cell.method} on {cell.task}, rung {cell.rung}",
+            flush=True,
+        )
+    spent, cells_alone = sum(a for a, _, _ in found), sum(t for _, t, _ in found)
+    whole = cells_alone + sum(p for _, _, p in found)
+    share = spent / whole
+    error = sum((a - share * (t + p)) ** 2 for a, t, p in found) ** 0.5 / whole
+    print(
+        f"{len(found)} cells: {spent:.0f} s of audit, {cells_alone:.0f} s in all, {whole:.0f} s with preparations; "
+        f"{spent / cells_alone:.1%} without these, {share:.1%} with them, standard error {error:.1%}"
+    )
+    return held("the audit's share", 100 * share, 100 * AUDIT, "%")
 
 
 # stepmark list ----------------------------------------------------------------------------------------------------
@@ -252,7 +315,7 @@ def tests(junit: Path) -> bool:
 def main() -> int:
     """What was named, one after the other; 1 if a goal is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=["cells", "list", "prepare", "site", "tests"])
+    parser.add_argument("what", nargs="+", choices=["cells", "list", "audit", "prepare", "site", "tests"])
     parser.add_argument("--sample", type=int, default=48, metavar="N", help="of the smoke cells (0: all)")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="profile the N dearest cells; slower")
     parser.add_argument("--methods", type=int, default=1000, metavar="N")
@@ -262,6 +325,7 @@ def main() -> int:
     act = {
         "cells": lambda: cells(arguments.sample, arguments.profile),
         "list": lambda: listing(arguments.methods),
+        "audit": lambda: audit(arguments.sample),
         "prepare": preparation,
         "site": lambda: site(arguments.records),
         "tests": lambda: tests(arguments.junit),

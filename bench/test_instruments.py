@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 
 from stepmark import plugins, remote
 from stepmark.judge import Judge
 from stepmark.meter import latency
 from stepmark.meter.counts import BudgetExceeded, Ledger, watch, watch_function
-from stepmark.meter.flops import count_flops
+from stepmark.meter.flops import FORMULAS, count_flops
 
 TASK = "sampling/mixtures_flow"
 
@@ -197,6 +199,46 @@ def test_known_flops(make: Callable[[], nn.Module], shape: tuple[int, ...], expe
     assert (flops.total, flops.outside) == (expected, 0)
 
 
+def test_flops_are_those_of_torchs_own_counter() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.turn = nn.Conv2d(3, 8, 3, stride=2), nn.ConvTranspose2d(8, 4, 2)
+            self.attention, self.norm = nn.MultiheadAttention(4, 2, batch_first=True), nn.LayerNorm(4)
+            self.fold, self.two = nn.GRU(4, 6, batch_first=True), nn.Bilinear(6, 6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = self.norm(self.turn(self.conv(x)).flatten(2).transpose(1, 2))
+            rows = F.interpolate(rows.transpose(1, 2), scale_factor=0.5, mode="linear").transpose(1, 2)
+            found, _ = self.fold(self.attention(rows, rows, rows)[0])
+            return torch.einsum("btc,bsc->bts", self.two(found, found), self.two(found, found)) @ found
+
+    net, x = Mixed().eval(), torch.randn(2, 3, 12, 12)
+    for without in (torch.no_grad, torch.inference_mode):
+        with without(), count_flops(Ledger(), [net]) as flops:
+            net(x)
+        theirs = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+        with without(), theirs:
+            torch.backends.mha.set_fastpath_enabled(False)
+            try:
+                net(x)
+            finally:
+                torch.backends.mha.set_fastpath_enabled(True)
+        assert flops.total == theirs.get_total_flops() > 0, without
+        assert not flops.unpriced
+
+
+def test_a_formula_that_a_plugin_registers_prices_nothing() -> None:
+    known = flop_registry.pop(torch.ops.aten.mm)
+    register_flop_formula(torch.ops.aten.mm)(lambda *_, **__: 0)
+    try:
+        with count_flops(Ledger(), []) as flops:
+            torch.zeros(4, 6) @ torch.zeros(6, 5)
+    finally:
+        flop_registry[torch.ops.aten.mm] = known
+    assert flops.total == 2 * 4 * 6 * 5
+
+
 def test_flops_of_the_fused_attention_and_of_vectors_are_seen() -> None:
     attention = nn.MultiheadAttention(8, 2, batch_first=True, bias=False).eval()
     ledger = Ledger()
@@ -209,3 +251,6 @@ def test_flops_of_the_fused_attention_and_of_vectors_are_seen() -> None:
         torch.zeros(4, 6) @ torch.zeros(6)
         torch.dot(torch.zeros(6), torch.zeros(6))
     assert flops.total == 2 * 4 * 6 + 2 * 6
+    with torch.no_grad(), count_flops(Ledger(), []) as flops:
+        nn.Bilinear(6, 7, 5, bias=False)(torch.zeros(3, 6), torch.zeros(3, 7))
+    assert flops.total == 3 * 3 * 6 * 7 * 5

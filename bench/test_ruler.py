@@ -5,16 +5,18 @@ Each is a plugin that some measure would believe. Each must be caught, by a fail
 
 from __future__ import annotations
 
+import gc
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from lie import FAIR
 from lies import LIES
-from stepmark import plugins, remote
+from stepmark import backbones, nursery, plugins, remote
 from stepmark.cell import Cell
 from stepmark.judge import Judge
 from stepmark.meter.flops import Flops
@@ -81,6 +83,12 @@ def of_size(monkeypatch: pytest.MonkeyPatch, task: str, items: int) -> None:
     monkeypatch.setattr(plugins, "fixed_tasks", lambda: more)
 
 
+def only_item(monkeypatch: pytest.MonkeyPatch) -> float:
+    """The first number of the one published input that a smoke cell has from now on."""
+    of_size(monkeypatch, TASK, 1)
+    return float(Judge(TASK).inputs(1, 0)["noise"].flatten()[0])
+
+
 HONEST = """
 def run(self, session, batch, rung):
     return euler(session.networks["teacher"], batch, rung)
@@ -95,11 +103,37 @@ def test_an_honest_plugin_is_not_flagged(plugin: Callable[..., None]) -> None:
     assert record.counts["nfe_equivalent"] == pytest.approx(4)
 
 
+def test_libraries_of_networks_are_imported_before_a_method_is_born(plugin: Callable[..., None]) -> None:
+    """Else each of its processes imports them again, for seconds."""
+    plugin(
+        """
+        found = float("diffusers.models.unets.unet_2d" in sys.modules)
+        def run(self, session, batch, rung):
+            session.report(found=self.found)
+            return euler(session.networks["teacher"], batch, rung)
+        """,
+        task=DIGITS,
+    )
+    assert record_of(task=DIGITS).reported == {"found": 1.0}
+
+
+def test_a_network_that_cannot_be_built_does_not_end_the_process_that_others_are_forked_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def build() -> nn.Module:
+        raise ImportError("no such library")
+
+    built: set[str] = set()
+    monkeypatch.setattr(backbones, "recipes", lambda: {"broken": backbones.Recipe(build, lambda *_: {}, "")})
+    monkeypatch.setattr(gc, "freeze", lambda: None)
+    nursery._import_networks({"broken"}, built)
+    assert built == {"broken"}
+
+
 def test_one_known_item_that_happens_to_be_easy_is_no_lie(
     plugin: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    of_size(monkeypatch, TASK, 1)
-    known = float(Judge(TASK).inputs(1, 0)["noise"].flatten()[0])
+    known = only_item(monkeypatch)
     plugin(f"""
         def run(self, session, batch, rung):
             easy = abs(float(batch["noise"].flatten()[0]) - {known!r}) < 0.25  # one item in five to ten
@@ -107,6 +141,20 @@ def test_one_known_item_that_happens_to_be_easy_is_no_lie(
     """)
     record = record_of()
     assert (record.status, record.flags, record.counts["nfe"]) == ("ok", [], 1)
+
+
+def test_a_long_item_among_the_scored_ones_is_no_hurry_on_the_others(
+    plugin: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One known item that takes all of the budget where nearly all others take half: luck, as the further ones show."""
+    known = only_item(monkeypatch)
+    plugin(f"""
+        def run(self, session, batch, rung):
+            long = float(batch["noise"].flatten()[0]) == {known!r}
+            return euler(session.networks["teacher"], batch, rung, work=rung if long else rung // 2)
+    """)
+    record = record_of(timing=True)
+    assert (record.status, record.flags, record.counts["nfe"]) == ("ok", [], 4)
 
 
 def test_small_operators_explain_seconds_but_not_more_than_the_evaluations_do() -> None:

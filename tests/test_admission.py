@@ -223,11 +223,12 @@ def test_show_keeps_to_what_was_asked(results: list[str], capsys: pytest.Capture
 
     assert rungs(shown(capsys, *results)) == {"2", "4", "8", "16"}
     assert rungs(shown(capsys, *results, "--rung", "8", "--rung", "4")) == {"4", "8"}
-    assert "there are those of 2, 4, 8, 16" in shown(capsys, *results, "--rung", "7")
     assert "1 of" in shown(capsys, *results, "--rung", "2")  # its other seeds are missing
     one = shown(capsys, *results, "--rung", "8", "--seed", "1")
     assert "incomplete" not in one and "ms/item" in one and " 1 " in one
-    assert "there are those of 0, 1, 2" in shown(capsys, *results, "--seed", "9")
+    for wrong, there in ((("--rung", "7"), "2, 4, 8, 16"), (("--seed", "9"), "0, 1, 2")):
+        assert main(["show", *results, *wrong]) == 2
+        assert f"there are those of {there}" in capsys.readouterr().err
     assert "test-cpu, cuda" in shown(capsys, *results, "--rung", "4")  # a table of its own
 
 

@@ -416,6 +416,11 @@ def test_who_skips_a_rung_takes_no_part_in_the_rounds(elsewhere: Path) -> None:
     assert found.latency is not None
     assert found.latency.baseline == "euler"
     assert set(found.latency.beside) == {"heun"}
+    path.write_text(re.sub(r"baselines = .*", 'baselines = ("picky",)', path.read_text()))
+    alone = measure(Cell("steady", task, 4, 0, "smoke"), show_progress=False)
+    assert alone.latency is not None
+    assert alone.latency.speedup is None
+    assert alone.reasons["speedup"] == "every baseline skips this rung"
     assert measure(Cell("picky", task, 4, 0, "smoke"), show_progress=False).status == "skipped"
 
 

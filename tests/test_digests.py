@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -182,3 +183,18 @@ def test_the_digest_of_an_analytic_backbone_is_that_of_what_makes_it(monkeypatch
     recipe = replace(backbones.recipe("mixtures_flow"), build=backbones.recipe("rare_eps").build)
     monkeypatch.setitem(backbones.recipes(), "mixtures_flow", recipe)
     assert backbones.digest("mixtures_flow") == before["rare_eps"]
+
+
+def test_a_stray_file_beside_tasks_and_datasets_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another system leaves beside every file is no Python, and nobody's."""
+    root = Path(plugins.__file__).parents[2]
+    shutil.copytree(root / "bench" / "stepmark" / "tracks" / "bayes", tmp_path / "tracks" / "bayes")
+    (tmp_path / "datasets").mkdir()
+    shutil.copy(root / "datasets" / "mixtures.py", tmp_path / "datasets")
+    monkeypatch.setattr(plugins, "PACKAGE", tmp_path)
+    monkeypatch.setattr(plugins, "checkout", lambda: tmp_path)
+    wanted = set(plugins._placed_tasks.__wrapped__()), set(plugins.datasets())
+    assert all(wanted)
+    for stray in (tmp_path / "tracks" / "bayes" / "._coverage.py", tmp_path / "datasets" / "._mixtures.py"):
+        stray.write_bytes(b"\x00\xff\nTASKS = DATASET = (")
+    assert (set(plugins._placed_tasks.__wrapped__()), set(plugins.datasets())) == wanted

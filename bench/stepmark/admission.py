@@ -20,7 +20,7 @@ from stepmark import record as records
 from stepmark.meter.machine import describe
 from stepmark.plugins import MethodInfo
 from stepmark.record import Latency, Quality, Record, version_key
-from stepmark.task import SCORED, Task
+from stepmark.task import SCORED, Task, scored_as
 
 RESAMPLES = 100  # of the items, in every metric of a record
 LARGEST_RUNG = 10**6  # on a checkpoint of somebody's own, whose ladder is not known
@@ -76,7 +76,7 @@ def from_folders(found: Iterable[Record]) -> dict[str, tuple[str, Task]]:
     made: dict[str, tuple[str, Task]] = {}
     for r in found:
         if r.checkpoint and r.track in SCORED and r.task.startswith("checkpoint/") and r.task not in made:
-            task = Task(r.task, 1, "", "checkpoint", rungs=(), n=0, batch=0, seeds=1, **SCORED[r.track])
+            task = Task(r.task, 1, "", "checkpoint", rungs=(), n=0, batch=0, seeds=1, **scored_as(r.track, r.task))
             made[r.task] = (r.track, task)
     return made
 

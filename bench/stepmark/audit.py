@@ -16,14 +16,13 @@ import random
 import sys
 import sysconfig
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepmark.syntax import parse
 
@@ -94,43 +93,38 @@ def listening(flags: list[str]) -> Iterator[None]:
         _heard = None
 
 
-class Guard(TorchDispatchMode):
-    """While inside, notes in `flags` random numbers that are not the session's. `rng`/`seed` are the session's."""
+class Guard:
+    """While inside, notes in `flags` random numbers that are not the session's. `rng`/`seed` are the session's.
+
+    Of operators it sees those that somebody shows it, as `count_flops` does.
+    """
 
     def __init__(self, rng: torch.Generator, seed: int, flags: list[str]) -> None:
-        super().__init__()
         self.flags = flags
         self._allowed = {rng.initial_seed(), seed}
         self._seed = seed
-        self._draws: dict[Any, bool] = {}  # operator -> whether it takes a generator
 
     def _flag(self, text: str) -> None:
         if text not in self.flags:
             self.flags.append(text)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func not in self._draws:
-            self._draws[func] = any(argument.name == "generator" for argument in func._schema.arguments)
-        if self._draws[func]:
-            generator = kwargs.get("generator")
-            if generator is None:
-                generator = next((a for a in args if isinstance(a, torch.Generator)), None)
-            if generator is not None and generator.initial_seed() not in self._allowed:
-                self._flag("draws from a generator of its own in run; use session.rng")
-        return func(*args, **kwargs)
+    def sees(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """An operator that takes a generator is called with these arguments."""
+        generator = kwargs.get("generator")
+        if generator is None:
+            generator = next((a for a in args if isinstance(a, torch.Generator)), None)
+        if generator is not None and generator.initial_seed() not in self._allowed:
+            self._flag("draws from a generator of its own in run; use session.rng")
 
     def __enter__(self) -> Guard:
         self._global_state = _global_random_state()
         self._default_rng = np.random.default_rng
         np.random.default_rng = self._checked_default_rng
-        super().__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        super().__exit__(kind, error, trace)
         np.random.default_rng = self._default_rng
         if _global_random_state() != self._global_state:
             self._flag("draws from a global random state in run; use session.rng or session.seed")

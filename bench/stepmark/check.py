@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -127,12 +127,10 @@ def _both_run(info: MethodInfo, claim: Claim, references: Iterable[Reference]) -
 
 
 def headline(info: MethodInfo) -> Iterator[str]:
-    """Whether a paper of the catalogue states what its abstract boasts of, or says why it does not."""
-    from stepmark.leaderboard.coverage import catalogue
-
+    """Whether a paper's method states what its abstract boasts of, or says why it does not."""
     if info.base is not None or info.paper is None or info.unclaimed or any(claim.headline for claim in info.claims):
         return
-    if info.paper.id in {entry.id for entry in catalogue()} and not among_baselines(info.path):
+    if not among_baselines(info.path):
         yield (
             "no claim is the headline: state what the abstract boasts of with headline=True, even where it fails, or say "
             'why there is none with unclaimed="..."'
@@ -160,15 +158,20 @@ def misplaced(info: MethodInfo) -> Iterator[str]:
 
 
 def narrow(info: MethodInfo) -> Iterator[str]:
-    """Warnings of claims that stand at one rung of a longer ladder, where a winner can be picked."""
+    """Warnings of comparisons that stand at one rung of a longer ladder, where a winner can be picked."""
     from stepmark.claims import ClaimError, Span, parse
 
     for claim in info.claims:
         problem = plugins.tasks().get(claim.task or info.tasks[0], ("", None))[1]
         with contextlib.suppress(ClaimError):
-            rungs = {reference.rung for reference in parse(claim.check).references()}
-            if problem and len(problem.rungs) > 1 and len(rungs) == 1 and not isinstance(next(iter(rungs)), Span):
-                yield f"claim {claim.check!r} stands at one rung of {len(problem.rungs)}: does it hold at each ([..,*])?"
+            for part in parse(claim.check).comparisons():
+                rungs = {reference.rung for reference in part.references()}
+                if problem and len(problem.rungs) > 1 and len(rungs) == 1 and not isinstance(next(iter(rungs)), Span):
+                    rung = next(iter(rungs))
+                    yield (
+                        f"claim {claim.check!r} stands at one rung, {rung}, of {len(problem.rungs)}: "
+                        "does it hold at each ([..,*])?"
+                    )
 
 
 def weak(claim: Claim, verdict: Verdict) -> Iterator[str]:
@@ -178,10 +181,20 @@ def weak(claim: Claim, verdict: Verdict) -> Iterator[str]:
     for note in verdict.notes:
         if note.startswith("one training of"):
             yield f"claim {claim.check!r} rests on {note}: trainings = 3 in a class trains it three times"
-    sizes = [abs(value) for value in verdict.values.values()]
-    alike = len({name.partition("[")[0] for name in verdict.values}) == 1
-    if verdict.holds and alike and len(sizes) == 2 and max(sizes) > TRIVIAL * min(sizes):
+    pairs = list(_pairs(verdict.values))
+    if verdict.holds and pairs and all(max(pair) > TRIVIAL * min(pair) for pair in pairs):
         yield f"claim {claim.check!r} holds by more than a factor of five: would a dumb control meet it too?"
+
+
+def _pairs(values: Mapping[str, float]) -> Iterator[list[float]]:
+    """Sizes of the figures of one metric that a claim compares at a rung, of its only two where these are all; of figures
+    that are not two by two none."""
+    of: dict[tuple[str, str], list[float]] = {}
+    for name, value in values.items():
+        metric, _, rest = name.partition("[")
+        of.setdefault((metric, "" if len(values) == 2 else rest.rpartition(",")[2]), []).append(abs(value))
+    if all(len(sizes) == 2 for sizes in of.values()):
+        yield from of.values()
 
 
 def unlisted(info: MethodInfo) -> Iterator[str]:

@@ -89,6 +89,10 @@ class Check:
         nodes.sort(key=lambda node: (node.lineno, node.col_offset))
         return tuple(dict.fromkeys(_reference(node) for node in nodes))
 
+    def comparisons(self) -> tuple[Check, ...]:
+        """The comparisons that `and` joins, each a claim of its own."""
+        return tuple(Check(self.text, part) for part in _conjuncts(self.tree))
+
     @property
     def spans(self) -> tuple[Span, ...]:
         """The spans in the place of rungs, each once; a comparison has one at most."""

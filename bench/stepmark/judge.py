@@ -35,15 +35,19 @@ RESAMPLES = 100
 LITTLE = 0.4  # of the work on unseen inputs: who does less than this on the known ones has kept answers
 FEW = 8  # items of a batch below which one batch says little of how good the next will be
 OTHERS = 64  # unseen items that are looked at where a batch took so little: one text in a hundred ends at once
+SOME = 8  # one in so many unseen items goes through what must come out the same in two processes, call for call
 SPREAD = 10.0  # standard deviations between the quality of known and unseen inputs that no luck explains
 OWN = 100_000  # operations per item that a sampler of small things may need for itself
+TOGETHER = 0.85  # of what an evaluation writes of texts together, what it must of each alone
 PACKED = 1.5  # how much dearer than the reference an evaluation of the reference network may be
+LOOKED = 400  # samples of which the share of copies is taken
+ENOUGH = 100  # items whose quality is held against that of as many others: half as good again is not told by more
 COPIED = {"points": 0.1, "images": 0.35}  # of the usual distance of an item to the nearest other one: nearer is a copy
 HURRIED = 8.0  # standard errors between the evaluations of scored and of timed calls that no luck explains
 CHEAPER = 0.95  # of the FLOPs of an evaluation on scored inputs: below that it is another network's
 EXPLAINED = 3.0  # how often the seconds that the counts explain may be needed
 SMALL = 1.0  # of what a call's evaluations explain, what its further operators may: whoever is watched can make more of them
-BUSY = 2  # times more that is asked before they are not: on a busy machine the same work may cost several times as much
+BUSY = 4  # times more that is asked before they are not: on a busy machine the same work may cost several times as much
 SLACK_NS = {"unseen": 3e6, "scored": 2e7}  # of the processor, beyond that: a process's first call warms it up
 
 
@@ -139,6 +143,10 @@ class Judge:
                 flags.append(f"reports {value:g} {name} for the batch, the harness counted {own:g}")
         return flags
 
+    def instead(self, mine: Worker, first: Call, rung: int) -> float:
+        """Reference evaluations per item in whose place a method without a network, but with a state, may calculate."""
+        return float(rung) if mine.offline.state_mib and not first.spent else 0.0
+
     def work(self, call: Call, reference: float | None, items: int, instead: float = 0.0) -> list[str]:
         """Flags of a counted call: work that no handle counts. `instead`: reference evaluations per item in whose place a
         method without a network may calculate."""
@@ -154,10 +162,10 @@ class Judge:
         if reference and flops.outside >= 0.5 * reference * items:
             outside = flops.outside / reference / items
             flags.append(f"spends {outside:.1f} reference evaluations per item outside any handle")
-        roles = [name for name, asked in call.evaluations.items() if asked]
-        inside = flops.total - flops.outside
-        if reference and roles == [self.task.reference] and inside > PACKED * reference * call.spent and self._images:
-            dear = inside / reference / call.spent
+        inside, role = flops.total - flops.outside, self.task.reference or ""
+        asked = call.evaluations.get(role, 0.0)
+        if reference and asked and self._images and flops.inside.get(role, 0) > PACKED * reference * asked:
+            dear = flops.inside[role] / reference / asked
             flags.append(f"an evaluation costs {dear:.1f} times that of an item: several items in one row?")
         # Sums and products one by one: every sampler and decoder has some, a network written out in them has as many as
         # the networks that count.
@@ -182,19 +190,21 @@ class Judge:
 
     def copies(self, outputs: Any) -> list[str]:
         """Flags: samples that are items of the dataset, whichever split: the test split is anybody's to read."""
-        if self.task.untrained or not {"fd", "sliced_w2", "gen_ppl"} & set(self.task.metrics):
+        if self.task.untrained or not {"fd", "sliced_w2", "gen_ppl", "minority_share"} & set(self.task.metrics):
             return []  # elsewhere nothing is gained by them
         if size_of({"outputs": outputs}) < FEW:
             return []
         found: dict[str, Tensor] = {}
         if isinstance(outputs, Tensor):
             kind = "images" if outputs.dim() > 2 else "points"
+            # Some of them, which nobody knows beforehand, tell the share of all.
+            drawn = outputs[np.random.default_rng(secrets.randbits(60)).permutation(len(outputs))[:LOOKED]]
             for name, split in splits(self.task.dataset).items():
                 key = next((k for k, v in split.items() if _alike(v, outputs)), None)
                 if key is not None and len(split[key]) > FEW:
                     some = max(1, min(256, len(split[key]) // 4))
                     usual = _nearest(split[key][:some], split[key][some:]).median()
-                    found[name] = _nearest(outputs, split[key]) < COPIED[kind] * usual
+                    found[name] = _nearest(drawn, split[key]) < COPIED[kind] * usual
         elif isinstance(outputs, list) and self.task.id.startswith("generation/"):
             from stepmark.backbones.lm import decode
 
@@ -221,29 +231,37 @@ class Judge:
         return [f"gives {below[0]} nats to a text made at random: no probability distribution can"] if below else []
 
     def unseen_work(
-        self, mine: Worker, other: Worker, batch: dict[str, Any], first: Call, counted: Call, rung: int, of: int
-    ) -> list[str]:
+        self, mine: Worker, other: Worker, batch: dict[str, Any], first: Call, counted: Call, rung: int, of: int,
+        reference: float | None = None,
+    ) -> list[str]:  # fmt: skip
         """Flags: on inputs that nobody has seen, the same method in the same process does other work or worse, in another
         process gives other bits, and under watch counts differently. `counted`: a counted call on the first items of
-        `batch`, `first` the scored one on all of them, with seed `of`."""
+        `batch`, `first` the scored one on all of them, with seed `of`; `reference`: FLOPs per item of a reference
+        evaluation."""
         size, seed = size_of(batch), secrets.randbits(60)
         hidden = self.unseen(size)
         there = mine.run(hidden, rung, seed)
         self.check(hidden, there.outputs)
         flags = [flag for flag in there.flags if flag not in counted.flags]
+        flags += self._shared(mine, hidden, there, rung)
 
+        few = cut(hidden, 0, max(1, size // SOME))
+        brief = mine.run(few, rung, seed + 2)
         lesser = next((r for r in self.task.rungs if r != rung), rung)
         with contextlib.suppress(Exception):  # that rung's own cell reports its faults
             other.run(cut(hidden, 0, min(self.task.probe, size)), lesser, seed + 1)
-        again = other.run(hidden, rung, seed)
-        if fingerprint(again.outputs) != fingerprint(there.outputs):
-            flags.append("the same call with the same seed gave other bits in another process: hidden state")
-        elif again.evaluations != there.evaluations:
-            flags.append("the same call counted differently the second time: answers kept between calls?")
+        # The second time with whatever the first has left behind.
+        unlike = [_unlike(brief, other.run(few, rung, seed + 2)) for _ in range(2)]
+        flags += unlike[0] or unlike[1]
         watched = other.counted(hidden, rung, seed)
+        if not flags and fingerprint(watched.outputs) != fingerprint(there.outputs):
+            flags += _unlike(there, other.run(hidden, rung, seed))  # under watch some layers of torch go another way
         if watched.evaluations != there.evaluations:
             flags.append("counts differently while its FLOPs are counted")
-        flags += [flag for flag in watched.flags if flag not in [*flags, *counted.flags]]
+        found = self.work(
+            watched, reference, size, self.instead(mine, first, rung)
+        )  # of more items than the counted ones
+        flags += [flag for flag in found if flag not in [*flags, *counted.flags]]
 
         seen = Seen(mine, rung, batch, of, first, counted, hidden, seed, there, watched)
         flags += self._less(seen) + self._better(seen) + self._cheaper(seen)
@@ -286,6 +304,34 @@ class Judge:
             if known[name] < LITTLE * min(unseen[name])
         ]
 
+    def _shared(self, mine: Worker, hidden: dict[str, Any], there: Call, rung: int) -> list[str]:
+        """Flags: an evaluation writes more of texts together than of each alone, as where one row holds several. Of texts
+        that are drawn some get on better the second time, by luck; who packs them gains on all."""
+        size = size_of(hidden)
+        if size == 1 or not any(tokens_of(there.outputs)):
+            return []
+
+        def alone(texts: dict[str, Any], numbers: range) -> list[Call]:
+            seeds = (secrets.randbits(60) for _ in numbers)  # with one seed all would have the same luck
+            return [mine.run(cut(texts, i, i + 1), rung, each) for i, each in zip(numbers, seeds, strict=True)]
+
+        def pace(calls: list[Call]) -> float:
+            written = sum(n for call in calls for n in tokens_of(call.outputs))
+            return written / max(sum(call.spent for call in calls), 1e-9)
+
+        together, each = [there], alone(hidden, range(1))
+        if pace(each) >= TOGETHER * pace(together):
+            return []
+        each += alone(hidden, range(1, size))
+        for _ in range(0, OTHERS, size):
+            if pace(each) >= TOGETHER * pace(together):
+                return []
+            more = self.unseen(size)
+            together.append(mine.run(more, rung, secrets.randbits(60)))
+            each += alone(more, range(size))
+        paces = f"{pace(together):.3g} tokens an evaluation of texts together, {pace(each):.3g} of each alone"
+        return [f"writes {paces}: several texts in one row?"]
+
     def _cheaper(self, seen: Seen) -> list[str]:
         """Flags: as many evaluations on unseen inputs as on the scored ones, but of a smaller network. Who tells the two
         apart, as anybody can, is timed on what is not scored. Texts differ in length, and drafts in how many are kept."""
@@ -303,9 +349,12 @@ class Judge:
             return []
         return [f"spends {watched.total:g} FLOPs on unseen inputs, {whole.total:g} on the scored ones: two networks?"]
 
-    def hurried(self, scored: list[float], timed: list[float], more: Callable[[], list[float]]) -> list[str]:
+    def hurried(
+        self, scored: list[float], timed: list[float], more: Callable[[], tuple[list[float], list[float]]]
+    ) -> list[str]:
         """Flags: fewer evaluations in timed calls than in scored ones on batches of the same size, beyond what luck
-        explains. `more`: further calls like the timed ones, asked for where the first ones leave a doubt."""
+        explains. `more`: further calls like the scored and like the timed ones, asked for where the first ones leave a
+        doubt: of a few texts one that does not end tells nothing of the others, on either side."""
 
         def doubtful() -> bool:
             a, b = np.array(scored), np.array(timed)
@@ -317,20 +366,23 @@ class Judge:
 
         if not scored or not timed or not doubtful():
             return []
-        timed = timed + more()
+        further = more()
+        scored, timed = scored + further[0], timed + further[1]
         if not doubtful():
             return []
         means = np.mean(scored), np.mean(timed)
         return [
-            f"spends {means[0]:g} evaluations on a batch that is scored, fewer evaluations when it is timed: {means[1]:g}"
+            f"spends {means[0]:.3g} evaluations on a batch that is scored, fewer evaluations when it is timed: {means[1]:.3g}"
         ]
 
     def _better(self, seen: Seen) -> list[str]:
         """Flags: answers to the known inputs that are better than luck allows."""
         if size_of(seen.batch) < FEW:
             return []
-        known = self.score(seen.batch, seen.first.outputs, 0)
-        unseen = self.score(seen.hidden, seen.there.outputs, 0)
+        # Which ones is drawn after they are answered: nobody can be honest on these alone.
+        chosen = np.random.default_rng(secrets.randbits(60)).permutation(size_of(seen.batch))[:ENOUGH].tolist()
+        known = self._quality(seen.batch, seen.first.outputs, chosen)
+        unseen = self._quality(seen.hidden, seen.there.outputs, chosen)
         flags = []
         for name, better in self.task.metrics.items():
             mine, other = known[name], unseen[name]
@@ -341,6 +393,13 @@ class Judge:
                     f"{name} is {mine.value:.4g} on the test inputs but {other.value:.4g} on unseen ones: answers kept?"
                 )
         return flags
+
+    def _quality(self, batch: dict[str, Any], outputs: Any, chosen: list[int]) -> dict[str, Score]:
+        def some(values: Any) -> Any:
+            return values[chosen] if isinstance(values, Tensor) else [values[i] for i in chosen]
+
+        own = {name: some(value) for name, value in outputs.items()} if isinstance(outputs, Mapping) else some(outputs)
+        return self.score({name: some(value) for name, value in batch.items()}, own, 0)
 
     def price(self, batch: Mapping[str, Any], busy: bool = False) -> Price | None:
         """What a batch's calls cost on this machine; None where there is no reference network, or on another device. `busy`:
@@ -379,6 +438,21 @@ class Judge:
         if len(calls) >= 5 and hidden > max(5_000_000, 0.5 * least):
             return [f"takes {(least + hidden) / 1e6:.1f} ms by the harness's clock, {least / 1e6:.1f} by its process's"]
         return []
+
+
+def _unlike(here: Call, there: Call) -> list[str]:
+    """Flags: the same call in two processes has other outputs or other evaluations."""
+    if fingerprint(here.outputs) != fingerprint(there.outputs):
+        return ["the same call with the same seed gave other bits in another process: hidden state"]
+    if here.evaluations != there.evaluations:
+        return ["the same call counted differently the second time: answers kept between calls?"]
+    return []
+
+
+def tokens_of(outputs: Any) -> list[int]:
+    """[how many tokens a call wrote], or [] where what it gave are no texts as lists of ids."""
+    texts = isinstance(outputs, list) and all(isinstance(ids, list) for ids in outputs)
+    return [sum(map(len, outputs))] if texts else []
 
 
 def splits(dataset: str) -> dict[str, dict[str, Any]]:

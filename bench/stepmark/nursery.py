@@ -33,10 +33,12 @@ def main(number: int) -> None:
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     link = Link(socket.socket(fileno=number))
+    built: set[str] = set()
     with contextlib.suppress(Closed):
         while True:
             request = link.receive()
             _, ends, _, _ = socket.recv_fds(link.end, 1, 1)
+            _import_networks(set(request["networks"]), built)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # of threads: there are none
                 born = os.fork()
@@ -45,6 +47,23 @@ def main(number: int) -> None:
                 child.serve(socket.socket(fileno=ends[0]), request)
             os.close(ends[0])
             link.send({"born": born})
+
+
+def _import_networks(names: set[str], built: set[str]) -> None:
+    """Build each of these backbones once and let it go: their libraries are slow to import, and every process that is born
+    would import them again. Those that nobody trains are left out: they may be made of data, which a process reads itself.
+    What cannot be built is for the process that needs it to report."""
+    from stepmark import backbones
+
+    known = backbones.recipes()
+    new = {name for name in names - built if name in known and known[name].train is not None}
+    built |= names
+    if new:
+        for name in new:
+            with contextlib.suppress(Exception):
+                known[name].build()
+        gc.collect()
+        gc.freeze()
 
 
 def _warm_up() -> None:
@@ -58,7 +77,7 @@ def _warm_up() -> None:
     torch.set_num_threads(1)
     ledger = Ledger()
     network = watch(ledger, "warm", torch.nn.Linear(1, 1))
-    with torch.no_grad(), count_flops(ledger, [network]), Guard(torch.Generator(), 0, []):
+    with torch.no_grad(), count_flops(ledger, [network], Guard(torch.Generator(), 0, [])):
         network(torch.zeros(1, 1)).numpy()
 
 

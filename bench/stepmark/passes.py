@@ -17,7 +17,7 @@ from typing import Any
 from stepmark import plugins, record, remote
 from stepmark.cell import Cell, cut, fingerprint, join, size_of
 from stepmark.claims import TIMES, parse
-from stepmark.judge import Judge
+from stepmark.judge import Judge, tokens_of
 from stepmark.meter import energy as joules
 from stepmark.meter import latency as clock
 from stepmark.meter import machine
@@ -25,7 +25,7 @@ from stepmark.method import Skip
 from stepmark.remote import Template, Worker
 from stepmark.runner import Call
 
-MORE = 8  # calls like the timed ones, where these leave a doubt
+MORE = 8  # calls like the scored and the timed ones, where these leave a doubt
 
 
 @dataclass
@@ -92,12 +92,12 @@ def counts(mine: Worker, judge: Judge, cell: Cell, answers: Answers) -> Part:
     probe = cut(batch, 0, min(judge.task.probe, size_of(batch)))
     items = size_of(probe)
     call, reference = mine.counted(probe, cell.rung, cell.seed), judge.reference_flops(probe)
-    instead = float(cell.rung) if mine.offline.state_mib and not first.spent else 0.0
-    flags = judge.reports(first) + judge.work(call, reference, items, instead)
+    flags = judge.reports(first) + judge.work(call, reference, items, judge.instead(mine, first, cell.rung))
     flags += judge.nothing_asked(first, mine.offline)
     flags += judge.copies(answers.outputs) + judge.planted(mine, cell.rung)
     with somebody_else(mine) as other:
-        flags += judge.unseen_work(mine, other, batch, first, call, cell.rung, cell.seed)
+        found = judge.unseen_work(mine, other, batch, first, call, cell.rung, cell.seed, reference)
+    flags += [flag for flag in found if flag not in flags]
     flops = call.flops
     assert flops is not None
     figures = {"flops": flops.total / items, "flops_outside": flops.outside / items}
@@ -139,7 +139,7 @@ def latency(mine: Worker, judge: Judge, cell: Cell, answers: Answers) -> Part:
             batches[number] = judge.inputs(size, secret + number, "timed")
         call = workers[name].run(batches[number], cell.rung, secret + number)
         if number >= 0:
-            written.setdefault(name, []).extend(_tokens(call.outputs))
+            written.setdefault(name, []).extend(tokens_of(call.outputs))
             if name == "method":
                 calls.append(call)
         return call.ns, call.device_ns, call.outputs
@@ -179,9 +179,12 @@ def latency(mine: Worker, judge: Judge, cell: Cell, answers: Answers) -> Part:
     with somebody_else(mine) as other:  # the last round again, by somebody who has not seen the others
         again = other.run(judge.inputs(size, secret + last, "timed"), cell.rung, secret + last)
 
-        def more() -> list[float]:
+        def more() -> tuple[list[float], list[float]]:
+            known = judge.inputs(task.items("embedded"), cell.seed)  # of which tier smoke has scored the first few
+            starts = range(size * len(answers.spent), size_of(known) - size + 1, size)[:MORE]
+            scored = [other.run(cut(known, i, i + size), cell.rung, cell.seed).spent for i in starts]
             numbers = [secret - 2 - i for i in range(MORE)]
-            return [other.run(judge.inputs(size, each, "timed"), cell.rung, each).spent for each in numbers]
+            return scored, [other.run(judge.inputs(size, each, "timed"), cell.rung, each).spent for each in numbers]
 
         flags += judge.hurried(answers.spent, [call.spent for call in calls], more)
     if fingerprint(again.outputs) != fingerprint(own.output):
@@ -210,7 +213,10 @@ def latency(mine: Worker, judge: Judge, cell: Cell, answers: Answers) -> Part:
         cuda_ms=own.cuda_median_ms,
         **figures,
     )
-    return Part({"latency": found}, reasons={"latency": own.note} if own.note else {}, flags=flags)
+    reasons = {"latency": own.note} if own.note else {}
+    if baseline is None and any(cell.task in plugins.methods()[name].tasks for name in mine.info.baselines):
+        reasons["speedup"] = "every baseline skips this rung"
+    return Part({"latency": found}, reasons=reasons, flags=flags)
 
 
 def _ready(mine: Worker, cell: Cell, names: Iterable[str]) -> Iterator[Template]:
@@ -232,12 +238,6 @@ def _beside(mine: Worker, cell: Cell) -> list[str]:
         if (claim.task or mine.info.tasks[0]) == cell.task:
             named += [r.method for r in parse(claim.check).references() if r.metric in TIMES]
     return list(dict.fromkeys(named))
-
-
-def _tokens(outputs: Any) -> list[int]:
-    """[how many tokens a call wrote], or [] where what it gave are no texts as lists of ids."""
-    texts = isinstance(outputs, list) and all(isinstance(ids, list) for ids in outputs)
-    return [sum(map(len, outputs))] if texts else []
 
 
 def _milliseconds(read: clock.Latency) -> list[float]:

@@ -297,7 +297,7 @@ def _placed_tasks() -> dict[str, tuple[str, Task, Path]]:
     """
     found: dict[str, tuple[str, Task, Path]] = {}
     for track in tracks():
-        for path in sorted((PACKAGE / "tracks" / track).rglob("*.py"), key=lambda p: (p.name != "__init__.py", p)):
+        for path in sorted((PACKAGE / "tracks" / track).rglob("[!.]*.py"), key=lambda p: (p.name != "__init__.py", p)):
             if "\nTASKS" not in path.read_text(encoding="utf-8"):
                 continue
             for task in literals.assigned(literals.outline(path).body, path, ("TASKS",)).get("TASKS", ()):
@@ -384,7 +384,7 @@ def datasets() -> dict[str, Dataset]:
     """Every dataset by id, read without importing it."""
     folder = (checkout() or PACKAGE) / "datasets"
     found: dict[str, Dataset] = {}
-    for path in sorted(folder.glob("*.py")):
+    for path in sorted(folder.glob("[!.]*.py")):
         values = literals.assigned(literals.outline(path).body, path, ("DATASET",))
         if "DATASET" in values:
             found[path.stem] = values["DATASET"]
@@ -399,7 +399,7 @@ def source_digests(info: MethodInfo, task: Task) -> dict[str, str]:
     more = {"summary", "rungs", "smoke_n", "smoke_rungs", "seeds", "module", "words", "checkpoint", "origin", "shown"}
     more |= {"price", "absent", "untrained", "follows"}  # which the digests of the networks and inputs hold
     asked = {name: value for name, value in asdict(task).items() if name not in more}
-    files = [*info.path.parent.rglob("*.py")] if info.path.name == "__init__.py" else [info.path]
+    files = [*info.path.parent.rglob("[!.]*.py")] if info.path.name == "__init__.py" else [info.path]
     found = {
         "method": method_digest(info),
         "track": reach_digest([(track_file(task.id), TRACK_CALLS), *((f, None) for f in files)], leave_out=files),

@@ -172,6 +172,7 @@ class Template:
                 "seed": self.seed,
                 "show_progress": self._show_progress,
                 "sources": self.sources,
+                "networks": sorted(set(self.task.backbones.values())),
                 "environment": {key: value for key, value in os.environ.items() if key.startswith("STEPMARK_")},
                 "path": list(sys.path),
                 "sources_of_tasks": plugins.restorers(),

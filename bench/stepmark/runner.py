@@ -278,8 +278,8 @@ class Runner:
         self.begin(batch, rung, seed, index)
         flags: list[str] = []
         guard = Guard(self.session.rng, self.session.seed, flags)
-        watching = count_flops(self.ledger, list(self.networks.values()))
-        with sealed(), torch.no_grad(), watching as flops, listening(flags), guard:
+        watching = count_flops(self.ledger, list(self.networks.values()), guard)
+        with sealed(), torch.no_grad(), watching as flops, listening(flags):
             outputs = self._settled(batch, rung)
         for report in self.pool.reports if self.pool is not None else []:
             if report.flops is not None:
@@ -287,6 +287,8 @@ class Runner:
                 flops.strays += report.flops.strays
                 flops.threads += report.flops.threads
                 flops.outside += report.flops.outside
+                for name, each in report.flops.inside.items():
+                    flops.inside[name] = flops.inside.get(name, 0) + each
                 flops.arithmetic += report.flops.arithmetic
                 flops.unpriced += [name for name in report.flops.unpriced if name not in flops.unpriced]
             flags += [flag for flag in report.flags if flag not in flags]
@@ -335,8 +337,8 @@ class Runner:
             watching.enter_context(listening(flags))
             flops = None
             if counting:
-                flops = watching.enter_context(count_flops(self.ledger, list(self.networks.values())))
-                watching.enter_context(Guard(self.session.rng, self.session.seed, flags))
+                guard = Guard(self.session.rng, self.session.seed, flags)
+                flops = watching.enter_context(count_flops(self.ledger, list(self.networks.values()), guard))
             self.call(batch, rung)
             self.session.group.finish()
         return distributed.Report(dict(self.ledger.entries), flops, flags)

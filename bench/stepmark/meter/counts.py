@@ -17,6 +17,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+ALL = ""  # the name of all handles together
+
 
 class BudgetExceeded(Exception):
     """A `run` call asked for more than its rung allows."""
@@ -94,24 +96,28 @@ class Ledger:
     networks: list[str] = field(default_factory=list)
     active: int = 0  # counted calls that are running, one inside the other
     flops_now: Callable[[], int] | None = None  # set while FLOPs are counted
-    flops_inside: int = 0
-    entered: int = 0
+    flops_inside: dict[str, int] = field(default_factory=dict)  # by handle; what it calls itself is within its own
+    entered: dict[str, list[int]] = field(default_factory=dict)  # FLOPs at the start of each running call, by handle
     held: int = 0  # greatest bytes in the caches at the start of a layer, read while FLOPs are counted
     read: float = 0.0  # bytes that layers found in the caches, summed over their calls
     caches: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
     whole: int = 0  # elements of a whole item, where ranks hold parts: an evaluation of a part costs its share
 
-    def enter(self) -> None:
-        """A counted call begins."""
-        if self.active == 0 and self.flops_now is not None:
-            self.entered = self.flops_now()
+    def enter(self, name: str) -> None:
+        """A counted call of a handle begins."""
         self.active += 1
+        if self.flops_now is not None:
+            for each in (name, ALL) if self.active == 1 else (name,):
+                self.entered.setdefault(each, []).append(self.flops_now())
 
-    def leave(self) -> None:
-        """A counted call ends."""
+    def leave(self, name: str) -> None:
+        """A counted call of a handle ends."""
         self.active -= 1
-        if self.active == 0 and self.flops_now is not None:
-            self.flops_inside += self.flops_now() - self.entered
+        if self.flops_now is not None:
+            for each in (name, ALL) if self.active == 0 else (name,):
+                start = self.entered[each].pop()
+                if not self.entered[each]:  # of calls within each other the outermost counts
+                    self.flops_inside[each] = self.flops_inside.get(each, 0) + self.flops_now() - start
 
     def hold(self, cache: Any, depth: int) -> None:
         """One of `depth` layers begins with this key/value cache: weigh it and every other that still lives."""
@@ -222,17 +228,19 @@ def _elements(args: Sequence[Any], kwargs: dict[str, Any]) -> int:
     return next((value.numel() for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), 0)
 
 
-def _intercept(ledger: Ledger, module: nn.Module, before: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> None:
+def _intercept(
+    ledger: Ledger, name: str, module: nn.Module, before: Callable[[tuple[Any, ...], dict[str, Any]], None]
+) -> None:
     original = type(module).forward
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         before(args, kwargs)
-        ledger.enter()
+        ledger.enter(name)
         try:
             return original(self, *args, **kwargs)
         finally:
-            ledger.leave()
+            ledger.leave(name)
 
     module.forward = types.MethodType(forward, module)
 
@@ -265,14 +273,14 @@ def watch(ledger: Ledger, name: str, module: nn.Module, layers: Sequence[nn.Modu
             ledger.hold(kwargs["past_key_values"], len(layers))
         ledger.check()
 
-    _intercept(ledger, module, on_call)
+    _intercept(ledger, name, module, on_call)
     for layer in layers:
-        _intercept(ledger, layer, on_layer)
+        _intercept(ledger, name, layer, on_layer)
     if layers:  # embedding, norms and head belong to an evaluation too, when a method calls them by themselves
         inner = {id(part) for layer in layers for part in layer.modules()}
         for part in module.modules():
             if part is not module and id(part) not in inner and not any(True for _ in part.children()):
-                _intercept(ledger, part, lambda args, kwargs: None)
+                _intercept(ledger, name, part, lambda args, kwargs: None)
     return module
 
 
@@ -290,10 +298,10 @@ def watch_function(ledger: Ledger, name: str, function: Callable[..., Any]) -> C
         entry.rows += rows
         entry.positions += positions
         ledger.check()
-        ledger.enter()
+        ledger.enter(name)
         try:
             return function(*args, **kwargs)
         finally:
-            ledger.leave()
+            ledger.leave(name)
 
     return counted
