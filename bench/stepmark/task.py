@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -22,6 +23,13 @@ SCORED: dict[str, dict[str, Any]] = {
         "metrics": {"first_divergence": "higher", "exact_match": "higher", "tokens": "higher", "tie": "lower"},
     },
 }
+DRAWN: dict[str, Any] = {"unit": "target forwards", "metrics": {"tokens": "higher", "token_bias": "lower"}}
+DRAWN_ID = re.compile(r"_at[0-9]+(p[0-9]+)?(_|$)")  # in the id of a checkpoint's task: texts drawn at a temperature
+
+
+def scored_as(track: str, task: str) -> dict[str, Any]:
+    """Unit and metrics of a checkpoint's task, by its track and id."""
+    return DRAWN if track == "decoding" and DRAWN_ID.search(task) else SCORED[track]
 
 
 DTYPES = ("float32", "bfloat16", "float16")  # what networks that somebody brings may be computed in

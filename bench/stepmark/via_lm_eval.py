@@ -81,6 +81,11 @@ class StepmarkLM(LM):
         track = self.runner.track
         return track.ids_of(text, room) if hasattr(track, "ids_of") else encode(text)
 
+    def _whole(self, text: str) -> list[int]:
+        """Token ids of a text that nobody goes on with."""
+        track = self.runner.track
+        return track.ids_of(text, 0, message=False) if hasattr(track, "ids_of") else encode(text)
+
     def _text(self, prompt: list[int], ids: list[int]) -> str:
         """What was written after a prompt, with the space that it begins with."""
         if not hasattr(self.runner.track, "text_of"):
@@ -109,12 +114,15 @@ class StepmarkLM(LM):
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Token ids of a context and of what goes on: spaces between them belong to what goes on, and tokens that stand
-        across the border too."""
+        across the border too. In a chat template the context is a user's message, what goes on the answer."""
         track = self.runner.track
         if not hasattr(track, "ids_of"):
             return encode(context), encode(continuation)
         bare = context.rstrip()
-        before, whole = track.ids_of(bare, 0) if bare else [], track.ids_of(context + continuation, 0)
+        if bare and (answer := track.answer_of(continuation)) is not None:
+            return track.ids_of(bare, len(answer)), answer
+        before = track.ids_of(bare, 0) if bare else []
+        whole = track.ids_of(context + continuation, 0, message=False)
         before = before or whole[:1]
         shared = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
         start = min(max(shared, 1), len(whole) - 1)
@@ -125,7 +133,7 @@ class StepmarkLM(LM):
         vocabulary has no start token."""
         found = []
         for index, request in enumerate(requests):
-            ids = self._prompt(request.args[0], 0)
+            ids = self._whole(request.args[0])
             if self.runner.task.id.startswith("likelihood/"):
                 tokens = torch.tensor([ids], device=self.runner.device)
                 found.append(-float(self._run({"tokens": tokens}, index)[0]))
@@ -171,8 +179,22 @@ def until(text: str, stops: str | Sequence[str] | None) -> str:
 
 
 def temperature_of(options: Mapping[str, Any]) -> float:
-    """0 where no sampling is asked for, whatever temperature stands beside."""
-    return 0.0 if options.get("do_sample") is False else float(options.get("temperature") or 0.0)
+    """0 where no sampling is asked for, whatever temperature stands beside; 1 where it is and none does.
+
+    Raises:
+        ValueError: the distribution is to be cut, which no method is asked to do.
+    """
+    asked, temperature = options.get("do_sample"), options.get("temperature")
+    if asked is False:
+        return 0.0
+    value = float(1.0 if temperature is None and asked else temperature or 0.0)
+    cuts = {"top_p": (None, 1, 1.0), "top_k": (None, 0, -1), "min_p": (None, 0, 0.0)}
+    cut = [name for name, whole in cuts.items() if options.get(name) not in whole]
+    if value and cut:
+        raise ValueError(
+            f"{cut[0]}: methods draw from whole distributions; take it out of the task's generation_kwargs"
+        )
+    return value
 
 
 def local_task(dataset: str, n: int) -> dict[str, Any]:

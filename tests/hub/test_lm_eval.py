@@ -73,6 +73,23 @@ def test_log_likelihoods_are_of_the_text_as_the_tokenizer_reads_it(
         assert total == pytest.approx(float(logp[len(start) - 1, rest[0]]), abs=1e-4)
 
 
+def test_in_a_chat_template_what_goes_on_is_the_answer(reader: Path) -> None:
+    """It stands behind the assistant's header and in no turn of the user's; a text without a context is no message."""
+    from stepmark.via_lm_eval import StepmarkLM
+
+    with hub.using(Choice(str(reader), items=1, new_tokens=8, chat=True)) as made:
+        runner = Runner(plugins.methods()["autoregressive"], made.task.id, "smoke", show_progress=False)
+        model = StepmarkLM(runner, 8)
+        letters = prompts.tokenizer(reader).convert_ids_to_tokens
+        for context, continuation in (("ab", " cd"), ("ab ", "cd")):
+            start, rest = model._pair(context, continuation)
+            assert "".join(letters(start)) == "[user]ab[a]"
+            assert "".join(letters(rest)) == "cd"
+        start, rest = model._pair("", "cd")
+        assert "[" not in letters([*start, *rest])
+        assert "[" not in letters(model._whole("cd"))
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -96,3 +113,9 @@ def test_a_stop_string_alone_and_greedy_beside_a_temperature() -> None:
     assert until("one", None) == until("one", [""]) == "one"
     assert temperature_of({"do_sample": False, "temperature": 0.7}) == 0
     assert temperature_of({"temperature": 0.7}) == temperature_of({"do_sample": True, "temperature": 0.7}) == 0.7
+    assert temperature_of({"do_sample": True}) == 1  # as everywhere
+    assert temperature_of({}) == temperature_of({"do_sample": False, "top_p": 0.9}) == 0
+    assert temperature_of({"do_sample": True, "top_p": 1.0, "top_k": 0}) == 1
+    for cut in ({"top_p": 0.9}, {"top_k": 50}, {"min_p": 0.1}):
+        with pytest.raises(ValueError, match="whole distributions"):
+            temperature_of({"do_sample": True, **cut})

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
 from stepmark import hub, plugins, run
 from stepmark.cell import Cell
-from stepmark.record import Record
+from stepmark.record import Quality, Record, append, path_of
 
 
 def records(task: str) -> list[Record]:
@@ -50,3 +51,24 @@ def test_each_checkpoint_has_a_table_and_none_is_ranked(made: Path, opened: Call
     assert per_token is not None and f">{figure(per_token)}<" in text
     nothing = models_page.page(Board(ledger.of([]), plugins.methods(), plugins.tasks()))
     assert "make real-model" in nothing[-1]
+
+
+def test_a_lossless_method_that_departs_from_a_real_model_is_told(
+    opened: Callable[..., hub.Made], tmp_path: Path
+) -> None:
+    spec = importlib.util.spec_from_file_location("real_model", Path(__file__).parents[2] / "bench" / "real_model.py")
+    assert spec and spec.loader
+    real = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(real)
+    shown = records(opened("llama", items=2, new_tokens=8, rungs=(1, 4)).task.id)
+    task = f"checkpoint/{real.NAME.replace('-', '_')}_t8"
+    named = [each.model_copy(update={"task": task, "method": name}) for each in shown for name in real.LOSSLESS]
+    wrong = Quality(value=0.5, resamples=[0.5] * len(shown[0].quality["exact_match"].resamples))
+    for each in named:
+        spoilt = each.method == "jacobi" and each.rung == 4
+        kept = each.model_copy(update={"quality": each.quality | {"exact_match": wrong}}) if spoilt else each
+        if each.method != "lookahead_small":
+            append(path_of(tmp_path, kept), kept)
+    lacking, departed = real.departed(tmp_path)
+    assert lacking.startswith("lookahead_small: no record")
+    assert departed == "jacobi at rung 4: ok, exact_match 0.5"

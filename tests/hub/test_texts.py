@@ -19,6 +19,7 @@ from stepmark.hub import Choice, decoding, source
 from stepmark.judge import Judge
 from stepmark.method import Method
 from stepmark.runner import Runner
+from stepmark.task import scored_as
 from stepmark.tracks.decoding.decoder import Decoder
 from stepmark.tracks.decoding.metrics import agreement
 
@@ -86,6 +87,41 @@ def test_decoding_is_lossless(made: Path, opened: Callable[..., hub.Made], name:
     assert (found.status, found.message, found.flags) == ("ok", None, [])
     assert found.quality["exact_match"].value == 1
     assert name != "llama" or found.counts["nfe_equivalent"] > 0
+
+
+def test_texts_are_drawn_at_a_temperature(made: Path, opened: Callable[..., hub.Made]) -> None:
+    """By the methods that can, and judged by the model's own distributions at that temperature."""
+    target = opened("llama", draft=str(made / "draft"), items=4, new_tokens=12, rungs=(12,), temperature=0.5)
+    assert target.task.id.endswith("_at0p5") and list(target.task.metrics) == ["tokens", "token_bias"]
+    assert Judge(target.task.id).inputs(4, 0)["temperature"] == [0.5] * 4
+    tasks = plugins.methods()["speculative"].tasks, plugins.methods()["harp"].tasks
+    assert target.task.id in tasks[0] and target.task.id not in tasks[1]
+    found = measured("speculative", target.task.id, 12)
+    assert (found.status, found.message, found.flags) == ("ok", None, [])
+    network, drawn = source.load("checkpoint/target"), torch.Generator().manual_seed(0)
+
+    def bias(temperature: float, texts: int = 40) -> float:
+        written = []
+        for _ in range(texts):
+            text = [7, 8, 9]
+            for _ in range(12):
+                with torch.no_grad():
+                    logits = network(torch.tensor([text])).logits[0, -1].double()
+                p = (logits / max(temperature, 1e-6)).softmax(-1)
+                text.append(int(torch.multinomial(p, 1, generator=drawn)))
+            written.append(text[3:])
+        batch = {"prompt": [[7, 8, 9]] * texts, "temperature": [0.5] * texts}
+        return decoding.bias(network, batch, written, np.zeros((1, 1), dtype=int)).value
+
+    assert 0.5 < bias(0.5) < 1.6
+    assert bias(0.05) > 3
+
+
+def test_a_name_that_looks_like_a_temperature_is_none() -> None:
+    plain, drawn = Choice("/somewhere/tiny_at0p7").id, Choice("/somewhere/tiny", temperature=0.7).id
+    assert drawn == "checkpoint/tiny_at0p7" != plain
+    assert "token_bias" in scored_as("decoding", drawn)["metrics"]
+    assert "exact_match" in scored_as("decoding", plain)["metrics"]
 
 
 def test_any_of_several_ends_ends_a_text(made: Path, tmp_path: Path, alone: None) -> None:

@@ -62,7 +62,8 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         "Stable Diffusion 3, Flux, AuraFlow, Sana, Lumina 2 and Qwen-Image; alone with a scheduler_config.json, or as a\n"
         "whole pipeline) are followed to where their own ODE leads: endpoint_error is the distance from there. Language\n"
         "models, every decoder of transformers whose cache is one of its own, write greedily: first_divergence is how many\n"
-        "tokens of plain greedy decoding a budget buys. Methods that need training data are skipped.",
+        "tokens of plain greedy decoding a budget buys; or, with --temperature, they draw. Methods that need training data\n"
+        "are skipped.",
     )
     group.add_argument(
         "--backbone", metavar="FOLDER", help="the checkpoint; may be the unet/ or transformer/ of a pipeline"
@@ -85,6 +86,14 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--chat", action="store_true", help="texts: each prompt is a user's message in the folder's chat template"
+    )
+    group.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="texts: draw them at this temperature; tokens is how many a budget buys, token_bias whether they are drawn "
+        "from the model's own distributions (about 1 where they are). Default 0, greedy",
     )
     group.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of the weights and of what is computed")
     group.add_argument("--draft", metavar="FOLDER", help="texts: a small model of the same vocabulary, for speculative")
@@ -139,6 +148,7 @@ def choice_of(arguments: argparse.Namespace) -> Choice | None:
         said = ["--" + name.replace("_", "-") for name in names if getattr(arguments, name) is not None]
         said += ["--guidance"] if arguments.guidance != 1 else []
         said += ["--chat"] if arguments.chat else []
+        said += ["--temperature"] if arguments.temperature else []
         said += ["--dtype"] if arguments.dtype != DTYPES[0] else []
         if said:
             raise ValueError(f"{said[0]} is for a checkpoint of your own: add --backbone FOLDER")
@@ -147,6 +157,8 @@ def choice_of(arguments: argparse.Namespace) -> Choice | None:
         raise ValueError("--items and --new-tokens are at least 1")
     if not math.isfinite(arguments.guidance):
         raise ValueError("--guidance is a number, such as 4")
+    if not 0 <= arguments.temperature < math.inf:
+        raise ValueError("--temperature is a number from 0 on, such as 0.7")
     rungs = tuple(sorted({*getattr(arguments, "rung", [])}))
     if any(rung < 1 for rung in rungs):
         raise ValueError("--rung is at least 1")
@@ -160,6 +172,7 @@ def choice_of(arguments: argparse.Namespace) -> Choice | None:
         rungs=rungs,
         dtype=arguments.dtype,
         chat=arguments.chat,
+        temperature=arguments.temperature,
     )
 
 

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 def show(arguments: argparse.Namespace) -> int:
-    """The leaderboard as a table."""
+    """The leaderboard as a table.
+
+    Raises:
+        ValueError: records there are, but none of what was asked for.
+    """
     from stepmark import admission
     from stepmark.leaderboard import tables
 
@@ -40,8 +44,7 @@ def show(arguments: argparse.Namespace) -> int:
             there = {getattr(r, name) for r in found}
             found = [r for r in found if getattr(r, name) in values]
             if not found:
-                print(f"no records of {name} {_listed(values)}; there are those of {_listed(there)}")
-                return 0
+                raise ValueError(f"no records of {name} {_listed(values)}; there are those of {_listed(there)}")
     _known_metrics(metrics, {r.task for r in found} or arguments.task, tasks)
     seeds = len(set(arguments.seed)) or None
     print(tables.show(found, metrics, seeds) if found else f"no records below {results}; write some with: stepmark run")

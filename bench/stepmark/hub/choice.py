@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stepmark.hub import prompts
-from stepmark.task import DTYPES, Task
+from stepmark.task import DRAWN_ID, DTYPES, Task
 
 PREFIX = "checkpoint/"  # begins the ids of tasks that are made from a folder, and of their backbones
 NEW_TOKENS = 64  # written to a prompt at most, where nothing else is said
@@ -23,6 +23,7 @@ class Choice:
         folder, draft: the checkpoint, and the draft model beside it (texts).
         guidance: scale of classifier-free guidance (images); 1 is none.
         prompts: a file of prompts. chat: each is a user's message, in the chat template of the folder (texts).
+        temperature: texts are drawn at it; 0 is greedy.
         items, new_tokens: items scored; tokens written to a prompt at most.
         rungs: the ladder.
         dtype: what weights are loaded as and computed in, as torch calls it.
@@ -37,6 +38,7 @@ class Choice:
     rungs: tuple[int, ...] = ()
     dtype: str = "float32"
     chat: bool = False
+    temperature: float = 0.0
 
     @property
     def words(self) -> str:
@@ -45,6 +47,7 @@ class Choice:
         said = [f"--{option} {Path(path).name}" for option, path in named.items() if path]
         said += [f"--guidance {self.guidance:g}"] if self.guidance != 1 else []
         said += ["--chat"] if self.chat else []
+        said += [f"--temperature {self.temperature:g}"] if self.temperature else []
         said += [f"--dtype {self.dtype}"] if self.dtype != DTYPES[0] else []
         said += [f"--items {self.items}"] if self.items else []
         return " ".join([*said, *([f"--new-tokens {self.new_tokens}"] if self.new_tokens else [])])
@@ -54,13 +57,14 @@ class Choice:
         """Of the task: readable, unique only together with its checkpoint. Names in other scripts end in a digest."""
         said = Path(self.folder).name
         name = re.sub(r"[^a-z0-9]+", "_", said.lower()).strip("_")[:48]
-        if not name or not said.isascii():
-            name = f"{name[:39]}_{hashlib.sha256(said.encode()).hexdigest()[:8]}".strip("_")
+        if not name or not said.isascii() or DRAWN_ID.search(name):  # nothing in a name is to look like an option
+            name = f"{DRAWN_ID.sub('_', name)[:39]}_{hashlib.sha256(said.encode()).hexdigest()[:8]}".strip("_")
         scale = f"{self.guidance:g}".replace(".", "p").replace("-", "m").replace("+", "")
         guided = f"_w{scale}" if self.guidance != 1 else ""
         long = f"_t{self.new_tokens}" if self.new_tokens not in (None, NEW_TOKENS) else ""
         short = f"_{self.dtype}" if self.dtype != DTYPES[0] else ""
-        return f"{PREFIX}{name}{guided}{long}{'_chat' if self.chat else ''}{short}"
+        drawn = "_at" + f"{self.temperature:g}".replace(".", "p") if self.temperature else ""
+        return f"{PREFIX}{name}{guided}{long}{'_chat' if self.chat else ''}{drawn}{short}"
 
     def lines(self) -> list[str]:
         """The prompts of the file; [] where none was given.

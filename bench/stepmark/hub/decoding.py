@@ -1,27 +1,29 @@
-"""Track decoding, tasks of checkpoint folders: greedy decoding of a language model that somebody brings.
+"""Track decoding, tasks of checkpoint folders: decoding of a language model that somebody brings.
 
 Prompts are those of a file, our own, or random tokens. Nobody knows right answers: what can be judged is whether a text is the
-one that plain greedy decoding of the same network writes, and how much of it a budget of target forwards buys.
+one that plain greedy decoding of the same network writes, or of drawn texts whether they are drawn from its distributions,
+and how much text a budget of target forwards buys.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
-from stepmark.hub.prompts import decode, encode, has_tokenizer, spread
+from stepmark.hub.prompts import decode, encode, going_on, has_tokenizer, spread
 from stepmark.hub.source import current
 from stepmark.hub.text_tasks import RANDOM_PROMPT, calibration, encoded, end, longest, scored, vocabulary
 from stepmark.task import BadOutput, Score, Task, harness_only, skip
 from stepmark.tracks.decoding import handles as handles
 from stepmark.tracks.decoding import reference_call as reference_call
 from stepmark.tracks.decoding import steps_of as steps_of
-from stepmark.tracks.decoding.metrics import TIE
+from stepmark.tracks.decoding.metrics import TIE, token_deviation
 
 TEXTS_KEPT = 20  # texts of a cell that are kept to look at
 TRIED, LISTENED, LIKELY = 4, 48, 8  # texts, their tokens and the likeliest next ones that rounding is measured on
@@ -39,8 +41,8 @@ def inputs(task: Task, n: int, generator: torch.Generator, device: torch.device)
         chosen = torch.randint(vocabulary(made), (n, RANDOM_PROMPT), generator=generator).tolist()
         stop = end(made.parts["target"])
         chosen = [[token if token != stop else (stop + 1) % vocabulary(made) for token in row] for row in chosen]
-    n = len(chosen)
-    return {"prompt": chosen, "max_new_tokens": [made.new_tokens] * n, "temperature": [0.0] * n}
+    n, temperature = len(chosen), made.choice.temperature
+    return {"prompt": chosen, "max_new_tokens": [made.new_tokens] * n, "temperature": [temperature] * n}
 
 
 def check(task: Task, batch: Mapping[str, Any], outputs: Any) -> None:
@@ -77,11 +79,19 @@ def text_of(ids: Sequence[int]) -> str:
     return decode(folder, ids) if has_tokenizer(folder) else " ".join(map(str, ids))
 
 
-def ids_of(text: str, room: int) -> list[int]:
-    """Token ids of a text, the last ones where it and `room` new tokens are more than the models see."""
+def ids_of(text: str, room: int, message: bool = True) -> list[int]:
+    """Token ids of a text, the last ones where it and `room` new tokens are more than the models see. In the chat template
+    where one was asked for; not where the text is no `message`, but stands for itself."""
     made = current()
-    ids = encode(made.parts["target"].folder, text, made.choice.chat)
+    ids = encode(made.parts["target"].folder, text, made.choice.chat and message)
     return ids[-(min(map(longest, made.parts.values())) - room) :]
+
+
+def answer_of(text: str) -> list[int] | None:
+    """Token ids of a text as the answer to a message in the chat template, whose turn begins without a space; None where
+    there is no template, and a text goes on with its context word by word."""
+    made = current()
+    return going_on(made.parts["target"].folder, text.lstrip(" ")) if made.choice.chat else None
 
 
 def new_tokens() -> int:
@@ -106,25 +116,57 @@ def score(
     first_divergence: mean number of leading tokens that are plain greedy decoding's, which a faster method writes more of
     in the same budget. exact_match: share of outputs that are, as a prefix where the budget ended. tokens: mean number
     of new tokens. tie: logits less than this apart count as equal, being what rounding alone moves them by (`tolerance`).
+    Of drawn texts: tokens, and token_bias: squared deviation of the token counts from what the network's own distributions
+    promise, over its expectation for exact draws: about 1 if lossless, greater if tokens are favoured.
     """
     harness_only("scoring")
     lengths = np.array([len(ids) for ids in outputs], dtype=float)
     network: Any = networks["target"]
+    if "token_bias" in task.metrics:
+        return {"tokens": _mean(lengths, resample), "token_bias": bias(network, batch, outputs, resample)}
     tie = tolerance(network, [tuple(prompt[:LISTENED]) for prompt in batch["prompt"][:TRIED]])
     agreeing = np.array(
         [agreement(network, prompt, ids, tie) for prompt, ids in zip(batch["prompt"], outputs, strict=True)],
         dtype=float,
     )
-
-    def mean(values: NDArray[np.float64]) -> Score:
-        return Score(float(values.mean()), values[resample].mean(axis=1).tolist())
-
     return {
-        "first_divergence": mean(agreeing),
-        "exact_match": mean((agreeing == lengths).astype(float)),
-        "tokens": mean(lengths),
-        "tie": mean(np.full(len(lengths), tie)),
+        "first_divergence": _mean(agreeing, resample),
+        "exact_match": _mean((agreeing == lengths).astype(float), resample),
+        "tokens": _mean(lengths, resample),
+        "tie": _mean(np.full(len(lengths), tie), resample),
     }
+
+
+def _mean(values: NDArray[np.float64], resample: NDArray[np.int64]) -> Score:
+    return Score(float(values.mean()), values[resample].mean(axis=1).tolist())
+
+
+class Tempered(nn.Module):
+    """A language model whose logits [B, T, V] are divided by a temperature."""
+
+    def __init__(self, network: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.network, self.temperature = network, temperature
+
+    def forward(self, ids: Tensor) -> Any:
+        """What the network gives, with its logits cooler or warmer."""
+        return SimpleNamespace(logits=self.network(ids).logits.float() / self.temperature)
+
+
+def bias(
+    network: nn.Module, batch: Mapping[str, Any], outputs: Sequence[Sequence[int]], resample: NDArray[np.int64]
+) -> Score:
+    """Token bias of drawn texts, over all of them and over resamples."""
+    found = [
+        token_deviation(Tempered(network, temperature), prompt, ids)
+        for prompt, ids, temperature in zip(batch["prompt"], outputs, batch["temperature"], strict=True)
+    ]
+    deviation, expected = torch.stack([d for d, _ in found]).numpy(), np.array([e for _, e in found])
+
+    def over(rows: NDArray[np.int64]) -> float:
+        return float((deviation[rows].sum(0) ** 2).sum() / max(expected[rows].sum(), 1e-12))
+
+    return Score(over(np.arange(len(outputs))), [over(rows) for rows in resample])
 
 
 def tolerance(network: Any, texts: Sequence[Sequence[int]]) -> float:

@@ -35,8 +35,9 @@ def _said(made: Made) -> list[str]:
 
 
 def of_prompts(made: Made) -> str:
-    """sha256 over the prompts and what encodes them, and how many tokens are written to each."""
-    sha = hashlib.sha256(f"{made.new_tokens}{' chat' if made.choice.chat else ''}".encode())
+    """sha256 over the prompts and what encodes them, how many tokens are written to each, and how they are chosen."""
+    drawn = f" at {made.choice.temperature:g}" if made.choice.temperature else ""
+    sha = hashlib.sha256(f"{made.new_tokens}{' chat' if made.choice.chat else ''}{drawn}".encode())
     file = prompts_of(made.choice)
     if file is not None:
         sha.update(_of_file(file).encode() + _of_file(OWN).encode())  # of our own some are looked at beforehand

@@ -80,8 +80,9 @@ def made_from(choice: Choice, part: Part) -> Made:
     for option, value in (("--draft", choice.draft), ("--new-tokens", choice.new_tokens)):
         if value is not None:
             raise ValueError(f"{option} is for language models; {part.kind} makes images")
-    if choice.chat:
-        raise ValueError(f"--chat is for language models; {part.kind} makes images")
+    for option, said in (("--chat", choice.chat), ("--temperature", choice.temperature)):
+        if said:
+            raise ValueError(f"{option} is for language models; {part.kind} makes images")
     part = sized(part, beside(part, "vae"))
     shape = shape_of(part)
     scheduler, kind = schedule_in(Path(choice.folder), part)

@@ -134,6 +134,11 @@ def encode(folder: Path, text: str, chat: bool = False) -> list[int]:
     return ids
 
 
+def going_on(folder: Path, text: str) -> list[int]:
+    """Token ids of a text that goes on with another: nothing is put before it or after it."""
+    return list(tokenizer(folder)(text, add_special_tokens=False).input_ids)
+
+
 def decode(folder: Path, ids: Sequence[int]) -> str:
     """The text of token ids, special ones left out."""
     return str(tokenizer(folder).decode(list(ids), skip_special_tokens=True))

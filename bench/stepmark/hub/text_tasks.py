@@ -1,4 +1,4 @@
-"""The task that is made from a folder with a language model: greedy decoding of prompts from a file, or of random tokens."""
+"""The task that is made from a folder with a language model: decoding of prompts from a file, or of random tokens."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 from stepmark.hub import prompts as texts
 from stepmark.hub.choice import NEW_TOKENS, PREFIX, Choice, Made, Part
 from stepmark.hub.folders import IMAGE_CLASSES, network_in, read_json
-from stepmark.task import DTYPES, SCORED, Task
+from stepmark.task import DTYPES, Task, scored_as
 
 RUNGS, ITEMS = (8, 16, 32, 64), 16
 RANDOM_PROMPT = 24  # tokens of a prompt where none is given
 PADDING = 512  # by how much two tables of one vocabulary may differ, being padded differently
 ORIGINAL = "original_max_position_embeddings"
 FAMILY = ("greedy/", "recall/")  # of these the batches are what a checkpoint's task gives
+DRAWING = ("sampling/",)  # and of these where texts are drawn
 
 
 def text_config(part: Part) -> dict[str, Any]:
@@ -134,6 +135,7 @@ def made_from(choice: Choice, part: Part) -> Made:
     beside = f", drafts by {parts['draft'].folder.name}" if choice.draft else ""
     short = f" in {choice.dtype}" if choice.dtype != DTYPES[0] else ""
     chat = " in its chat template" if choice.chat else ""
+    how = f"Sampling at temperature {choice.temperature:g}" if choice.temperature else "Greedy decoding"
     rungs = choice.rungs or RUNGS
     given = scored(choice)
     if choice.prompts and not given:
@@ -147,7 +149,7 @@ def made_from(choice: Choice, part: Part) -> Made:
     task = Task(
         id=choice.id,
         version=1,
-        summary=f"Greedy decoding of {part.kind} in {Path(choice.folder).name}{short}, {source}{chat}{beside}",
+        summary=f"{how} of {part.kind} in {Path(choice.folder).name}{short}, {source}{chat}{beside}",
         dataset="checkpoint",
         backbones={role: f"{PREFIX}{role}" for role in parts},
         reference="target",
@@ -162,6 +164,7 @@ def made_from(choice: Choice, part: Part) -> Made:
         smoke_rungs=rungs[:1],
         module="stepmark.hub.decoding",
         follows="stories",  # which is free text too
-        **SCORED["decoding"],
+        **scored_as("decoding", choice.id),
     )
-    return Made(choice, "decoding", task, parts, {}, "text", FAMILY, choice.new_tokens or NEW_TOKENS)
+    family = DRAWING if choice.temperature else FAMILY
+    return Made(choice, "decoding", task, parts, {}, "text", family, choice.new_tokens or NEW_TOKENS)
