@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from stepmark.leaderboard import surveys
 from stepmark.leaderboard.rows import Row, index
-from stepmark.leaderboard.verdicts import Verdicts, tally, verdicts
+from stepmark.leaderboard.verdicts import Verdicts, headlines, tally, verdicts
 
 from stepmark.places import checkout
 from stepmark.plugins import MethodInfo
@@ -61,13 +62,14 @@ class CatalogueEntry(NamedTuple):
 @dataclass
 class Covered:
     """A paper, its plugins (variants after their method), and how far it has come. `states` counts the verdicts of the
-    claims of all its plugins, each in its best covered place.
+    claims of all its plugins, each in its best covered place; `boasts` those of the headlines among them.
     """
 
     entry: CatalogueEntry
     infos: tuple[MethodInfo, ...]
     status: Coverage
     states: Counter[str]
+    boasts: Counter[str]
 
     @property
     def info(self) -> MethodInfo | None:
@@ -116,8 +118,8 @@ def covered(
     judged: Mapping[str, Verdicts] | None = None,
 ) -> list[Covered]:
     """Every paper with its computed status. Plugins belong to the paper that their `Paper.id` names, variants to that of
-    their method. A plugin that has run makes its paper live; a control alone does not. `judged` holds the verdicts by
-    method (default: they are computed).
+    their method. A plugin that has run makes its paper live; a control alone does not. A survey needs none: a live paper
+    that stands in it makes it live. `judged` holds the verdicts by method (default: they are computed).
     """
     if judged is None:
         have = index(found)
@@ -137,5 +139,14 @@ def covered(
         if any(info.id in live for info in mine if info.base is None):
             status = "live"
         states: Counter[str] = sum((tally(judged[info.id]) for info in mine), Counter())
-        result.append(Covered(entry, tuple(mine), status, states))
+        boasts: Counter[str] = sum((tally(headlines(judged[info.id])) for info in mine), Counter())
+        result.append(Covered(entry, tuple(mine), status, states, boasts))
+    known = {survey.id: survey for survey in surveys.surveys()}
+    running = [each.entry for each in result if each.status == "live"]
+    for each in result:
+        survey = known.get(each.entry.id)
+        if survey and each.entry.kind == "survey":
+            standing = (entry for entry in running if surveys.orders(each.entry, entry))
+            if any(place is not None for entry in standing for place in surveys.places(survey, entry)):
+                each.status = "live"
     return result

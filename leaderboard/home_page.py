@@ -42,6 +42,7 @@ def page(found: Board) -> list[str]:
     live = sum(c.status == "live" for c in found.covered)
     idle = sum(c.status == "not run" for c in found.covered)
     total = len(found.covered)
+    boasts: Counter[str] = sum((c.boasts for c in found.covered), Counter())
     states: Counter[str] = sum((c.states for c in found.covered), Counter())
     parts = [
         element(
@@ -69,7 +70,7 @@ def page(found: Board) -> list[str]:
     parts += ["## Coverage of the papers", _facts(
         [
             (total, "papers in the catalogue"),
-            (live, "live: a plugin with records"),
+            (live, "live: with records, or a survey of such"),
             (idle, "with a plugin, not run"),
             (total - live - idle, "without a plugin yet"),
         ]
@@ -81,9 +82,10 @@ def page(found: Board) -> list[str]:
         f'<span class="idle" style="width:{share[1]:.2f}%"></span>'
         "</div>"
     )
-    if states:
-        counts = markup.tally(states, markup.VERDICT_MOOD)
-        parts.append(element("p", f"Claims that the plugins of these papers state: {counts}"))
+    told = (("Headline claims, what the abstracts boast of", boasts), ("All claims that the plugins state", states))
+    for what, counted in told:
+        if counted:
+            parts.append(element("p", f"{what}: {markup.tally(counted, markup.VERDICT_MOOD)}"))
     parts.append("[All papers and their status](papers.md)")
     parts.append("## When and where it was measured")
     parts.append(_measured(found) if found.records else NOTHING)

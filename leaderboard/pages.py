@@ -374,7 +374,7 @@ def figures(found: Board, rows: Sequence[Row], task: Task, ids: bool = False) ->
             number(row.nfe),
             *([number(row.nfe_equivalent, row.reason("nfe_equivalent"))] if with_equivalents else []),
             estimate(row.latency_ms, why=row.reason("latency")),
-            estimate(row.speedup, "×", row.reason("latency")),
+            estimate(row.speedup, "×", row.reason("speedup") or row.reason("latency")),
             number(row.memory_mib, row.reason("memory")),
             *([number(row.joules, row.reason("energy"))] if with_energy else []),
             Cell(state + notes, row.status),
@@ -393,7 +393,10 @@ def figures(found: Board, rows: Sequence[Row], task: Task, ids: bool = False) ->
 
 def reasons(rows: Sequence[Row]) -> list[str]:
     """Why figures are null, each reason once, and how those in time came about. Untrusted text."""
-    lacking = {"latency": "latency_ms", "memory": "memory_mib", "energy": "joules", "nfe_equivalent": "nfe_equivalent"}
+    lacking = {
+        "latency": "latency_ms", "speedup": "speedup", "memory": "memory_mib", "energy": "joules",
+        "nfe_equivalent": "nfe_equivalent",
+    }  # fmt: skip
     said: dict[str, None] = {}
     for row in rows:
         if row.measured:

@@ -6,10 +6,11 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from urllib.parse import quote
 
-from stepmark.leaderboard import claims_page, markup, taxonomy
+from stepmark.leaderboard import claims_page, markup, survey_pages, taxonomy
 from stepmark.leaderboard.coverage import CatalogueEntry, Covered
 from stepmark.leaderboard.markup import Cell, Line, chip, esc, link, table
 from stepmark.leaderboard.pages import Board, crumbs, element, slug, verdict_counts, words
+from stepmark.leaderboard.surveys import Survey
 from stepmark.leaderboard.trust import Standing
 from stepmark.leaderboard.verdicts import tally
 
@@ -67,7 +68,8 @@ def index(found: Board) -> list[str]:
         element(
             "p",
             "Every paper that Stepmark means to cover. The status is computed: <b>live</b> has a plugin with records, "
-            "<b>not run</b> has a plugin without, the others wait for theirs. "
+            "<b>not run</b> has a plugin without, the others wait for theirs; a survey is live as soon as a paper that it "
+            "orders is. "
             f"{link('taxonomy.html', 'The same papers by what they save')}.",
         ),
         table(HEAD, lines, "Papers", searched=True, picks=PICKS),
@@ -83,13 +85,22 @@ def index(found: Board) -> list[str]:
 
 
 def paper_page(
-    found: Board, each: Covered, related: Sequence[tuple[Covered, list[str]]], nodes: Sequence[taxonomy.Node] = ()
+    found: Board,
+    each: Covered,
+    related: Sequence[tuple[Covered, list[str]]],
+    nodes: Sequence[taxonomy.Node] = (),
+    ordering: Sequence[Survey] = (),
 ) -> list[str]:
-    """One paper: what it reports, what Stepmark measured for its claims, its plugins, its relatives."""
+    """One paper: what it reports, what Stepmark measured for its claims, its plugins, its relatives; of a survey among
+    `ordering` how it orders the others."""
     entry = each.entry
     parts = [crumbs(("../papers.html", "Papers"), (f"{entry.id}.html", entry.title)), _facts(each, nodes)]
     parts += ["## What the paper reports", _reported(entry)]
-    parts += ["## What Stepmark measured", *_measured(found, each)]
+    survey = next((survey for survey in ordering if survey.id == entry.id and entry.kind == "survey"), None)
+    if survey:
+        parts += survey_pages.section(found, survey)
+    if each.infos or not survey:  # there is nothing to measure in a survey
+        parts += ["## What Stepmark measured", *_measured(found, each)]
     if related:
         parts += ["## Related papers", _related(related)]
     return parts

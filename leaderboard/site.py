@@ -30,6 +30,7 @@ from stepmark.leaderboard import (
     paper_pages,
     picker,
     release,
+    surveys,
     task_pages,
     taxonomy,
     track_pages,
@@ -166,10 +167,10 @@ def write(found: Board, source: Path, root: Path) -> list[str]:
     for task_id in found.tasks:
         page(f"tasks/{slug(task_id)}.md", task_id, task_pages.page(found, task_id), toc=True)
     page("papers.md", "Papers", paper_pages.index(found))
-    related, nodes = paper_pages.relatives(found.covered), taxonomy.nodes()
+    related, nodes, ordering = paper_pages.relatives(found.covered), taxonomy.nodes(), surveys.surveys()
     for each in found.covered:
         entry = each.entry
-        parts = paper_pages.paper_page(found, each, related[entry.id], nodes)
+        parts = paper_pages.paper_page(found, each, related[entry.id], nodes, ordering)
         page(f"papers/{entry.id}.md", entry.title, parts)
     page("models.md", "Real models", models_page.page(found), toc=True)
     page("claims.md", "Claims", claims_page.page(found))
@@ -192,7 +193,8 @@ def write_data(found: Board, data: Path) -> None:
         track_pages.write_data(found, track, data)
     compare_page.write_data(found, data)
     picker.write_data(found, data)
-    files = downloads.merge(data / PARTS, found.ledger.files, data)
+    # A release keeps its records beside it in the tree: its pages need not hold them once more.
+    files = downloads.merge(data / PARTS, found.ledger.files, data, table_only=found.snapshot is not None)
     (data / PARTS / "files.json").write_text(json.dumps(files), encoding="utf-8")
     shutil.copy(Path(__file__).with_name("catalogue.jsonl"), data / "catalogue.jsonl")
 
@@ -233,10 +235,15 @@ def _fill(out: Path, aside: Sequence[str]) -> None:
 
 
 def _downloads(found: Board) -> list[str]:
+    whole = (
+        "JSON holds all of it, bootstrap resamples, raw timings and environments included; CSV is one line per record "
+        "with 95 % intervals over its items, and Parquet the same table with types. "
+        if found.snapshot is None
+        else "CSV is one line per record with 95 % intervals over its items; the records themselves lie in the "
+        f"repository, below <code>leaderboard/results/{esc(found.snapshot)}</code>. "
+    )
     return [
-        element("p", "Every record of every suite version, as the harness wrote it. JSON holds all of it, bootstrap "
-              "resamples, raw timings and environments included; CSV is one line per record with 95 % intervals over its "
-              "items, and Parquet the same table with types. "
+        element("p", f"Every record of every suite version, as the harness wrote it. {whole}"
               f"{link('records.html', 'What a record holds')}, and how to get them all as a pandas table."),
         LAST if any(found.ledger.files.values()) else NOTHING,
         element("p", f"The catalogue of papers: {link('data/catalogue.jsonl', 'catalogue.jsonl')}."),
@@ -271,7 +278,10 @@ def _downloads_table(data: Path) -> str:
     for each in json.loads((data / PARTS / "files.json").read_text(encoding="utf-8")):
         file = downloads.File(*each)
         sizes = (("csv", file.csv / 1024), ("parquet", file.parquet / 1024), ("json", file.json / 1024))
-        links = [Cell(f"{link(f'data/{file.track}.{e}', FORMATS[e])} ({n:,.0f} KiB)", n) for e, n in sizes]
+        links = [
+            Cell(f"{link(f'data/{file.track}.{e}', FORMATS[e])} ({n:,.0f} KiB)", n) if n else Cell("", 0)
+            for e, n in sizes
+        ]
         lines.append(Line([Cell(esc(words(file.track)), file.track), number(file.records), *links]))
     return table(("Track", "Records", "CSV", "Parquet", "JSON"), lines, "Downloads")
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from stepmark.leaderboard import markup
+from stepmark.leaderboard import markup, survey_pages
 from stepmark.leaderboard.coverage import CatalogueEntry
 from stepmark.leaderboard.markup import chip, esc, link
 from stepmark.leaderboard.pages import Board
@@ -89,10 +89,10 @@ def place(found: Board, known: Sequence[Node]) -> tuple[dict[str, list[str]], di
 
 
 def fill(text: str, found: Board) -> str:
-    """docs/taxonomy.md with its lists in place of `<!-- node ID -->` and `<!-- elsewhere -->`.
+    """docs/taxonomy.md with its lists in place of `<!-- node ID -->`, `<!-- surveys -->` and `<!-- elsewhere -->`.
 
     Raises:
-        ValueError: the text names a node that is not there, or leaves one out.
+        ValueError: the text names a node that is not there, or leaves one out, or the surveys.
     """
     known = {node.id: node for node in nodes()}
     methods, entries = place(found, list(known.values()))
@@ -100,6 +100,8 @@ def fill(text: str, found: Board) -> str:
     if sorted(asked) != sorted(known) or "<!-- elsewhere -->" not in text:
         wrong = sorted(set(asked) ^ set(known)) or asked
         raise ValueError(f"docs/taxonomy.md and leaderboard/taxonomy.json do not name the same nodes: {wrong}")
+    if "<!-- surveys -->" not in text:
+        raise ValueError("docs/taxonomy.md has no place for the surveys: <!-- surveys -->")
 
     def lists(name: str) -> str:
         node = known.get(name)
@@ -107,6 +109,7 @@ def fill(text: str, found: Board) -> str:
         return head + _methods(found, methods[name]) + _papers(found, entries[name])
 
     text = re.sub(r"<!-- node ([a-z_]+) -->", lambda m: f'<div class="sm-node">{lists(m[1])}</div>', text)
+    text = text.replace("<!-- surveys -->", f'<div class="sm-node">{survey_pages.listing(found)}</div>')
     return text.replace("<!-- elsewhere -->", f'<div class="sm-node">{lists(ELSEWHERE)}</div>')
 
 

@@ -167,9 +167,9 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder = tmp_path_factory.mktemp("methods") / "image"
     folder.mkdir()
     claims = (
-        f'Claim("{metric}[toy_fast,{middle}] <= {metric}[toy_base,{high}]", says="holds <i>well</i>"),'
+        f'Claim("{metric}[toy_fast,{middle}] <= {metric}[toy_base,{high}]", says="holds <i>well</i>", headline=True),'
         f'Claim("{metric}[toy_fast,{low}] <= 0.5 * {metric}[toy_base,{low}]", says="does not hold"),'
-        f'Claim("speedup[toy_fast,{low}] >= 1.5 and nfe[toy_fast,{low}] == {low}", says="twice as fast"),'
+        f'Claim("speedup[toy_fast,{low}] >= 1.5 and nfe[toy_fast,{low}] == {low}", says="twice as fast", setting="toys"),'
         f'Claim("{metric}[toy_cheat,{low}] <= 9", says="rests on a flagged record"),'
     )
     first = coverage.catalogue()[0].id
@@ -389,6 +389,7 @@ def test_catalogue_is_well_formed(toys: None) -> None:
     covered = coverage.covered(entries, plugins.methods(), grouped(suite()))
     assert covered[0].status == "live"
     assert covered[0].states["reproduced"] == 2
+    assert covered[0].boasts == {"reproduced": 1}
     assert {each.status for each in covered[1:]} == {"no plugin yet"}
     assert coverage.covered(entries, plugins.methods(), [])[0].status == "not run"
 
@@ -479,6 +480,17 @@ def test_verdicts_stand_beside_the_claims(pages: dict[str, Page]) -> None:
     assert "x s = a <b>x</b> + ε" in text  # set as an equation, and still text
     assert "stepmark run --method toy_fast" in text
     assert "70 of teacher" in text
+
+
+def test_headlines_are_counted_apart_and_settings_can_be_picked(pages: dict[str, Page]) -> None:
+    assert "what the abstracts boast of: 1 reproduced All claims that the plugins state: 2 reproduced" in (
+        pages["index.html"].content
+    )
+    page = pages["claims.html"]
+    (table,) = (tag for tag in page.tags if "data-picks" in tag.attributes)
+    assert table.attributes["data-picks"].split() == ["track", "headline", "setting", "verdict"]
+    said = [tag.attributes["data-setting"] for tag in page.tags if "data-setting" in tag.attributes]
+    assert sorted(said) == ["another", "the paper's", "the paper's", "the paper's"]
 
 
 def test_track_page_has_charts_and_reasons(built: Path, pages: dict[str, Page]) -> None:
