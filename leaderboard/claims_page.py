@@ -16,7 +16,7 @@ from stepmark import claims
 from stepmark.method import Claim
 from stepmark.plugins import MethodInfo
 
-PICKS = ("track", "headline", "verdict")
+PICKS = ("track", "headline", "setting", "verdict")
 MOST = 8  # measured values that a cell shows; the rest stand in the records
 
 HOW = (
@@ -72,7 +72,12 @@ def page(found: Board) -> list[str]:
             verdict = _best(by_place)
             state = verdict.state if verdict else "not run"
             headlines[state] += claim.headline
-            marks = {"track": info.track, "headline": "headline" if claim.headline else "further", "verdict": state}
+            marks = {
+                "track": info.track,
+                "headline": "headline" if claim.headline else "further",
+                "setting": "another" if claim.setting else "the paper's",
+                "verdict": state,
+            }
             name = Cell(link(f"methods/{info.id}.html", info.id), info.id)
             verdict_cell, share, measured = _judged(verdict)
             lines.append(Line([name, verdict_cell, share, _said(claim), measured], marks=marks))

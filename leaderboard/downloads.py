@@ -37,7 +37,7 @@ TEXTS = (
 
 
 class File(NamedTuple):
-    """A track's downloads: how many records, bytes of the CSV, of the Parquet and of the JSON."""
+    """A track's downloads: how many records, bytes of the CSV, of the Parquet and of the JSON (0: not written)."""
 
     track: str
     records: int
@@ -105,18 +105,20 @@ def _part(folder: Path, key: tuple[str, str]) -> Path:
     return folder / f"{key[0]}.{key[1]}.part"
 
 
-def merge(folder: Path, parts: Mapping[tuple[str, str], int], out: Path) -> list[File]:
+def merge(folder: Path, parts: Mapping[tuple[str, str], int], out: Path, table_only: bool = False) -> list[File]:
     """A CSV, a Parquet and a JSON per track from the parts below `folder`, in the order of the methods; one column per figure,
-    metrics with their 95 % interval, null as an empty cell.
+    metrics with their 95 % interval, null as an empty cell. `table_only`: the CSV alone.
     """
     found = []
     for track in sorted({track for track, _ in parts}):
         paths = [_part(folder, key) for key in sorted(parts) if key[0] == track and parts[key]]
         made = out / track
         _merge_csv([path.with_suffix(".csv") for path in paths], made.with_suffix(".csv"))
-        _to_parquet(made.with_suffix(".csv"), made.with_suffix(".parquet"))
-        _merge_json([path.with_suffix(".json") for path in paths], made.with_suffix(".json"))
-        sizes = [made.with_suffix(end).stat().st_size for end in (".csv", ".parquet", ".json")]
+        if not table_only:
+            _to_parquet(made.with_suffix(".csv"), made.with_suffix(".parquet"))
+            _merge_json([path.with_suffix(".json") for path in paths], made.with_suffix(".json"))
+        written = [made.with_suffix(end) for end in (".csv", ".parquet", ".json")]
+        sizes = [path.stat().st_size if path.exists() else 0 for path in written]
         found.append(File(track, sum(n for key, n in parts.items() if key[0] == track), *sizes))
     return found
 

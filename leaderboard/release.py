@@ -1,17 +1,18 @@
 """Releases: a suite version frozen, with one digest over all of it, and kept at a permanent address.
 
-`leaderboard/results/<version>/release/` holds `data.tar.gz` (records, samples, requirements.lock, the catalogue),
-`site.tar.gz` (the pages as they were) and `manifest.json` with the sha256 of every file in them. Archives are
-deterministic: sorted names, no times, no owners. The site unpacks old versions below versions/<version>/.
+`leaderboard/results/<version>/release/` holds `data.tar.xz` (requirements.lock, the catalogue: what goes on to change),
+`site.tar.xz` (the pages as they were) and `manifest.json` with the sha256 of every file in them, and of the records and
+samples of the version, which lie beside it and are not kept twice. Archives are deterministic: sorted names, no times,
+no owners. The site unpacks old versions below versions/<version>/.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import shutil
 import subprocess
@@ -27,13 +28,15 @@ from stepmark.leaderboard.rows import version_key
 from stepmark import __version__, plugins
 from stepmark.record import read_all
 
-ARCHIVES = ("data.tar.gz", "site.tar.gz")
+ARCHIVES = ("data.tar.xz", "site.tar.xz")
+RECORDS = "records"  # the files beside a release, in its manifest
 Sha = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Line = Annotated[str, StringConstraints(max_length=2000)]
 
 
 class Manifest(BaseModel):
-    """What a release holds. `files` maps archive -> name inside -> sha256; `digest` is over all of them."""
+    """What a release holds. `files` maps archive -> name inside -> sha256, and "records" -> name below the version's
+    folder -> sha256; `digest` is over all of them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     schema_version: Literal[1] = 1
@@ -43,8 +46,8 @@ class Manifest(BaseModel):
     records: Annotated[int, Field(ge=1)]
     machines: list[Line]
     forced: list[Line]
-    archives: dict[Literal["data.tar.gz", "site.tar.gz"], Sha]
-    files: dict[Literal["data.tar.gz", "site.tar.gz"], dict[Line, Sha]]
+    archives: dict[Literal["data.tar.xz", "site.tar.xz"], Sha]
+    files: dict[Literal["records", "data.tar.xz", "site.tar.xz"], dict[Line, Sha]]
     digest: Sha
 
 
@@ -83,18 +86,19 @@ def freeze(results: Path, force: bool = False, root: Path | None = None) -> Mani
     reasons = objections(results, root)
     if reasons and not force:
         raise ValueError(f"{'; '.join(reasons)}. Mend it, or give --force to have it said in the manifest")
-    data = dict(_data(results / __version__, root))
+    data = dict(_data(root))
     with tempfile.TemporaryDirectory() as temporary:
         home = site.build(results, Path(temporary) / "site", snapshot=__version__)
         pages = {
             path.relative_to(home.parent).as_posix(): path.read_bytes()
             for path in home.parent.rglob("*")
-            if path.is_file() and path.name != site.MARKER
+            if path.is_file() and path.name != site.MARKER and not _needless(path.relative_to(home.parent))
         }
-    packed = {"data.tar.gz": pack(data), "site.tar.gz": pack(pages)}
+    packed = {"data.tar.xz": pack(data), "site.tar.xz": pack(pages)}
     files = {
-        "data.tar.gz": {name: _sha(content) for name, content in data.items()},
-        "site.tar.gz": {name: _sha(content) for name, content in pages.items()},
+        RECORDS: _records(results / __version__),
+        "data.tar.xz": {name: _sha(content) for name, content in data.items()},
+        "site.tar.xz": {name: _sha(content) for name, content in pages.items()},
     }
     manifest = Manifest.model_validate(
         {
@@ -137,6 +141,10 @@ def objections(results: Path, root: Path) -> list[str]:
         pair = (r.method, r.task)
         if r.suite != __version__ or r.tier == "smoke":
             continue
+        if r.method in methods and r.checkpoint:  # what else its figures hang on is with whoever has the folder
+            if r.digests.get("method") != plugins.method_digest(methods[r.method])[: plugins.DIGITS]:
+                old.add(pair)
+            continue
         if r.method not in methods or r.task not in tasks:
             old.add(pair)
             continue
@@ -158,36 +166,41 @@ def _git(root: Path, *words: str) -> str | None:
     return done.stdout.strip()
 
 
-def _data(folder: Path, root: Path) -> Iterable[tuple[str, bytes]]:
-    """(name, content) of what is frozen beside the pages."""
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        if path.is_file() and _frozen(inside) and path.suffix in {".jsonl", ".json"}:
-            yield f"records/{inside.as_posix()}", path.read_bytes()
+def _data(root: Path) -> Iterable[tuple[str, bytes]]:
+    """(name, content) of what goes on to change in the tree, and is frozen beside the pages."""
     leaderboard = Path(__file__).parent
     yield "requirements.lock", (root / "requirements.lock").read_bytes()
-    for name in ("catalogue.jsonl", "taxonomy.json", "disputes.jsonl"):
+    for name in ("catalogue.jsonl", "taxonomy.json", "surveys.json", "disputes.jsonl"):
         if (leaderboard / name).exists():
             yield name, (leaderboard / name).read_bytes()
 
 
-def _frozen(inside: Path) -> bool:
-    """Whether a file of a version's folder is part of its release: what an editor or a file system left there is not."""
-    return inside.parts[0] != "release" and not any(part.startswith(".") for part in inside.parts)
+def _records(folder: Path) -> dict[str, str]:
+    """Name below a version's folder -> sha256 of its records, environments and samples. What an editor or a file system
+    left there is not of the release."""
+    named = ((path, path.relative_to(folder)) for path in sorted(folder.rglob("*.json*")) if path.is_file())
+    return {
+        inside.as_posix(): _sha(path.read_bytes())
+        for path, inside in named
+        if inside.parts[0] != "release" and not any(part.startswith(".") for part in inside.parts)
+    }
+
+
+def _needless(inside: Path) -> bool:
+    """Sources of minified files, and searching in other languages than English: no page reads them, and a release is
+    kept in the tree for good, so that its bytes count."""
+    return inside.suffix == ".map" or inside.as_posix().startswith("assets/javascripts/lunr/")
 
 
 def pack(files: Mapping[str, bytes]) -> bytes:
-    """A .tar.gz that hangs on names and contents alone."""
+    """A .tar.xz that hangs on names and contents alone."""
     stream = io.BytesIO()
-    with (
-        gzip.GzipFile(fileobj=stream, mode="wb", compresslevel=9, mtime=0, filename="") as zipped,
-        tarfile.open(fileobj=zipped, mode="w", format=tarfile.PAX_FORMAT) as archive,
-    ):
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for name in sorted(files):
             member = tarfile.TarInfo(name)
             member.size, member.mode = len(files[name]), 0o644
             archive.addfile(member, io.BytesIO(files[name]))
-    return stream.getvalue()
+    return lzma.compress(stream.getvalue(), preset=8)
 
 
 # reading ----------------------------------------------------------------------------------------
@@ -224,9 +237,9 @@ def unpack_sites(results: Path, out: Path) -> list[str]:
     """
     done = []
     for folder, manifest in releases(results):
-        content = (folder / "site.tar.gz").read_bytes()
-        if _sha(content) != manifest.archives["site.tar.gz"]:
-            raise ValueError(f"{folder / 'site.tar.gz'}: is not the archive of the manifest; restore it")
+        content = (folder / "site.tar.xz").read_bytes()
+        if _sha(content) != manifest.archives["site.tar.xz"]:
+            raise ValueError(f"{folder / 'site.tar.xz'}: is not the archive of the manifest; restore it")
         target = out / "versions" / manifest.suite
         for name, page in contents(content).items():
             path = target / name
@@ -243,7 +256,7 @@ def contents(archive: bytes) -> dict[str, bytes]:
         ValueError: a member that is no plain file inside the folder.
     """
     found: dict[str, bytes] = {}
-    with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as opened:
+    with tarfile.open(fileobj=io.BytesIO(archive), mode="r:xz") as opened:
         for member in opened:
             name = PurePosixPath(member.name)
             if not member.isfile() or name.is_absolute() or ".." in name.parts or "\\" in member.name:
@@ -255,7 +268,10 @@ def contents(archive: bytes) -> dict[str, bytes]:
 
 
 def check_all(results: Path) -> list[str]:
-    """What disagrees between releases, their manifests and the records that lie beside them; [] when all is well."""
+    """What disagrees between releases, their manifests and the records that lie beside them; [] when all is well.
+
+    Machines that the release has none of may come later, as `stepmark verify --keep` writes them: they change nothing in it.
+    """
     faults = []
     for folder, manifest in releases(results):
         files: dict[str, dict[str, str]] = {}
@@ -268,14 +284,12 @@ def check_all(results: Path) -> list[str]:
             files[name] = {inside: _sha(each) for inside, each in contents(content).items()}
         if len(files) < len(ARCHIVES):
             continue
-        if files != manifest.files or digest_of(files) != manifest.digest:
+        if {RECORDS: manifest.files.get("records", {}), **files} != manifest.files or digest_of(
+            manifest.files
+        ) != manifest.digest:
             faults.append(f"{folder / 'manifest.json'}: does not name the files that the archives hold")
-        frozen = {n: s for n, s in files["data.tar.gz"].items() if n.startswith("records/")}
-        now = {
-            f"records/{path.relative_to(folder.parent).as_posix()}": _sha(path.read_bytes())
-            for path in sorted(folder.parent.rglob("*.json*"))
-            if path.is_file() and _frozen(path.relative_to(folder.parent))
-        }
+        frozen, now = manifest.files.get("records", {}), _records(folder.parent)
+        now = {name: sha for name, sha in now.items() if name in frozen or name.split("/")[0] in manifest.machines}
         changed = sorted(n for n in {*frozen, *now} if frozen.get(n) != now.get(n))
         if changed:
             faults.append(f"{folder.parent}: differs from its release in {', '.join(changed[:5])}")

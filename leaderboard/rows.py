@@ -202,7 +202,7 @@ class Row:
 
     def reason(self, name: str) -> str | None:
         """Why a figure is null, as the harness wrote it. Untrusted text."""
-        elsewhere = name in {"latency", "memory", "energy"} and self.first.machine != self.place.machine
+        elsewhere = name in {"latency", "speedup", "memory", "energy"} and self.first.machine != self.place.machine
         return f"its quality was measured on {self.first.machine}" if elsewhere else self.first.reasons.get(name)
 
     def cost(self, axis: str) -> float | None:

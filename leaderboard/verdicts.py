@@ -82,7 +82,7 @@ def judge(claim: Claim, info: MethodInfo, place: Place, found: Found) -> claims.
     for span, each in rungs.items():
         notes.append(f"{span}: at each of the rungs {', '.join(map(str, each))}")
     arms = [arm(row, method, seeds) for (method, row) in {r.method: row for r, row in rows.items() if row}.items()]
-    notes += unequal(arms)
+    notes += [*spent(arms), *unequal(arms)]
     alone = [each.method for each in arms if each.trainings == 1]
     if alone:
         notes.append(f"one training of {', '.join(alone)}")
@@ -243,6 +243,16 @@ def _trains(cost: Offline) -> bool:
     return cost.seed is not None if cost.updates is not None else cost.seconds > LONG
 
 
+def spent(arms: Sequence[Arm]) -> list[str]:
+    """What each arm that was prepared at all has cost, in words."""
+    told = []
+    for each in arms:
+        costs = [(each.evaluations, " evaluations"), (each.updates or 0.0, " updates"), (each.seconds, " s")]
+        if each.trainings or each.seconds > LONG:
+            told.append(f"{each.method} {', '.join(f'{figure(cost)}{unit}' for cost, unit in costs if cost)}")
+    return [f"offline: {'; '.join(told)}"] if told else []
+
+
 def unequal(arms: Sequence[Arm]) -> list[str]:
     """In words what differs by more than a quarter between the arms that were prepared at all."""
     found = []
@@ -294,3 +304,8 @@ def verdicts(info: MethodInfo, found: Sequence[Row], have: Found | None = None) 
 def tally(judged: Verdicts) -> Counter[str]:
     """How many claims of a method got which verdict, in the first place of each."""
     return Counter(next(iter(by.values())).state if by else "not run" for _, by in judged)
+
+
+def headlines(judged: Verdicts) -> Verdicts:
+    """What a paper's abstract boasts of, of all its claims."""
+    return [(claim, by) for claim, by in judged if claim.headline]

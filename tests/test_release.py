@@ -153,6 +153,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
         (out / "methods").mkdir(parents=True)
         (out / "methods" / "ddim.html").write_text("ddim")
         (out / site.MARKER).touch()
+        (out / "app.js.map").write_text("no page needs it")
         (out / "index.html").write_text(f"home of {__version__}")
         return out / "index.html"
 
@@ -165,9 +166,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
 def test_a_release_is_frozen_and_unpacked_where_it_was(place: Place, tmp_path: Path) -> None:
     manifest = release.freeze(place.results)
     assert (manifest.suite, manifest.records, manifest.machines, manifest.forced) == (__version__, 1, ["test-cpu"], [])
-    assert set(manifest.files["site.tar.gz"]) == {"index.html", "methods/ddim.html"}
-    data = release.contents((place.results / __version__ / "release" / "data.tar.gz").read_bytes())
-    assert set(data) >= {"requirements.lock", "catalogue.jsonl", "records/test-cpu/image/ddim.jsonl"}
+    assert set(manifest.files["site.tar.xz"]) == {"index.html", "methods/ddim.html"}
+    data = release.contents((place.results / __version__ / "release" / "data.tar.xz").read_bytes())
+    assert set(data) >= {"requirements.lock", "catalogue.jsonl"}
+    named = list(manifest.files["records"])
+    assert named[1:] == ["test-cpu/image/ddim.jsonl"] and named[0].startswith("test-cpu/environments/")
     assert release.check_all(place.results) == []
     assert release.unpack_sites(place.results, tmp_path / "out") == [__version__]
     assert (tmp_path / "out" / "versions" / __version__ / "methods" / "ddim.html").read_text() == "ddim"
@@ -197,15 +200,31 @@ def test_stale_records_are_refused(place: Place) -> None:
         release.freeze(place.results / "nowhere")
 
 
+def test_of_a_checkpoint_whose_folder_is_elsewhere_the_method_alone_can_be_old(place: Place) -> None:
+    brought: dict[str, Any] = {"task": "checkpoint/tiny", "checkpoint": "ab" * 8, "tier": "hub"}
+    write([record(1.0, **brought)], place.results)
+    assert release.objections(place.results, Path()) == []
+    write([record(1.0, rung=8, digests={"method": "0" * 64}, **brought)], place.results)
+    (said,) = release.objections(place.results, Path())
+    assert said == "records of older sources: ddim on checkpoint/tiny"
+
+
+def test_a_machine_may_come_after_the_release(place: Place) -> None:
+    release.freeze(place.results)
+    write([record(1.0, machine="later-cpu")], place.results)
+    assert release.check_all(place.results) == []
+    write([record(1.0, method="unipc")], place.results)  # another file of a machine that the release has
+    (said,) = release.check_all(place.results)
+    assert said.endswith("differs from its release in test-cpu/image/unipc.jsonl")
+
+
 def test_a_tampered_release_is_found(place: Place, tmp_path: Path) -> None:
     release.freeze(place.results)
     write([record(1.0, rung=8)], place.results)
-    assert any(
-        "differs from its release in records/test-cpu/image/ddim.jsonl" in f for f in release.check_all(place.results)
-    )
-    archive = place.results / __version__ / "release" / "site.tar.gz"
+    assert any("differs from its release in test-cpu/image/ddim.jsonl" in f for f in release.check_all(place.results))
+    archive = place.results / __version__ / "release" / "site.tar.xz"
     archive.write_bytes(release.pack({"index.html": b"another"}))
-    assert any("site.tar.gz: is not the archive" in fault for fault in release.check_all(place.results))
+    assert any("site.tar.xz: is not the archive" in fault for fault in release.check_all(place.results))
     with pytest.raises(ValueError, match="is not the archive"):
         release.unpack_sites(place.results, tmp_path / "out")
 
@@ -213,17 +232,25 @@ def test_a_tampered_release_is_found(place: Place, tmp_path: Path) -> None:
 def test_the_digest_hangs_on_contents_alone() -> None:
     assert release.pack({"b": b"2", "a": b"1"}) == release.pack({"a": b"1", "b": b"2"})
     assert release.contents(release.pack({"a/b": b"1"})) == {"a/b": b"1"}
-    files = {"data.tar.gz": {"a": "0" * 64}}
+    files = {"data.tar.xz": {"a": "0" * 64}}
     assert release.digest_of(files) == release.digest_of(dict(files))
-    assert release.digest_of(files) != release.digest_of({"data.tar.gz": {"a": "1" * 64}})
+    assert release.digest_of(files) != release.digest_of({"data.tar.xz": {"a": "1" * 64}})
 
 
 @pytest.mark.parametrize(("name", "kind"), [("../x", tarfile.REGTYPE), ("/x", tarfile.REGTYPE), ("x", tarfile.SYMTYPE)])
 def test_an_archive_that_reaches_out_is_refused(name: str, kind: bytes) -> None:
     stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w:gz") as archive:
+    with tarfile.open(fileobj=stream, mode="w:xz") as archive:
         member = tarfile.TarInfo(name)
         member.type, member.linkname = kind, "/etc/passwd"
         archive.addfile(member, io.BytesIO())
     with pytest.raises(ValueError, match="no plain file inside it"):
         release.contents(stream.getvalue())
+
+
+def test_what_this_checkout_has_released_is_what_it_was() -> None:
+    root = plugins.checkout()
+    assert root is not None
+    published = root / "leaderboard" / "results"
+    assert release.summary(published)
+    assert release.check_all(published) == []

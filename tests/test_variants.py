@@ -29,7 +29,7 @@ class Toy(Method):
     paper = Paper(id="toy", title="Toy", authors="A. Toy", year=2026)
     tasks = ("sampling/mixtures_eps", "sampling/mixtures_flow")
     baselines = ("toy_double",)
-    claims = (Claim("sliced_w2[toy,4] < sliced_w2[toy_double,4]", says="less is better"),)
+    claims = (Claim("sliced_w2[toy,4] < sliced_w2[toy_double,4]", says="less is better", headline=True),)
     scale, shift = 1.0, 0.0
     variants = (
         Variant("toy_double", says="twice as far out", scale=2.0),

@@ -12,12 +12,12 @@ import pytest
 from rigs.records import few_seeds
 from stepmark.leaderboard.groups import paired
 from stepmark.leaderboard.rows import index, rows_of
-from stepmark.leaderboard.verdicts import Arm, judge, tally, unequal, verdicts
+from stepmark.leaderboard.verdicts import Arm, judge, spent, tally, unequal, verdicts
 
 from stepmark import __version__, check, claims, plugins
 from stepmark.claims import Span
 from stepmark.literals import MethodInfo
-from stepmark.method import Claim
+from stepmark.method import Claim, Paper
 from stepmark.record import Latency, Offline, Quality, Record
 
 TASK = "sampling/mixtures_eps"
@@ -222,7 +222,11 @@ def test_another_setting_is_set_apart() -> None:
 def test_unequal_arms_are_said() -> None:
     arms = [Arm("fast", 100.0, 1000.0, 60.0, 3), Arm("base", 90.0, 300.0, 59.0, 3), Arm("ddim", 0.0, 0.0, 0.0, 0)]
     assert unequal(arms) == ["unequal arms: fast 1,000 offline updates, base 300 offline updates"]
-    assert unequal([Arm("fast", 100.0, 1000.0, 60.0, 3), Arm("base", 81.0, 801.0, 50.0, 3)]) == []
+    assert spent(arms) == ["offline: fast 100 evaluations, 1,000 updates, 60 s; base 90 evaluations, 300 updates, 59 s"]
+    even = [Arm("fast", 100.0, 1000.0, 60.0, 3), Arm("base", 81.0, 801.0, 50.0, 3)]
+    assert unequal(even) == []
+    assert len(spent(even)) == 1  # what equal arms cost is said as well
+    assert spent(arms[2:]) == []
 
 
 def timed(method_ms: float, base_ms: float, **fields: Any) -> Latency:
@@ -271,7 +275,7 @@ def test_the_verdict_is_that_of_the_machine_which_can_judge(monkeypatch: pytest.
 
 
 def test_check_wants_a_headline_and_warns_of_weak_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paper = plugins.methods()["c2ot"].paper  # one of the catalogue, whose headline is asked for
+    paper = Paper("nowhere", "A title", "Somebody", 2030)  # whether or not the catalogue holds it
 
     def of(*stated: Claim, unclaimed: str = "") -> list[str]:
         made = MethodInfo(
@@ -285,6 +289,8 @@ def test_check_wants_a_headline_and_warns_of_weak_claims(tmp_path: Path, monkeyp
     assert of(plain, unclaimed="a survey") == []
     assert "one rung" in " ".join(check.narrow(info(plain)))
     assert list(check.narrow(info(Claim("sliced_w2[fast,*] < 1", says="small")))) == []
+    (said,) = check.narrow(info(Claim(f"sliced_w2[fast,*] < 1 and nfe[fast,{RUNGS[1]}] < 9", says="small")))
+    assert f"at one rung, {RUNGS[1]}, of" in said  # beside a comparison over all
     trivial = claims.Verdict("reproduced", 1.0, True, {}, 0, "")
     values = {f"sliced_w2[fast,{RUNGS[0]}]": 0.1, f"sliced_w2[base,{RUNGS[0]}]": 0.9}
     claim = Claim(f"sliced_w2[fast,{RUNGS[0]}] < sliced_w2[base,{RUNGS[0]}]", says="")
@@ -293,3 +299,8 @@ def test_check_wants_a_headline_and_warns_of_weak_claims(tmp_path: Path, monkeyp
     assert "factor of five" in " ".join(check.weak(claim, replace(trivial, values=values)))
     assert "cannot tell" in " ".join(check.weak(claim, replace(trivial, state="inconclusive", fraction=0.6)))
     assert list(check.weak(claim, replace(trivial, values=dict.fromkeys(values, 0.5)))) == []
+    spanned = {f"sliced_w2[{name},{rung}]": v for rung in RUNGS[:2] for name, v in (("fast", 0.1), ("base", 0.9))}
+    assert "factor of five" in " ".join(check.weak(claim, replace(trivial, values=spanned)))
+    near = spanned | {f"sliced_w2[fast,{RUNGS[1]}]": 0.8}  # at one rung of the two it is close
+    assert list(check.weak(claim, replace(trivial, values=near))) == []
+    assert list(check.weak(claim, replace(trivial, values=spanned | {f"sliced_w2[other,{RUNGS[0]}]": 0.1}))) == []

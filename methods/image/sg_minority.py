@@ -64,7 +64,8 @@ class SelfGuidedMinority(Method):
     pushes outwards whatever is there. Here s = 0.2, where a point still shows which common component it is near, but not
     that it is a rare one beside it. And w is 10, not 0.2 to 0.4: g is scaled to its largest entry, so its length, which is
     what changes likelihoods, is at most 1.4 in the plane and some tens in a picture of 12 288 values, and the points lie
-    within 6 of the origin where pixels lie within 1. `sg_minority_authors` takes s and w from the authors' code.
+    within 6 of the origin where pixels lie within 1. `sg_minority_authors` takes s and w from the authors' code,
+    `sg_minority_authors_low` the lesser of their two weights.
 
     The ground (which points are rare, and where) and the two constants were chosen together, among seven grounds and up to
     twenty settings on each, for telling the method from its controls; on the other grounds it hardly differed from pushing
@@ -137,6 +138,13 @@ class SelfGuidedMinority(Method):
                     setting="of a point nothing shows at s = 0.8, and in the plane a push with a largest entry of one is short",
                 ),
             ),
+        ),
+        Variant(
+            "sg_minority_authors_low",
+            says="with s = 0.8 and w = 0.2, the lesser of the authors' weights",
+            weight=0.2,
+            level=0.8,
+            baselines=("ancestral", "sg_minority_authors"),
         ),
         Variant(
             "pushed_outward",
