@@ -5,7 +5,8 @@ differ in one attribute, one object or the background; ``mask`` is where the edi
 pixel outside it differs. Objects are called by their colour and shape, which no other object of the scene shares.
 
 The form is that of `scenes32` for the target (``x0``, ``text`` ...), with ``source`` float32 [N, 3, 32, 32], ``source_text``,
-``source_tokens``, ``instruction``, ``instruction_tokens``, ``mask`` bool [N, 32, 32] and ``kind`` int64 [N].
+``source_tokens``, ``source_objects``, ``source_geometry``; ``instruction``, ``instruction_tokens``; ``mask`` bool [N, 32, 32],
+``kind`` int64 [N], and ``which`` int64 [N], the number of the edited object.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from stepmark.datasets.scenes32 import EXTENT, MOST, SEEN, describe, draw, packe
 
 from stepmark.task import Dataset
 from stepmark.tracks.scenes.captions import (
+    ATTRIBUTES,
     BACKGROUNDS,
     COLOURS,
     PLACES,
@@ -38,8 +40,8 @@ DATASET = Dataset(
     summary="32x32 RGB scenes before and after an edit by instruction, with the mask of what may change",
     licence="Apache-2.0",
     digests={
-        "train": "056d9338b0df76cf77daff1756c6d88714c5e112cf9f2a6c8704b5ce32b6c479",
-        "test": "a5b6da0c79cf2894c0c49f7997531908f1a62377830f5221f14c5062edbf94b6",
+        "train": "02abee252aba5e994acda26afe8ac49adf0d66901fb228505acf4f337ac3290b",
+        "test": "ff9100ebf227bbb2a4b3230ee5d5e84cfd4a1f8eb5446d9a3f9e5054991a1c5a",
     },
 )
 KINDS = ("colour", "shape", "size", "texture", "add", "remove", "move", "background")
@@ -152,6 +154,9 @@ def split(name: str) -> dict[str, Any]:
         "source": render(source),
         "source_text": text,
         "source_tokens": tokens(text),
+        "source_objects": torch.from_numpy(np.stack([source.attribute(name) for name in ATTRIBUTES], 2)),
+        "source_geometry": torch.from_numpy(np.concatenate([source.at, source.radius[..., None]], 2)),
+        "which": torch.from_numpy(np.concatenate(numbers)),
         "instruction": instructions,
         "instruction_tokens": tokens(instructions),
         "mask": torch.from_numpy(np.concatenate(places)),

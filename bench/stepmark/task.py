@@ -24,11 +24,34 @@ SCORED: dict[str, dict[str, Any]] = {
     },
 }
 DRAWN: dict[str, Any] = {"unit": "target forwards", "metrics": {"tokens": "higher", "token_bias": "lower"}}
+_REASONED: dict[str, Any] = {"unit": "generated tokens"}
+REASONED: dict[str, dict[str, Any]] = {  # by language, as in the track
+    "problems": _REASONED
+    | {"metrics": {"accuracy": "higher", "answered": "higher", "valid": "higher", "written": "lower"}},
+    "countdown": _REASONED | {"metrics": {"accuracy": "higher", "answered": "higher", "written": "lower"}},
+    "deduction": _REASONED
+    | {
+        "metrics": {
+            "valid": "higher",
+            "accuracy": "higher",
+            "answered": "higher",
+            "steps": "higher",
+            "straight": "higher",
+            "written": "lower",
+        }
+    },
+}
+SCORED["reasoning"] = REASONED["problems"]
+REASONED_ID = re.compile(
+    rf"_({'|'.join(REASONED)})(?=_|$)"
+)  # in the id of a checkpoint's task: which questions it asks
 DRAWN_ID = re.compile(r"_at[0-9]+(p[0-9]+)?(_|$)")  # in the id of a checkpoint's task: texts drawn at a temperature
 
 
 def scored_as(track: str, task: str) -> dict[str, Any]:
     """Unit and metrics of a checkpoint's task, by its track and id."""
+    if track == "reasoning" and (found := REASONED_ID.search(task)):
+        return REASONED[found[1]]
     return DRAWN if track == "decoding" and DRAWN_ID.search(task) else SCORED[track]
 
 

@@ -360,6 +360,13 @@ def _train_pastel(network: nn.Module, progress: Progress, steps: int = 1_500) ->
     return fit(network, load_split("pastel32", "train"), steps, 931, progress, rate=3e-4, ema=0.995)
 
 
+def _train_parts(network: nn.Module, progress: Progress, steps: int = 1_500) -> dict[str, float]:
+    """`scenes_eps`, trained on with objects of two colours alone."""
+    assert isinstance(network, Painter)
+    network.load_state_dict(load("scenes_eps").state_dict())
+    return fit(network, load_split("parts32", "train"), steps, 971, progress, rate=3e-4, ema=0.995)
+
+
 def _train_flow(network: nn.Module, progress: Progress, steps: int = 24_000) -> dict[str, float]:
     """Conditional flow matching with uniform times, on the same latents and captions."""
     assert isinstance(network, FlowPainter)
@@ -468,6 +475,9 @@ RECIPES: dict[str, Recipe] = {
     ),
     "scenes_pastel": Recipe(
         partial(_built, Painter, 930), _train_pastel, "pastel32, scenes_eps tuned to another style"
+    ),
+    "scenes_parts": Recipe(
+        partial(_built, Painter, 970), _train_parts, "parts32, scenes_eps tuned to objects of two colours"
     ),
     "scenes_flow": Recipe(
         partial(_built, FlowPainter, 940), _train_flow, "scenes32, latent rectified-flow transformer asked by captions"
