@@ -13,6 +13,7 @@ from stepmark.leaderboard import markup
 from stepmark.leaderboard.markup import Cell, Line, esc, link, number, table
 from stepmark.leaderboard.pages import Board, crumbs, element, slug, words
 
+from stepmark.backbones import manifest
 from stepmark.places import PACKAGE
 from stepmark.plugins import TRACK_CALLS
 from stepmark.syntax import parse
@@ -23,7 +24,6 @@ CONTRACT = {
     "task": ("Task", "Dataset", "skip"),
 }
 CALLS = ("inputs", "check", "score", "handles")  # of a module with tasks: what they say of batches, outputs and metrics
-TEXTS = ("decoding", "diffusion_lm")  # tracks whose networks read words
 OF_LM = ("encode", "decode", "batches", "fit", "Muon", "hidden_states", "rotate_by")  # what authors may use of it
 LM = """\
 Words, ids and training of the small language models, `stepmark.backbones.lm`. What stands here is for methods; the recipes
@@ -40,6 +40,19 @@ beside it are not. What your file names of it counts into the digests of its rec
 - On a checkpoint of a user's own, `encode` reads by the tokenizer of the folder, and `VOCABULARY` and `EOS` are not the
   checkpoint's: take the `eos` of its `Decoder`, and V from the logits.
 """
+CHAINS = """\
+Texts of the language models of this track, `stepmark.backbones.chains`: read, forked, cut, scored and written side by side on
+one cache, each at a length of its own. All that a method asks of a model goes through them, a row of a call at a time.
+
+- `stepmark.backbones.reasoners` has `encode` and `decode`, words to ids and back, `WORDS` and `EOS`. Ids are of words between
+  blanks; a text ends with `EOS`, or where its tokens are used up.
+- A prompt is a question and the word that chooses a format; each dataset of this track says at its top which there are.
+"""
+OFFERED = {  # track -> what its methods may use of a module of backbones/: the module, what is said of it, names
+    "decoding": ("lm", LM, OF_LM),
+    "diffusion_lm": ("lm", LM, OF_LM),
+    "reasoning": ("chains", CHAINS, ("Chains",)),
+}
 WIDE = 100  # characters of a signature from which on each argument has a line
 SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Yields):(?: (.*))?$")
 OWN = "Harness only"  # what the docstring of a function says that no plugin calls
@@ -77,6 +90,7 @@ def track_page(found: Board, track: str) -> list[str]:
         _tasks(found, track),
         "## Networks",
         _networks(found, track),
+        *_reports(found, track),
         "## Inputs, outputs, metrics",
     ]
     for name in sorted(asking, key=lambda name: (name != own, name)):
@@ -87,8 +101,8 @@ def track_page(found: Board, track: str) -> list[str]:
         for node in _functions(tree):
             if node.name in CALLS:
                 parts += _documented(node, "####", name)
-    if track in TEXTS:
-        parts += _texts()
+    if track in OFFERED:
+        parts += _texts(*OFFERED[track])
     parts.append("## Shared algorithms")
     for name in sorted(modules, key=lambda name: (name in asking, name)):
         taken = TRACK_CALLS if name in asking else ()
@@ -102,12 +116,12 @@ def track_page(found: Board, track: str) -> list[str]:
     return parts
 
 
-def _texts() -> list[str]:
+def _texts(module: str, words_on_it: str, names: Sequence[str]) -> list[str]:
     """What an author of a language method may use of the models' own module."""
-    name = "stepmark.backbones.lm"
-    defined = {node.name: node for node in parse(PACKAGE / "backbones" / "lm.py").body if isinstance(node, Node)}
-    parts = [f"## Words and training: {markup.heading(name)} {{ #lm }}", said(LM)]
-    for each in OF_LM:
+    name = f"stepmark.backbones.{module}"
+    defined = {node.name: node for node in parse(PACKAGE / "backbones" / f"{module}.py").body if isinstance(node, Node)}
+    parts = [f"## The models' own: {markup.heading(name)} {{ #{module} }}", said(words_on_it)]
+    for each in names:
         parts += _documented(defined[each], "####", name)
     return parts
 
@@ -170,6 +184,30 @@ def _networks(found: Board, track: str) -> str:
     if not lines:
         return element("p", "No network is given: what is costly here is a simulator, or a network that a method adds.")
     return table(("Network", "What it is and predicts"), lines, f"Networks of {words(track)}")
+
+
+def _reports(found: Board, track: str) -> list[str]:
+    """What the networks of a track could do when their training ended, before any method acted on them."""
+    asked = {name for of_track, task in found.tasks.values() if of_track == track for name in task.backbones.values()}
+    entries = {name: entry["report"] for name, entry in manifest().items() if name in asked}
+    lines = [
+        Line([Cell(esc(name), name), Cell(esc(what), what), number(value)])
+        for name, report in sorted(entries.items())
+        for what, value in report.items()
+    ]
+    if not lines:
+        return []
+    parts = [
+        table(("Network", "Figure", "Value"), lines, f"What was found of the networks of {words(track)} when trained")
+    ]
+    for path in sorted((PACKAGE / "backbones").glob("*.py")):
+        tree = parse(path)
+        own = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)} & entries.keys()
+        for node in _functions(tree):
+            if node.name == "measure" and own:
+                parts.append(element("p", f"Of {', '.join(sorted(own))}:", "sm-note"))
+                parts.append(said(ast.get_docstring(node) or ""))
+    return parts
 
 
 def summaries() -> dict[str, str]:
