@@ -94,6 +94,11 @@ def test_round_trip(tmp_path: Path) -> None:
         (line(quality={"fd": {"value": 1.0, "resamples": [2, 5, [0.5]]}}), "differences are integers"),
         (line(quality={"fd": {"value": 1.0, "resamples": [2, 5, ["1"]]}}), "differences are integers"),
         (line(quality={"fd": {"value": 1.0, "resamples": [2, 5, [2**63]]}}), "differences are integers"),
+        (line(quality={"fd": {"value": 1.0, "resamples": [2, 5, [1], -5]}}), "a step is an integer"),
+        (line(quality={"fd": {"value": 1.0, "resamples": [2, 5, [1], True]}}), "a step is an integer"),
+        (line(quality={"fd": {"value": 1.0, "resamples": [2, 5, [3, 3], 0]}}), "0 stands behind one number"),
+        (line(quality={"fd": {"value": 1.0, "resamples": [2, 5, [10**9], 0]}}), "at most 2000"),
+        (line(quality={"fd": {"value": 1.0, "resamples": [2, 5, [2**52], 2**52]}}), "times their step"),
         (line(quality={"fd": {"value": 1.0, "resamples": [-400, 5, [1]]}}), "digits lie between"),
         (line(quality={"fd": {"value": 1.0, "resamples": [2, 10**40, [1]]}}), "digits lie between"),
         (line(quality={"fd": {"value": 1.0, "resamples": [[2], 5, [1]]}}), "digits lie between"),
@@ -172,6 +177,10 @@ def test_a_whole_last_line_that_is_no_record_is_not_swallowed(tmp_path: Path) ->
         [1e15, 1e-3],
         [1 / 3, 2 / 3],  # no number of digits gives these: they stay as they are
         [1e300, 5e-324],
+        [0.75] * 100,
+        [-2.0],
+        [k / 200 for k in (161, 163, 158, 163, 170)],
+        [1, 10, 3, 7],
         [1, 10, 3],  # three integers are no packed form, and must not be taken for one
         [7.25],
         [],
@@ -181,6 +190,12 @@ def test_resamples_come_back_to_the_bit(values: list[float]) -> None:
     record = records.parse(line(quality={"fd": {"value": 1.0, "resamples": values}}), "here:1")
     again = records.parse(records.line_of(record), "here:1")
     assert [x.hex() for x in again.quality["fd"].resamples] == [float(x).hex() for x in values]
+
+
+def test_shares_are_counted_in_items_and_what_is_all_the_same_is_said_once() -> None:
+    assert records.short([k / 200 for k in (161, 163, 158)]) == [3, 805, [0, 2, -3], 5]
+    assert records.short([0.75] * 100) == [2, 75, [100], 0]
+    assert records.short([0.25, 0.26, 0.28]) == [2, 26, [-1, 0, 2]]
 
 
 def test_six_significant_digits_come_back_to_the_bit_whatever_their_size() -> None:

@@ -94,6 +94,9 @@ def _packed(values: list[float]) -> list[float]:
 def short(values: Sequence[float]) -> list[Any]:
     """Figures that lie close together as `[digits, around, [differences]]`, from which `_read_short` makes the very
     same floating-point numbers; as they are where no number of digits does.
+
+    A fourth number is the step that all differences are counted in, of shares of n items n-ths; 0: all figures are the same,
+    and in the place of the differences stands how many there are.
     """
     numbers = np.array(values, dtype=np.float64)
     for digits in range(MOST_DIGITS + 1 if numbers.size else 0):
@@ -101,27 +104,39 @@ def short(values: Sequence[float]) -> list[Any]:
         if np.abs(scaled).max() >= LARGEST:
             break
         if (scaled / 10.0**digits == numbers).all():
-            around = int(np.median(scaled))
-            return [digits, around, (scaled.astype(np.int64) - around).tolist()]
+            integers = scaled.astype(np.int64)
+            around = int(np.sort(integers)[integers.size // 2])
+            step = int(np.gcd.reduce(integers - around))
+            if step == 0:
+                return [digits, around, [integers.size], 0]
+            differences = ((integers - around) // step).tolist()
+            return [digits, around, differences] if step == 1 else [digits, around, differences, step]
     return list(values)
 
 
 def _read_short(value: Any, whole: Callable[[Any], list[float]]) -> list[float]:
-    """What `short` wrote: figure b is (around + differences[b]) / 10^digits."""
-    if not (type(value) is list and len(value) == 3 and type(value[2]) is list):
+    """What `short` wrote: figure b is (around + step x differences[b]) / 10^digits."""
+    if not (type(value) is list and len(value) in (3, 4) and type(value[2]) is list):
         return _packed(whole(value))
-    digits, around, differences = value
+    digits, around, differences, step = [*value, 1][:4]
     if not (type(digits) is int and 0 <= digits <= MOST_DIGITS and type(around) is int and abs(around) <= LARGEST):
         raise ValueError("digits lie between 0 and 22, the middle is an integer of at most 2^53")
+    if not (type(step) is int and 0 <= step <= LARGEST and (step or len(differences) == 1)):
+        raise ValueError("a step is an integer of at most 2^53; 0 stands behind one number, how many figures there are")
     try:
         if not set(map(type, differences)) <= {int}:
             raise TypeError  # true is no number
         integers = array("q", differences)  # three times as fast as an array of NumPy's made from a list
     except (TypeError, OverflowError):
         raise ValueError("differences are integers of 64 bits") from None
-    if not 0 < len(integers) <= 2000:
+    if not 0 < (len(integers) if step else integers[0]) <= 2000:
         raise ValueError("there are at least one and at most 2000 differences")
-    numbers = (np.frombuffer(integers, np.int64) + around) / 10.0**digits
+    if step == 0:
+        return array("d", [around / 10.0**digits]) * integers[0]  # type: ignore[return-value]
+    whole_ones = np.frombuffer(integers, np.int64)
+    if step > 1 and np.abs(whole_ones.astype(np.float64)).max() * step > LARGEST:
+        raise ValueError("differences times their step are at most 2^53")
+    numbers = (whole_ones * step + around) / 10.0**digits
     return cast("list[float]", array("d", numbers.tobytes()))
 
 
