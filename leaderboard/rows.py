@@ -353,18 +353,22 @@ def rows_of(
 
 def _complete(seeds: Seeds, home: Mapping[str, str]) -> None:
     """Give rows, in place, the figures that other machines measured with the newest sources of the same method on the
-    same task: each row the seeds that it lacks or has of older sources, and the home also the rows that it lacks.
+    same task: each row the seeds that it lacks or has of older sources, and the home, of tasks that it has measured
+    something of, also the rows that it lacks.
     """
     sources: dict[tuple[Any, ...], Record] = {}
     beside: dict[tuple[Any, ...], dict[str, dict[int, Record]]] = defaultdict(dict)
+    tasks: dict[tuple[Any, ...], set[str]] = defaultdict(set)  # the machines that have measured something of each
     for (place, *cell), mine in seeds.items():
         if not place.checkpoint:  # those stand for themselves
             beside[place[1:], *cell][place.machine] = mine
+            tasks[place[1:], *cell[:2]].add(place.machine)
             for r in mine.values():
                 pair = place[1:], *cell[:3]
                 sources[pair] = max(r, sources.get(pair, r), key=lambda each: each.created)
     for (where, *cell), machines in beside.items():
-        asking = {*machines, home.get(where[1], next(iter(machines)))}
+        main = home.get(where[1])
+        asking = {*machines, main} if main in tasks[where, *cell[:2]] else {*machines}
         if len(asking) == 1:
             continue
         now = sources[where, *cell[:3]].digests

@@ -51,6 +51,7 @@ def test_times_of_another_machine_never_become_those_of_a_row() -> None:
 def test_only_the_home_takes_over_whole_rows() -> None:
     records = [seed(0), seed(0, method="base", machine=THERE)]
     assert (HERE, "base") in rows(*records) and (THERE, "fast") not in rows(*records)
+    assert {*rows(seed(0, machine=THERE))} == {(THERE, "fast")}, "the home has measured nothing of that task"
     assert homes([("cpu", HERE), ("cpu", THERE), ("cpu", THERE), ("cuda", HERE)]) == {"cpu": THERE, "cuda": HERE}
     assert homes([("cpu", "b"), ("cpu", "a")]) == homes([("cpu", "a"), ("cpu", "b")]) == {"cpu": "a"}
 
@@ -80,11 +81,9 @@ def test_a_claim_of_quality_is_judged_over_machines_and_one_of_time_on_one() -> 
 
     assert verdict("sliced_w2[fast,R] < sliced_w2[base,R]") == "reproduced"
     assert verdict("latency_ms[fast,R] <= 0.6 * latency_ms[base,R]") == "reproduced", "in turns, on this machine"
-    own = index(
-        rows_of(
-            [*fast[1:], *base, seed(0, 1.0, machine=THERE, latency=timed(1.0, 2.0))], plugins.tasks(), {"cpu": HERE}
-        )
-    )
+    there = [*fast[1:], *base, seed(0, 1.0, machine=THERE, latency=timed(1.0, 2.0))]
+    elsewhere = record("fast", RUNGS[1], 1.0, 0)  # the home has measured something of the task, at another rung
+    own = index(rows_of([*there, elsewhere], plugins.tasks(), {"cpu": HERE}))
     claim = Claim(f"latency_ms[fast,{RUNGS[0]}] < latency_ms[base,{RUNGS[0]}]", says="a claim")
     place = Place(THERE, "embedded")
     assert judge(claim, info(claim), place, own).state == "reproduced"
