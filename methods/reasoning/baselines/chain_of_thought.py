@@ -17,7 +17,28 @@ class ChainOfThought(Method):
     `direct_answer` asks for the answer at once. What a rung holds beyond the end of a text is left.
     """
 
-    tasks = ("deduce/chains", "deduce/dense", "deduce/deep")
+    tasks = (
+        "deduce/chains",
+        "deduce/dense",
+        "deduce/deep",
+        "solve/problems",
+        "solve/sizes",
+        "solve/countdown",
+        "solve/game24",
+        "know/hops",
+        "know/could",
+        "know/years",
+        "know/claims",
+        "know/odd",
+        "know/options",
+        "know/make",
+        "shown/mixed",
+        "shown/bare",
+        "shown/told",
+        "shown/deep",
+        "shown/wishes",
+        "navigate/paths",
+    )
     form = ""  # what the task has for steps
     variants = (Variant("direct_answer", says="the answer at once", form="<dir>"),)
 

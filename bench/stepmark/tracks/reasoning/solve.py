@@ -1,0 +1,127 @@
+"""Track reasoning, tasks of solving: word problems, where answers can be voted on, and countdown, where each can be checked.
+
+On problems a text is in any format that holds an answer (`stepmark.datasets.problems`). accuracy: share whose last ``ans`` is
+followed by the right number. answered: by any number, so that answered - accuracy is the share of wrong answers and the rest
+abstain. valid: share whose every step is due where it stands and rightly worked as well. deep: accuracy among questions
+of five steps, the most that a model has seen.
+
+On countdown and the Game of 24 accuracy is the share whose moves are all allowed and leave the target alone; answered: whose
+last move says to leave one number. There is no one answer to vote on, but whoever wants to know whether a text is right can
+work it out from the question: a method that does so is held against chains that are checked as well (`checked_chains`).
+
+What the ground gives, of `reasoner` on problems of 2 to 5 steps: a greedy chain of some 35 tokens is right in .85 of
+questions and, at five steps, in .75; a sampled one in .75 (temperature .7), a vote of eight in .83, any of eight in .94.
+The verifiers are weak where it counts: of four texts drawn at temperature 1 (1 to 5 steps) the outcome verifier takes a
+right one in .81, the process verifier, by its last step, in .79, chance in .78, and nobody can in more than .91. So a
+method that asks one stands beside the same with a coin in its place, and with an exact check, a bound. Countdown: greedy
+.50 with three numbers and .13 with four, any of eight .77 and .32.
+
+`session.networks`: on solve/sizes "small" and "large", of the same words and data as "model"; on problems "process" and
+"outcome", `Verifier`s. They are no language models: what they read counts in NFE-equivalents, not against the rung.
+"""
+
+from __future__ import annotations
+
+from stepmark.task import Task
+from stepmark.tracks.reasoning import check as check
+from stepmark.tracks.reasoning import handles as handles
+from stepmark.tracks.reasoning import inputs as inputs
+from stepmark.tracks.reasoning import layers as layers
+from stepmark.tracks.reasoning import reference_call as reference_call
+from stepmark.tracks.reasoning import score as score
+
+TASKS = (
+    Task(
+        id="solve/problems",
+        version=1,
+        summary="Arithmetic word problems of 2 to 5 steps",
+        dataset="problems",
+        backbones={
+            "model": "reasoner",
+            "process": "reasoner_process",
+            "outcome": "reasoner_outcome",
+        },
+        reference="model",
+        bounded=("model",),
+        unit="generated tokens",
+        rungs=(32, 64, 128, 256, 512),
+        metrics={
+            "accuracy": "higher",
+            "answered": "higher",
+            "valid": "higher",
+            "deep": "higher",
+            "written": "lower",
+        },
+        n=200,
+        batch=20,
+        seeds=3,
+        smoke_n=2,
+        smoke_rungs=(64,),
+        probe=4,
+    ),
+    Task(
+        id="solve/sizes",
+        version=1,
+        summary="The same problems, asked of models of three sizes",
+        dataset="problems",
+        backbones={
+            "model": "reasoner",
+            "small": "reasoner_small",
+            "large": "reasoner_large",
+            "outcome": "reasoner_outcome",
+        },
+        reference="model",
+        bounded=("model", "small", "large"),
+        unit="generated tokens",
+        rungs=(32, 64, 128, 256, 512),
+        metrics={
+            "accuracy": "higher",
+            "answered": "higher",
+            "valid": "higher",
+            "deep": "higher",
+            "written": "lower",
+        },
+        n=200,
+        batch=20,
+        seeds=3,
+        smoke_n=2,
+        smoke_rungs=(64,),
+        probe=4,
+    ),
+    Task(
+        id="solve/countdown",
+        version=1,
+        summary="Countdown with three and four numbers, none of which any model has seen together",
+        dataset="countdown",
+        backbones={"model": "reasoner"},
+        reference="model",
+        bounded=("model",),
+        unit="generated tokens",
+        rungs=(64, 128, 256, 512),
+        metrics={"accuracy": "higher", "answered": "higher", "written": "lower"},
+        n=120,
+        batch=20,
+        seeds=3,
+        smoke_n=2,
+        smoke_rungs=(64,),
+        probe=4,
+    ),
+    Task(
+        id="solve/game24",
+        version=1,
+        summary="Game of 24 with sets of numbers that no model has seen",
+        dataset="countdown",
+        backbones={"model": "reasoner"},
+        reference="model",
+        bounded=("model",),
+        unit="generated tokens",
+        rungs=(64, 128, 256, 512, 1024),
+        metrics={"accuracy": "higher", "answered": "higher", "written": "lower"},
+        n=120,
+        batch=20,
+        seeds=3,
+        smoke_n=2,
+        smoke_rungs=(64,),
+        probe=4,
+    ),
+)
