@@ -146,10 +146,9 @@ def labelled(model: nn.Module, seed: int, questions: int, each: int = 4) -> list
 
 
 def train_verifier(
-    network: nn.Module, progress: Progress, process: bool, seed: int, steps: int = 1_000, questions: int = 3_000
+    network: nn.Module, progress: Progress, process: bool, seed: int, steps: int = 1_000
 ) -> dict[str, float]:
-    """Start as `reasoner`; cross entropy, at the end of each step, of whether all is well so far (process) or of whether the
-    answer will be right (outcome; at the end of the text too).
+    """Start as `reasoner`; cross entropy of whether all is well, at the end of each step (process) or of the text (outcome).
 
     The report holds areas under the ROC curve on texts of other questions: over all of them, and within questions (which text
     of one is right, the mean over questions that have both kinds); which of four is right by chance, by the verifier's
@@ -160,7 +159,7 @@ def train_verifier(
     assert isinstance(network, Verifier)
     writer = load("reasoner")
     network.reader.load_state_dict(writer.state_dict())
-    rows, held_out = labelled(writer, seed, questions), labelled(writer, seed + 1_000, 300)
+    rows, held_out = labelled(writer, seed, 3_000), labelled(writer, seed + 1_000, 300)
     rng = random.Random(f"verifier {seed}")
     optimiser = torch.optim.AdamW(network.parameters(), lr=3e-4, weight_decay=0.01)
     for step in progress(range(steps), "verifier"):
@@ -168,7 +167,7 @@ def train_verifier(
             group["lr"] = 3e-4 * min(1.0, (step + 1) / 20) * (1 - step / steps)
         # Texts of eight questions.
         said, truth, _ = _judgements(
-            network, [rows[4 * i + k] for i in rng.sample(range(questions), 8) for k in range(4)], process
+            network, [rows[4 * i + k] for i in rng.sample(range(3_000), 8) for k in range(4)], process
         )
         loss = F.binary_cross_entropy_with_logits(said, truth)
         optimiser.zero_grad()
@@ -176,7 +175,7 @@ def train_verifier(
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimiser.step()
     with torch.no_grad():
-        said, truth, owner = _judgements(network, held_out, process, last=not process)
+        said, truth, owner = _judgements(network, held_out, process)
         last = said if not process else _judgements(network, held_out, process, last=True)[0]
     right = torch.tensor([float(row.right) for row in held_out]).view(-1, 4)
     within = [auroc(said[owner == i], truth[owner == i]) for i in range(300)]
@@ -197,8 +196,7 @@ def _judgements(
     said = network(torch.tensor([row.ids + [PAD] * (longest - len(row.ids)) for row in rows]))
     number, at, truth = list[int](), list[int](), list[bool]()
     for i, row in enumerate(rows):
-        end = (len(row.ids) - 1, row.right)
-        marks = row.marks or [end] if process else [*((place, row.right) for place, _ in row.marks), end]
+        marks = row.marks if process and row.marks else [(len(row.ids) - 1, row.right)]
         for place, fine in marks[-1:] if last else marks:
             number, at, truth = [*number, i], [*at, place], [*truth, fine]
     asked = torch.tensor([rows[i].asked for i in number])
@@ -268,7 +266,7 @@ RECIPES: dict[str, Recipe] = {
         "a copy of reasoner with a head: is all well up to the end of this step?",
     ),
     "reasoner_outcome": Recipe(
-        partial(built, Verifier, 192, 4, 25), partial(train_verifier, process=False, seed=25, steps=2_000, questions=6_000),
+        partial(built, Verifier, 192, 4, 25), partial(train_verifier, process=False, seed=25),
         "a copy of reasoner with a head: is the answer of this text right?",
     ),
 }  # fmt: skip
