@@ -7,9 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from tests.rigs.decoding import load as load
+from tests.rigs.decoding import module_of as module_of
 from torch import Tensor, nn
 
-from stepmark import plugins
 from stepmark.backbones.reasoners import EOS, SIZE, KeyValues, Reasoner, built, decode, encode
 from stepmark.meter.counts import Ledger, watch
 
@@ -68,25 +69,6 @@ class Scripted(nn.Module):
                 held.states[0][row, start : start + int(lengths[row])] = found[row, : int(lengths[row])]
         held.lengths[:rows] += lengths
         return found
-
-
-def load(name: str, **constants: Any) -> Any:
-    """A method with some of its own constants, or of its module's, replaced. KeyError where it has no such constant."""
-    method = plugins.load_class(plugins.methods()[name])()
-    scope = method.run.__globals__
-    for constant, value in constants.items():
-        if hasattr(method, constant):
-            setattr(method, constant, value)
-        elif constant in scope:
-            scope[constant] = value
-        else:
-            raise KeyError(f"{name} has no constant {constant}")
-    return method
-
-
-def module_of(name: str) -> Any:
-    """The names that a method's file defines."""
-    return SimpleNamespace(**plugins.load_class(plugins.methods()[name]).run.__globals__)
 
 
 class Session(SimpleNamespace):

@@ -71,13 +71,6 @@ def single(text: str) -> Statement | None:
     return found[0] if found is not None and len(found) == 1 else None
 
 
-def listed(text: str, statements: Sequence[Statement]) -> list[Statement]:
-    """Those of the statements that a list names, each once, in the order of the list; the rest of it is dropped."""
-    words = text.removesuffix("done").split()
-    named = [single(" ".join(words[i : i + 3])) for i in range(0, len(words), 3)]
-    return list(dict.fromkeys(s for s in named if s is not None and s in statements))
-
-
 def told_proof(parts: Sequence[Sequence[Statement]]) -> str:
     """Steps in the format <proof>: a fact alone, or a rule and the new fact."""
     return " ".join(f"{' '.join(map(said, part))} ." for part in parts)
