@@ -22,6 +22,7 @@ from stepmark import plugins, run
 from stepmark import record as records
 from stepmark import suite as matrix
 from stepmark.meter import machine
+from stepmark.passes import rounded
 from stepmark.record import RecordError
 
 BASE: dict[str, Any] = {
@@ -206,6 +207,19 @@ def test_six_significant_digits_come_back_to_the_bit_whatever_their_size() -> No
         assert isinstance(records.short(values)[2], list)
         record = records.parse(line(quality={"fd": {"value": 1.0, "resamples": values}}), "here:1")
         assert list(records.parse(records.line_of(record), "here:1").quality["fd"].resamples) == values
+
+
+def test_resamples_are_as_fine_as_a_hundredth_of_their_range_and_short() -> None:
+    rng = random.Random(1)
+    for _ in range(100):
+        middle, spread = 10 ** rng.uniform(-6, 6), 10 ** rng.uniform(-6, 0)
+        values = [middle * (1 + spread * rng.gauss(0, 1)) for _ in range(100)]
+        written = rounded(values)
+        wide = max(values) - min(values)
+        assert max(abs(a - b) for a, b in zip(values, written, strict=True)) <= wide / 200 * 1.000001
+        assert all(abs(n) <= 1_000 for n in records.short(written)[2])
+    assert rounded([1 / 3] * 3) == [0.333333] * 3 and rounded([]) == []
+    assert rounded([0.345, 0.35, 0.355]) == [0.345, 0.35, 0.355]
 
 
 def test_the_fast_parser_reads_what_append_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

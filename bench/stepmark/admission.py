@@ -25,7 +25,7 @@ from stepmark.task import SCORED, Task, scored_as
 RESAMPLES = 100  # of the items, in every metric of a record
 LARGEST_RUNG = 10**6  # on a checkpoint of somebody's own, whose ladder is not known
 BEYOND = 2.0  # how many ranges of its resamples a value may lie outside of them; biased metrics lie outside a little
-DIGITS = 1e-5  # resamples are written in six digits, sums in floating point
+DIGITS = 1e-5  # of resamples that are all alike six digits are written, and sums are of floating point
 SHELL = re.compile(r"[^\w ./:=+,@%-]")  # what a command on a page must not hold, for people paste it
 
 Known = Mapping[str, tuple[str, Task]]

@@ -12,7 +12,10 @@ import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from math import floor, log10
 from typing import Any
+
+import numpy as np
 
 from stepmark import plugins, record, remote
 from stepmark.cell import Cell, cut, fingerprint, join, size_of
@@ -26,6 +29,14 @@ from stepmark.remote import Template, Worker
 from stepmark.runner import Call
 
 MORE = 8  # calls like the scored and the timed ones, where these leave a doubt
+
+
+def rounded(resamples: Iterable[float]) -> list[float]:
+    """Resamples in decimals, a hundredth of their range or less apart: finer ones move no interval, and records are long."""
+    numbers = np.asarray(list(resamples), dtype=np.float64)
+    if not numbers.size or not np.ptp(numbers) > 0:
+        return [float(f"{number:.6g}") for number in numbers]
+    return [round(number, 2 - floor(log10(np.ptp(numbers)))) for number in numbers.tolist()]
 
 
 @dataclass
@@ -71,8 +82,7 @@ def quality(mine: Worker, judge: Judge, cell: Cell) -> tuple[Part, Answers]:
         "handles": handles,
         "reported": calls[0].reported,
         "quality": {
-            name: record.Quality(value=float(s.value), resamples=[float(f"{r:.6g}") for r in s.resamples])
-            for name, s in scores.items()
+            name: record.Quality(value=float(s.value), resamples=rounded(s.resamples)) for name, s in scores.items()
         },
         "offline": mine.offline,
         "outputs": fingerprint(outputs),
