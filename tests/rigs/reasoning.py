@@ -11,7 +11,7 @@ from tests.rigs.decoding import load as load
 from tests.rigs.decoding import module_of as module_of
 from torch import Tensor, nn
 
-from stepmark.backbones.reasoners import EOS, SIZE, KeyValues, Reasoner, built, decode, encode
+from stepmark.backbones.reasoners import EOS, SIZE, KeyValues, Reasoner, Verifier, built, decode, encode
 from stepmark.meter.counts import Ledger, watch
 
 
@@ -71,6 +71,20 @@ class Scripted(nn.Module):
         return found
 
 
+class Judge(nn.Module):
+    """In the place of a verifier: `says`: text (words) -> probability that all is well."""
+
+    def __init__(self, says: Callable[[str], float]) -> None:
+        super().__init__()
+        self.says = says
+        self.reader = SimpleNamespace(device=torch.device("cpu"))
+
+    def forward(self, ids: Tensor, held: Any = None, lengths: Any = None) -> Tensor:
+        """Logits [B, T]."""
+        said = [[self.says(decode(row[: k + 1].tolist())) for k in range(len(row))] for row in ids]
+        return torch.tensor(said).clamp(1e-6, 1 - 1e-6).logit()
+
+
 class Session(SimpleNamespace):
     """What `run` sees, everything counted as the harness counts it."""
 
@@ -106,4 +120,4 @@ def run(method: Any, session: Session, questions: Sequence[str], rung: int) -> l
     return [decode(text) for text in found]
 
 
-__all__ = ["Reasoner", "Scripted", "Session", "load", "module_of", "run", "session_of", "tiny"]
+__all__ = ["Judge", "Reasoner", "Scripted", "Session", "Verifier", "load", "module_of", "run", "session_of", "tiny"]

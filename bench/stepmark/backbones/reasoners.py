@@ -1,5 +1,5 @@
-"""Language models of the reasoning track: one network class and one vocabulary. Recipes stand in the modules of what they
-learn, as `deducers`.
+"""Language models of the reasoning track: one network class, one vocabulary, and verifiers. Recipes stand in the modules of
+what they learn, as `deducers` and `solvers`.
 
 Weights are those of a transformers `LlamaForCausalLM`; `Reasoner.forward` runs its layers over many texts of unequal length
 at once, which the loop of transformers does not do without padding on the left. All that a method asks of a model goes
@@ -49,6 +49,10 @@ _WORDS = (
 )
 WORDS = tuple(dict.fromkeys(_WORDS))  # a word that several grammars share stands once
 SIZE = 512  # rows of the embedding: words that later grammars append find their place
+
+
+DIGITS = [WORDS.index(str(digit)) for digit in range(10)]
+STOP = WORDS.index(".")  # where a step ends
 
 
 @lru_cache(maxsize=1)
@@ -250,3 +254,16 @@ def looking_back(network: Reasoner, offsets: Sequence[int] = (1, 2), peak: float
             turn = frequencies * offset
             attention.q_proj.weight[rows, 0] = torch.cat([amplitude, torch.zeros(size // 2)])
             attention.k_proj.weight[rows, 0] = torch.cat([amplitude * turn.cos(), amplitude * turn.sin()])
+
+
+class Verifier(nn.Module):
+    """A copy of a reasoner's layers that judges texts: logits [B, T] that all is well up to each position."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.reader = Reasoner(width, depth)
+        self.head = nn.Linear(width, 1)
+
+    def forward(self, ids: Tensor, held: KeyValues | None = None, lengths: Tensor | None = None) -> Tensor:
+        """Logits [B, T] of texts [B, T], padded on the right; `held` and `lengths` as of `Reasoner.forward`."""
+        return self.head(self.reader(ids, held, lengths, states=True))[..., 0]

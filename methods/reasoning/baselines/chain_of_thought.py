@@ -17,9 +17,24 @@ class ChainOfThought(Method):
     `direct_answer` asks for the answer at once. What a rung holds beyond the end of a text is left.
     """
 
-    tasks = ("deduce/chains", "deduce/dense", "deduce/deep")
+    tasks = (
+        "deduce/chains",
+        "deduce/dense",
+        "deduce/deep",
+        "solve/problems",
+        "solve/countdown",
+        "solve/game24",
+        "navigate/paths",
+    )
     form = ""  # what the task has for steps
-    variants = (Variant("direct_answer", says="the answer at once", form="<dir>"),)
+    variants = (
+        Variant(
+            "direct_answer",
+            says="the answer at once",
+            form="<dir>",
+            tasks=("deduce/chains", "deduce/dense", "deduce/deep", "solve/problems"),
+        ),
+    )
 
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
         """Greedy texts of at most `rung` tokens."""
