@@ -2,9 +2,11 @@
 wanted of them, all of it is learnt in its context.
 
 Texts are rows of questions about one person, each with its answer, so that every answer is a target behind those before
-it. Three heads of the first layer begin by looking one, two and three words back (see `deducers`). Lists of what signs
-give, of readings by examples, and of readings found again help at first. Questions grow; lists of readings and wishes
-come when they have three signs, and last wrong answers among the examples, which are no targets.
+it. Three heads of the first layer begin by looking one, two and three words back (see `deducers`). At first there are no
+questions, for what they need does not form beneath them: words said again and words behind signs found again (looking up
+forms within a million tokens), lists of what signs give and of readings by examples, and then readings found again behind
+examples of several signs, which takes another million. Questions grow; lists of readings and wishes come when they have
+three signs, and last wrong answers among the examples, which are no targets.
 
 What somebody wants is told by single words in long answers. The mark stands before an answer, so that all its words can
 be seen as liked or not, and marked answers are targets as well: what a person's liked answers share, and the others
@@ -25,14 +27,19 @@ from stepmark.backbones import Progress, Recipe
 from stepmark.backbones.lessons import Part, Row, row, stream
 from stepmark.backbones.reasoners import Reasoner, built, decode, encode
 
-LEVELS = (
-    0.08,
-    0.16,
-    0.26,
-    0.4,
-)  # shares of the training from which on questions have 2, 3 and 4 signs, and all comes in
-LAST = len(LEVELS)
-WISHES = (0.0, 0.0, 0.12, 0.12, 0.2)  # share of the texts that are about wishes, by level
+# Shares of the training from which on there are questions, these have 2, 3 and 4 signs, and all comes in.
+LEVELS = (0.26, 0.33, 0.41, 0.5, 0.6)
+EARLY = 0.11  # up to here looking up is to form, then what is looked up
+AIDS = (  # by kind of text that helps: shares early, then, and beside questions
+    ("again", (0.35, 0.06, 0.05)),
+    ("copied", (0.2, 0.1, 0.05)),
+    ("readings", (0.15, 0.17, 0.2)),
+    ("results", (0.1, 0.12, 0.2)),
+    ("recalled", (0.2, 0.55, 0.5)),
+)
+BESIDE = 0.12  # share of such texts beside questions
+LAST = len(LEVELS) - 1  # of a lesson, whose levels begin where there are questions
+WISHES = (0.0, 0.0, 0.0, 0.12, 0.12, 0.2)  # share of the texts that are about wishes, by level
 # What is measured at the end of the training: by name, how a question and the examples before it are made (`prompt`).
 STYLED = ("once", "pairs", "single", "again", "ruled")
 PLANS: dict[str, dict[str, Any]] = {
@@ -55,10 +62,40 @@ PLANS: dict[str, dict[str, Any]] = {
 def drawn(rng: random.Random, done: float) -> Row:
     """A text, as hard as the share of the training that is done allows."""
     level = sum(done >= share for share in LEVELS)
-    kind, aid = rng.random(), 0.5 if level == 0 else 0.12
-    if kind < aid:
-        return rng.choice((results, readings, recalled))(rng)
-    return wished(rng) if kind > 1 - WISHES[level] else lesson(rng, level)
+    kind = rng.random()
+    if level == 0 or kind < BESIDE:
+        return aid(rng, done, 2 if level else int(done >= EARLY))
+    return wished(rng) if kind > 1 - WISHES[level] else lesson(rng, level - 1)
+
+
+def aid(rng: random.Random, done: float, phase: int) -> Row:
+    """A text that helps, drawn by `AIDS`; lists grow from two signs to nine."""
+    name = rng.choices([name for name, _ in AIDS], [shares[phase] for _, shares in AIDS])[0]
+    most = 2 + int(10 * done / LEVELS[0]) if phase < 2 else 9
+    if name in ("copied", "recalled"):
+        return (copied if name == "copied" else recalled)(rng, min(9, most))
+    return {"again": again, "readings": readings, "results": results}[name](rng)
+
+
+def again(rng: random.Random) -> Row:
+    """Random words, then the same from a random place on: all of the second round but the first word count."""
+    from stepmark.datasets.demonstrations import PEOPLE, READINGS, SIGNS
+
+    words = rng.choices([*SIGNS, *READINGS, *PEOPLE, *map(str, range(10))], k=rng.randint(6, 13))
+    start = rng.randrange(len(words))
+    turned = words[start:] + words[:start]
+    return row([(" ".join(words), False), (turned[0], False), (" ".join(turned[1:]), True)])
+
+
+def copied(rng: random.Random, most: int) -> Row:
+    """Signs between random digits, then the signs in another order with the digit behind them: that counts."""
+    from stepmark.datasets.demonstrations import SIGNS
+
+    behind = {sign: str(rng.randrange(10)) for sign in rng.sample(SIGNS, rng.randint(2, most))}
+    parts: list[Part] = [(" , ".join(f"{rng.randrange(10)} {sign} {y}" for sign, y in behind.items()) + " ;", False)]
+    for sign in rng.sample(list(behind), len(behind)):
+        parts += [(sign, False), (behind[sign], True), (".", False)]
+    return row(parts)
 
 
 def results(rng: random.Random) -> Row:
@@ -84,13 +121,13 @@ def readings(rng: random.Random) -> Row:
     return row(parts)
 
 
-def recalled(rng: random.Random) -> Row:
+def recalled(rng: random.Random, most: int) -> Row:
     """Examples of several signs, then the signs in another order with the reading that their example tells: that
     counts."""
     from stepmark.datasets import demonstrations
 
     who = demonstrations.person(rng, rng.choice(demonstrations.NAMES))
-    signs = rng.sample(demonstrations.SIGNS, rng.randint(3, 9))
+    signs = rng.sample(demonstrations.SIGNS, rng.randint(2, most))
     examples = [demonstrations.example(rng, who.readings, sign) for sign in signs]
     parts: list[Part] = [(" , ".join(f"{x} {sign} {y}" for x, sign, y in examples) + " ;", False)]
     for sign in rng.sample(signs, len(signs)):
@@ -297,7 +334,7 @@ def train_demonstrator(
 
 RECIPES: dict[str, Recipe] = {
     "demonstrator": Recipe(
-        partial(built, Reasoner, 128, 4, 41), partial(train_demonstrator, steps=2_600, seed=41),
-        "Llama, width 128, 4 layers, questions about signs behind worked examples, lists of readings and opinions",
+        partial(built, Reasoner, 128, 5, 41), partial(train_demonstrator, steps=2_200, seed=41),
+        "Llama, width 128, 5 layers, questions about signs behind worked examples, lists of readings and opinions",
     ),
 }  # fmt: skip
