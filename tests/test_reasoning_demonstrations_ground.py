@@ -6,6 +6,7 @@ import math
 import random
 import zlib
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -258,7 +259,9 @@ def test_an_answer_is_wanted_with_one_trait_and_no_other() -> None:
     assert 25 < named < 55 and 5 < alone < 25 and orders >= {("good", "bad"), ("bad", "good"), ("good", "good")}
 
 
-@pytest.mark.parametrize("aid", [demonstrators.results, demonstrators.readings, demonstrators.recalled])
+@pytest.mark.parametrize(
+    "aid", [demonstrators.results, demonstrators.readings, partial(demonstrators.recalled, most=9)]
+)
 def test_what_helps_at_first_asks_for_readings_and_results(aid: Any) -> None:
     rng, tables = random.Random(8), demonstrations.tables()
     for _ in range(20):
@@ -529,3 +532,19 @@ def test_texts_are_sampled_while_there_is_room_for_one_more() -> None:
         with torch.no_grad():
             found = demonstrating.sampled(session, {"question": [[5], [6]]}, [encode("alma : 4 delu ?")] * 2, 0.7)
         assert [len(texts) for texts in found] == [count] * 2 and session.spent <= 2 * rung
+
+
+def test_what_is_found_again_stands_once_before() -> None:
+    """Words in a circle, each behind the one that it stood behind; digits behind their signs."""
+    rng = random.Random(3)
+    for _ in range(30):
+        ids, wanted = demonstrators.again(rng)
+        words = [WORDS[token] for token in ids]
+        first, second = words[: len(words) // 2], words[len(words) // 2 :]
+        start = next(k for k in range(len(first)) if first[k:] + first[:k] == second)
+        assert wanted == [False] * (len(first) + 1) + [True] * (len(second) - 1) and 0 <= start < len(first)
+        ids, wanted = demonstrators.copied(rng, 6)
+        words = [WORDS[token] for token in ids]
+        told = {each.split()[1]: each.split()[2] for each in " ".join(words[: words.index(";")]).split(" , ")}
+        asked = [(words[k - 1], words[k]) for k, target in enumerate(wanted) if target]
+        assert dict(asked) == told and len(asked) == len(told)
