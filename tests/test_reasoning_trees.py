@@ -103,14 +103,15 @@ def test_a_tree_spends_what_it_says() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4, 8))
-def test_the_nodes_that_are_kept_cost_least(seed: int) -> None:
+def test_the_nodes_that_are_kept_cost_least(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(best_first, "FRONTIER", 1)
     session = session_of(
         seed, model=Scripted(sentences(lambda done: TREE.get(done, {"no .": 1.0}))), process=judge(WORTH)
     )
     session.ledger.reset(limit=1e6)
     batch, rule = {"question": [encode(QUESTION)]}, load("a_star_decoding").rule
     with torch.no_grad():
-        (text,) = best_first.search(session, batch, 2000, 12, rule, frontier=1)
+        (text,) = best_first.search(session, batch, 2000, 12, rule, "process")
     assert decode(text) == "3 . 5 . ans 5"
 
 

@@ -94,7 +94,7 @@ class AStarDecoding(Method):
 
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:
         """One text a question."""
-        return search(session, batch, rung, math.isqrt(rung // 32), self.rule, judge=self.judge)
+        return search(session, batch, rung, math.isqrt(rung // 32), self.rule, self.judge)
 
     def rule(self, parent: Node, children: list[Node]) -> None:
         """g and f of the children."""

@@ -20,6 +20,8 @@ from stepmark.tracks.reasoning import oracles
 from stepmark.tracks.reasoning.solving import CHAIN, STEP, judged, prompts, write_step
 
 LONGEST = 2 * CHAIN  # tokens after which a chain is not branched any more
+FRONTIER = 16  # nodes of a question that are kept, those of least cost
+TEMPERATURE = 0.7
 
 
 @dataclass
@@ -55,11 +57,7 @@ def search(
     rung: int,
     spread: int,
     rule: Rule,
-    *,
-    judge: str = "process",
-    temperature: float = 0.7,
-    frontier: int = 16,
-    back: bool = True,
+    judge: str,
 ) -> list[list[int]]:
     """The first finished chain of each question that is the node of least cost.
 
@@ -71,8 +69,6 @@ def search(
     Args:
         judge: "process": the verifier; "coin": random numbers; "exact": whether all steps are right, worked out from the
             question (a bound).
-        frontier: how many nodes of a question are kept, those of least cost.
-        back: False: only the children of the last expansion are kept.
     """
     model, asked = session.networks["model"], prompts(batch, "<cot>")
     frontiers = [[Node([])] for _ in asked]
@@ -93,7 +89,7 @@ def search(
             break
         parents = Chains(model, [[*asked[question], *node.text] for question, node, _ in jobs])
         chains = parents.take([i for i, (_, _, width) in enumerate(jobs) for _ in range(width)])
-        written = iter(write_step(chains, None, session, temperature))
+        written = iter(write_step(chains, None, session, TEMPERATURE))
         families = []
         for question, parent, width in jobs:
             steps = [next(written) for _ in range(width)]
@@ -106,12 +102,11 @@ def search(
         )
         for (question, parent, _), family in zip(jobs, families, strict=True):
             rule(parent, family)
-            kept = [*family, *frontiers[question]] if back else family
-            frontiers[question] = sorted(kept, key=_order)[:frontier]
+            frontiers[question] = sorted([*family, *frontiers[question]], key=_order)[:FRONTIER]
     last = [nodes[0].text for nodes in frontiers]
     chains = Chains(model, [[*prompt, *text] for prompt, text in zip(asked, last, strict=True)])
     rest = [max(0, min(CHAIN, rung - rows)) for rows in spent]
-    new = chains.write(limit=rest, temperature=temperature, generator=session.rng)
+    new = chains.write(limit=rest, temperature=TEMPERATURE, generator=session.rng)
     return [[*text, *more] or [EOS] for text, more in zip(last, new, strict=True)]
 
 

@@ -93,15 +93,6 @@ def judged(verifier: Verifier, texts: Sequence[Sequence[int]]) -> list[float]:
     return [float(row[len(text) - 1].sigmoid()) for row, text in zip(said, texts, strict=True)]
 
 
-def judged_steps(verifier: Verifier, texts: Sequence[Sequence[int]], starts: Sequence[int]) -> list[list[float]]:
-    """The same at the full stop of each step from `starts` on: one list for each text."""
-    said = verifier(padded(texts, verifier.reader.device)).sigmoid()
-    return [
-        [float(row[k]) for k in range(start, len(text)) if text[k] == STOP]
-        for row, text, start in zip(said, texts, starts, strict=True)
-    ]
-
-
 def self_judged(model: Reasoner, questions: Sequence[Sequence[int]], steps: Sequence[Sequence[int]]) -> Tensor:
     """Probabilities [B, 10] of the digits by which a model itself says what the last of some steps is worth, 0 to 9.
 
