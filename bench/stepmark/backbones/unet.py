@@ -20,7 +20,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from stepmark.backbones import Progress, Recipe, deducers, navigators, scenes, scenes_judges, solvers
+from stepmark.backbones import (
+    Progress,
+    Recipe,
+    deducers,
+    demonstrators,
+    navigators,
+    scenes,
+    scenes_judges,
+    solvers,
+    wishers,
+)
 from stepmark.task import load_split
 
 TRAIN_TIMESTEPS = 1000
@@ -424,5 +434,13 @@ RECIPES: dict[str, Recipe] = {
         partial(_blended, "shapes16_flow"), None, "shapes16, shapes16_flow asked for blends of shapes and of colours"
     ),
 }
-RECIPES |= scenes.RECIPES | scenes_judges.RECIPES | deducers.RECIPES | solvers.RECIPES | navigators.RECIPES
+RECIPES |= (
+    scenes.RECIPES
+    | scenes_judges.RECIPES
+    | deducers.RECIPES
+    | solvers.RECIPES
+    | navigators.RECIPES
+    | demonstrators.RECIPES
+    | wishers.RECIPES
+)
 # Here, for all records of image networks hang on the list of families

@@ -25,6 +25,11 @@ class ChainOfThought(Method):
         "solve/countdown",
         "solve/game24",
         "navigate/paths",
+        "shown/mixed",
+        "shown/bare",
+        "shown/told",
+        "shown/deep",
+        "shown/wishes",
     )
     form = ""  # what the task has for steps
     variants = (
