@@ -13,7 +13,7 @@ from tests.rigs.reasoning import Judge, Scripted, load, run, session_of, tiny
 
 from stepmark.backbones.chains import Chains
 from stepmark.backbones.graders import Grader
-from stepmark.backbones.reasoners import EOS, Verifier, built, decode, encode
+from stepmark.backbones.reasoners import EOS, STOP, Verifier, built, decode, encode
 from stepmark.backbones.solvers import auroc
 from stepmark.backbones.solvers import judged as judged_example
 from stepmark.tracks import reasoning
@@ -131,23 +131,29 @@ def test_a_verifier_reads_no_further_than_the_place_that_it_judges() -> None:
     assert whole.shape == (2, 9) and torch.allclose(verifier(ids[:, :5]), whole[:, :5], atol=1e-5)
 
 
-def test_a_grader_hears_how_likely_each_token_was_behind_what_stands_before_it() -> None:
+def test_a_grader_hears_how_likely_each_token_and_its_sentence_were_behind_what_stands_before() -> None:
     grader = built(Grader, 32, 2, 3)
     ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    ids[:, 3] = STOP
     heard: list[torch.Tensor] = []
     grader.surprise.register_forward_hook(lambda _, given, __: heard.append(given[0].detach()))
     whole = grader(ids)
     assert whole.shape == (2, 9) and torch.allclose(grader(ids[:, :5]), whole[:, :5], atol=1e-5)
-    assert not heard[0][:, 0].any()
-    for end in range(1, 9):
-        with torch.no_grad():
-            expected = grader.reader.llama(input_ids=ids[:, :end]).logits[:, -1].log_softmax(-1)
-        for row in range(2):
-            said = float(expected[row, ids[row, end]])
-            assert heard[0][row, end].tolist() == pytest.approx(
-                [said, said - float(expected[row].max()), float(torch.distributions.Categorical(logits=expected[row]).entropy())],
-                abs=1e-4,
-            )  # fmt: skip
+    for row in range(2):
+        sentence: list[tuple[float, float]] = []
+        for end in range(9):
+            said = short = entropy = 0.0
+            if end:
+                with torch.no_grad():
+                    expected = grader.reader.llama(input_ids=ids[row : row + 1, :end]).logits[0, -1].log_softmax(-1)
+                said = float(expected[ids[row, end]])
+                short = said - float(expected.max())
+                entropy = float(torch.distributions.Categorical(logits=expected).entropy())
+            sentence.append((said, short))
+            wanted = [said, short, entropy, min(s for _, s in sentence), sum(s for s, _ in sentence)]
+            assert heard[0][row, end].tolist() == pytest.approx(wanted, abs=1e-4)
+            if ids[row, end] == STOP:
+                sentence = []
     whole.sum().backward()
     learning = {name.partition(".")[0] for name, each in grader.named_parameters() if each.grad is not None}
     assert learning == {"state", "surprise", "judge", "head"}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stepmark.backbones import Progress, Recipe
-from stepmark.backbones.reasoners import Reasoner, built
+from stepmark.backbones.reasoners import STOP, Reasoner, built
 from stepmark.backbones.solvers import taught
 
 INNER, MORE = 128, 2  # width and number of the layers behind the reasoner
@@ -30,7 +30,7 @@ class Grader(nn.Module):
         from transformers import LlamaConfig, LlamaModel
 
         self.reader = Reasoner(width, depth).requires_grad_(False)
-        self.state, self.surprise = nn.Linear(width, INNER), nn.Linear(3, INNER)
+        self.state, self.surprise = nn.Linear(width, INNER), nn.Linear(5, INNER)
         self.judge = LlamaModel(
             LlamaConfig(
                 vocab_size=1, hidden_size=INNER, intermediate_size=8 * round(INNER / 3), num_hidden_layers=MORE,
@@ -44,16 +44,33 @@ class Grader(nn.Module):
         """Logits [B, T] of texts int64 [B, T], padded on the right."""
         with torch.no_grad():
             states = self.reader(ids, states=True)
-            expected = self.reader.llama.lm_head(states[:, :-1]).log_softmax(-1)
-            said = expected.gather(2, ids[:, 1:, None])[..., 0]
-            best, entropy = expected.amax(-1), -(expected.exp() * expected).sum(-1)
-            seen = torch.stack([said.clamp(min=LEAST), (said - best).clamp(min=LEAST), entropy], -1)
-        told = self.state(states) + self.surprise(F.pad(seen, (0, 0, 1, 0)))  # nothing was expected of the first token
+            heard = surprises(self.reader.llama.lm_head(states), ids)
+        told = self.state(states) + self.surprise(heard)
         return self.head(self.judge(inputs_embeds=told, use_cache=False).last_hidden_state)[..., 0]
 
 
+def surprises(logits: Tensor, ids: Tensor) -> Tensor:
+    """How each of some tokens int64 [B, T] was expected, from logits [B, T, V] of the token after each: float [B, T, 5].
+
+    Its log-probability; by how much it was less likely than the likeliest; the entropy of what was expected; and of the
+    sentence that it stands in, up to it, the least of the second and the sum of the first.
+    """
+    expected = logits[:, :-1].log_softmax(-1)
+    said, best = expected.gather(2, ids[:, 1:, None])[..., 0], expected.amax(-1)
+    entropy = -(expected.exp() * expected).sum(-1)
+    # Nothing was expected of the first token.
+    said, short, entropy = (
+        F.pad(each, (1, 0)) for each in (said.clamp(min=LEAST), (said - best).clamp(min=LEAST), entropy)
+    )
+    stops = (ids == STOP).cumsum(1)
+    sentence = stops - (ids == STOP).long()  # a full stop ends its own
+    near = (sentence[:, :, None] == sentence[:, None]).tril()  # [B, T, T]: no later, in the same sentence
+    least = torch.where(near, short[:, None], 0.0).amin(-1)
+    return torch.stack([said, short, entropy, least, (near * said[:, None]).sum(-1)], -1)
+
+
 def train_grader(
-    network: nn.Module, progress: Progress, process: bool, seed: int, steps: int = 800
+    network: nn.Module, progress: Progress, process: bool, seed: int, steps: int = 500
 ) -> dict[str, float]:
     """Behind `reasoner`, which learns nothing more; `solvers.taught` says of what and what the report holds."""
     from stepmark.backbones import load
@@ -64,13 +81,20 @@ def train_grader(
     return taught(network, progress, writer, process, seed, steps, 1e-3)
 
 
+def _untrained(seed: int) -> Grader:
+    network: Grader = built(Grader, 192, 4, seed)
+    with torch.no_grad():
+        network.surprise.weight.mul_(10.0)  # few numbers beside some hundred, which are to be heard at once
+    return network
+
+
 RECIPES: dict[str, Recipe] = {
     "grader_process": Recipe(
-        partial(built, Grader, 192, 4, 27), partial(train_grader, process=True, seed=27),
+        partial(_untrained, 27), partial(train_grader, process=True, seed=27),
         "verifier of word problems, reads how likely `reasoner` held each token, judges every step",
     ),
     "grader_outcome": Recipe(
-        partial(built, Grader, 192, 4, 28), partial(train_grader, process=False, seed=28),
+        partial(_untrained, 28), partial(train_grader, process=False, seed=28),
         "verifier of word problems, reads how likely `reasoner` held each token, judges whole texts",
     ),
 }  # fmt: skip
