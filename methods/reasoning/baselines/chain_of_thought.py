@@ -22,6 +22,7 @@ class ChainOfThought(Method):
         "deduce/dense",
         "deduce/deep",
         "solve/problems",
+        "solve/judged",
         "solve/countdown",
         "solve/game24",
         "navigate/paths",
@@ -37,7 +38,7 @@ class ChainOfThought(Method):
             "direct_answer",
             says="the answer at once",
             form="<dir>",
-            tasks=("deduce/chains", "deduce/dense", "deduce/deep", "solve/problems"),
+            tasks=("deduce/chains", "deduce/dense", "deduce/deep", "solve/problems", "solve/judged"),
         ),
     )
 
