@@ -25,6 +25,7 @@ from stepmark.backbones import (
     Recipe,
     deducers,
     demonstrators,
+    knowers,
     navigators,
     scenes,
     scenes_judges,
@@ -442,5 +443,6 @@ RECIPES |= (
     | navigators.RECIPES
     | demonstrators.RECIPES
     | wishers.RECIPES
+    | knowers.RECIPES
 )
 # Here, for all records of image networks hang on the list of families

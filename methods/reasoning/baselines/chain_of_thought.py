@@ -30,6 +30,13 @@ class ChainOfThought(Method):
         "shown/told",
         "shown/deep",
         "shown/wishes",
+        "know/hops",
+        "know/could",
+        "know/years",
+        "know/claims",
+        "know/odd",
+        "know/options",
+        "know/make",
     )
     form = ""  # what the task has for steps
     variants = (
@@ -37,7 +44,19 @@ class ChainOfThought(Method):
             "direct_answer",
             says="the answer at once",
             form="<dir>",
-            tasks=("deduce/chains", "deduce/dense", "deduce/deep", "solve/problems"),
+            tasks=(
+                "deduce/chains",
+                "deduce/dense",
+                "deduce/deep",
+                "solve/problems",
+                "know/hops",
+                "know/could",
+                "know/years",
+                "know/claims",
+                "know/odd",
+                "know/options",
+                "know/make",
+            ),
         ),
     )
 
