@@ -8,11 +8,12 @@ import random
 import numpy as np
 import pytest
 import torch
-from stepmark.datasets import countdown, problems
+from stepmark.datasets import countdown, long_problems, problems
 from tests.rigs.reasoning import Judge, Scripted, load, run, session_of, tiny
 
 from stepmark.backbones.chains import Chains
-from stepmark.backbones.reasoners import EOS, Verifier, built, decode, encode
+from stepmark.backbones.graders import Grader
+from stepmark.backbones.reasoners import EOS, STOP, Verifier, built, decode, encode
 from stepmark.backbones.solvers import auroc
 from stepmark.backbones.solvers import judged as judged_example
 from stepmark.tracks import reasoning
@@ -130,6 +131,34 @@ def test_a_verifier_reads_no_further_than_the_place_that_it_judges() -> None:
     assert whole.shape == (2, 9) and torch.allclose(verifier(ids[:, :5]), whole[:, :5], atol=1e-5)
 
 
+def test_a_grader_hears_how_likely_each_token_and_its_sentence_were_behind_what_stands_before() -> None:
+    grader = built(Grader, 32, 2, 3)
+    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    ids[:, 3] = STOP
+    heard: list[torch.Tensor] = []
+    grader.surprise.register_forward_hook(lambda _, given, __: heard.append(given[0].detach()))
+    whole = grader(ids)
+    assert whole.shape == (2, 9) and torch.allclose(grader(ids[:, :5]), whole[:, :5], atol=1e-5)
+    for row in range(2):
+        sentence: list[tuple[float, float]] = []
+        for end in range(9):
+            said = short = entropy = 0.0
+            if end:
+                with torch.no_grad():
+                    expected = grader.reader.llama(input_ids=ids[row : row + 1, :end]).logits[0, -1].log_softmax(-1)
+                said = float(expected[ids[row, end]])
+                short = said - float(expected.max())
+                entropy = float(torch.distributions.Categorical(logits=expected).entropy())
+            sentence.append((said, short))
+            wanted = [said, short, entropy, min(s for _, s in sentence), sum(s for s, _ in sentence)]
+            assert heard[0][row, end].tolist() == pytest.approx(wanted, abs=1e-4)
+            if ids[row, end] == STOP:
+                sentence = []
+    whole.sum().backward()
+    learning = {name.partition(".")[0] for name, each in grader.named_parameters() if each.grad is not None}
+    assert learning == {"state", "surprise", "judge", "head"}
+
+
 @torch.no_grad()
 def test_a_batch_in_parts_is_its_questions_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each part may spend the rung for its questions and no more; where all fit side by side there is one part."""
@@ -179,7 +208,7 @@ def test_an_answer_is_one_that_can_be_read_right_or_wrong() -> None:
         assert all(judge(question, text)["accuracy"] == 0.0 for text in (*answered, *not_answered))
     for task in TASKS:
         source = reasoning._dataset(task)
-        question = FOUR if task.dataset == "problems" else "4 , 6 -> 2 4"
+        question = "4 , 6 -> 2 4" if task.dataset == "countdown" else FOUR
         assert {*source.judged(question, ""), "written"} >= set(task.metrics)
         assert source.ASKED[task.id] in source.DATASET.digests
 
@@ -208,7 +237,11 @@ def test_deep_questions_are_those_of_five_steps_and_a_mean_is_over_these() -> No
 
 
 def test_splits_are_of_the_levels_that_they_say_and_share_no_question(monkeypatch: pytest.MonkeyPatch) -> None:
-    for source, sizes in ((problems, {"train": 60, "test": 40}), (countdown, {"train": 60, "test": 40, "game24": 12})):
+    for source, sizes in (
+        (problems, {"train": 60, "test": 40}),
+        (long_problems, {"train": 60, "test": 40}),
+        (countdown, {"train": 60, "test": 40, "game24": 12}),
+    ):
         monkeypatch.setattr(source, "SIZES", sizes)
         rows = {name: source.split(name) for name in sizes}
         for name, found in rows.items():
@@ -217,13 +250,16 @@ def test_splits_are_of_the_levels_that_they_say_and_share_no_question(monkeypatc
     assert {*rows["game24"]["level"]} == {4} and {*rows["game24"]["answer"]} == {"2 4"}
     numbers = {name: {countdown.read(question)[0] for question in found["question"]} for name, found in rows.items()}
     assert not numbers["train"] & (numbers["test"] | numbers["game24"])
-    found = problems.split("test")
-    assert {*found["level"]} == {2, 3, 4, 5}
-    for question, target, answer in zip(found["question"], found["target"], found["answer"], strict=True):
-        assert (
-            problems.check(question, target).valid
-            and problems.answer_of(f"ans {answer}") == problems.read(question).answer
-        )
+    for source, levels in ((problems, {2, 3, 4, 5}), (long_problems, {3, 4, 5})):
+        found = source.split("test")
+        assert {*found["level"]} == levels
+        for question, target, answer, level in zip(
+            *(found[name] for name in ("question", "target", "answer", "level")), strict=True
+        ):
+            assert problems.check(question, target).valid and len(problems.read(question).steps) == level
+            assert problems.answer_of(f"ans {answer}") == problems.read(question).answer
+    trained = {*problems.split("train")["question"], *long_problems.split("train")["question"]}
+    assert not trained & {*problems.split("test")["question"], *long_problems.split("test")["question"]}
 
 
 def test_what_a_step_is_worth_is_told_by_a_digit() -> None:

@@ -148,23 +148,31 @@ def labelled(model: nn.Module, seed: int, questions: int, each: int = 4) -> list
 def train_verifier(
     network: nn.Module, progress: Progress, process: bool, seed: int, steps: int = 1_000
 ) -> dict[str, float]:
-    """Start as `reasoner`; cross entropy of whether all is well, at the end of each step (process) or of the text (outcome).
-
-    The report holds areas under the ROC curve on texts of other questions: over all of them, and within questions (which text
-    of one is right, the mean over questions that have both kinds); which of four is right by chance, by the verifier's
-    choice, and by a choice that knows.
-    """
+    """Start as `reasoner`, and `taught` from there."""
     from stepmark.backbones import load
 
     assert isinstance(network, Verifier)
     writer = load("reasoner")
     network.reader.load_state_dict(writer.state_dict())
+    return taught(network, progress, writer, process, seed, steps, 3e-4)
+
+
+def taught(
+    network: nn.Module, progress: Progress, writer: nn.Module, process: bool, seed: int, steps: int, lr: float
+) -> dict[str, float]:
+    """Cross entropy of whether all is well, at the end of each step (process) or of the text (outcome), on texts of a writer.
+
+    The report holds areas under the ROC curve on texts of other questions: over all of them, and within questions (which text
+    of one is right, the mean over questions that have both kinds); which of four is right by chance, by the verifier's
+    choice, and by a choice that knows.
+    """
     rows, held_out = labelled(writer, seed, 3_000), labelled(writer, seed + 1_000, 300)
     rng = random.Random(f"verifier {seed}")
-    optimiser = torch.optim.AdamW(network.parameters(), lr=3e-4, weight_decay=0.01)
+    trained = [each for each in network.parameters() if each.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=lr, weight_decay=0.01)
     for step in progress(range(steps), "verifier"):
         for group in optimiser.param_groups:
-            group["lr"] = 3e-4 * min(1.0, (step + 1) / 20) * (1 - step / steps)
+            group["lr"] = lr * min(1.0, (step + 1) / 20) * (1 - step / steps)
         # Texts of eight questions.
         said, truth, _ = _judgements(
             network, [rows[4 * i + k] for i in rng.sample(range(3_000), 8) for k in range(4)], process
@@ -172,7 +180,7 @@ def train_verifier(
         loss = F.binary_cross_entropy_with_logits(said, truth)
         optimiser.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
     with torch.no_grad():
         said, truth, owner = _judgements(network, held_out, process)
@@ -189,7 +197,7 @@ def train_verifier(
 
 
 def _judgements(
-    network: Verifier, rows: Sequence[Labelled], process: bool, last: bool = False
+    network: nn.Module, rows: Sequence[Labelled], process: bool, last: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits [M], truths [M] and questions [M] of all places of these texts that are judged; `last`: one of each text."""
     longest = max(len(row.ids) for row in rows)

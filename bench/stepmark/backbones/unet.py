@@ -25,6 +25,7 @@ from stepmark.backbones import (
     Recipe,
     deducers,
     demonstrators,
+    graders,
     knowers,
     navigators,
     scenes,
@@ -443,6 +444,7 @@ RECIPES |= (
     | navigators.RECIPES
     | demonstrators.RECIPES
     | wishers.RECIPES
+    | graders.RECIPES
     | knowers.RECIPES
 )
 # Here, for all records of image networks hang on the list of families

@@ -54,7 +54,7 @@ class BagOfTricks(Method):
         arxiv="2502.07191",
         code="usail-hkust/benchmark_inference_time_computation_LLM",
     )
-    tasks = ("solve/problems",)
+    tasks = ("solve/judged",)
     baselines = ("chain_of_thought", "self_consistency", "step_beam", "itc_random", "itc_untuned")
     claims = (
         Claim(

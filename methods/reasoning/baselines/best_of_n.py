@@ -21,7 +21,7 @@ class BestOfN(Method):
     where there is one, the bound of all that choose among whole chains.
     """
 
-    tasks = ("solve/problems",)
+    tasks = ("solve/problems", "solve/judged")
     temperature, choice = 0.7, "verifier"
     variants = (
         Variant("weighted_vote", says="a vote weighted by the outcome verifier", choice="weighted"),

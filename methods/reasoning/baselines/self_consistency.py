@@ -18,7 +18,7 @@ class SelfConsistency(Method):
     text that is returned is the first that gives the answer chosen.
     """
 
-    tasks = ("deduce/chains", "deduce/dense", "deduce/deep", "solve/problems")
+    tasks = ("deduce/chains", "deduce/dense", "deduce/deep", "solve/problems", "solve/judged")
     temperature = 0.7
 
     def run(self, session: Session, batch: Mapping[str, Any], rung: int) -> list[list[int]]:

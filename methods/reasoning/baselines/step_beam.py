@@ -27,7 +27,7 @@ class StepBeam(Method):
     `likelihood_beam` goes by the mean log-probability of the tokens.
     """
 
-    tasks = ("solve/problems",)
+    tasks = ("solve/problems", "solve/judged")
     worth, temperature = "process", 0.7
     variants = (Variant("likelihood_beam", says="beams are kept by their likelihood", worth="likelihood"),)
 

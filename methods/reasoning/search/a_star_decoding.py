@@ -39,7 +39,8 @@ class AStarDecoding(Method):
     check of all steps, a bound. The paper's baselines stand with the same verifier and temperature: `particle_filtering_its`,
     and `particle_best_of_n` for whole chains.
 
-    What limits it here: chains have two to five steps, so that there are few places to go back to.
+    What limits it here: chains have two to five steps, so that there are few places to go back to. On
+    solve/problems the verifier is a plain copy of the model, which tells little.
     """
 
     paper = Paper(
@@ -49,7 +50,7 @@ class AStarDecoding(Method):
         year=2025,
         arxiv="2505.13672",
     )
-    tasks = ("solve/problems",)
+    tasks = ("solve/judged", "solve/problems")
     baselines = (
         "particle_best_of_n",
         "particle_filtering_its",
@@ -83,6 +84,14 @@ class AStarDecoding(Method):
             "deep[a_star_decoding,256..512] >= deep[particle_best_of_n,256..512] - 0.01 "
             "and deep[a_star_decoding,256..512] > deep[self_consistency,256..512]",
             says="the same on problems of five steps, and more of these than a vote at as many tokens",
+        ),
+        Claim(
+            "accuracy[a_star_decoding,256..512] >= accuracy[particle_best_of_n,256..512] - 0.01 "
+            "and accuracy[a_star_decoding,256..512] >= accuracy[particle_filtering_its,256..512] - 0.01 "
+            "and nfe[a_star_decoding,256..512] <= 0.6 * nfe[particle_best_of_n,256..512] "
+            "and process_evaluations[a_star_decoding,256..512] <= 0.7 * process_evaluations[particle_filtering_its,256..512]",
+            says="the headline with a verifier that hardly tells right from wrong steps of one question",
+            task="solve/problems",
         ),
     )
     judge, way = "process", True

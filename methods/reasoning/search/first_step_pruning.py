@@ -50,7 +50,7 @@ class FirstStepPruning(Method):
         year=2025,
         arxiv="2506.22058",
     )
-    tasks = ("solve/problems",)
+    tasks = ("solve/judged",)
     baselines = ("self_consistency", "particle_best_of_n", "first_step_random")
     claims = (
         Claim(

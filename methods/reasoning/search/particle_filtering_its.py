@@ -47,7 +47,8 @@ class ParticleFilteringIts(Method):
     parallel chains, which the paper builds of this filter, are left out; so is its comparison with larger models.
 
     What limits it here: texts have two to five steps, so that there are few resamplings. The verifier reads every
-    distinct text from its beginning after each step: that counts in NFE-equivalents, not against the rung.
+    distinct text from its beginning after each step: that counts in NFE-equivalents, not against the rung. On
+    solve/problems the verifier is a plain copy of the model, which tells little.
     """
 
     paper = Paper(
@@ -59,7 +60,7 @@ class ParticleFilteringIts(Method):
         arxiv="2502.01618",
         code="probabilistic-inference-scaling/probabilistic-inference-scaling",
     )
-    tasks = ("solve/problems",)
+    tasks = ("solve/judged", "solve/problems")
     baselines = ("self_consistency", "weighted_vote", "step_beam", "particle_subtrees", "particle_best_of_n")
     claims = (
         Claim(
@@ -67,7 +68,7 @@ class ParticleFilteringIts(Method):
             "and accuracy[particle_filtering_its,128] >= accuracy[particle_subtrees,512]",
             says="as accurate as deterministic tree search with four times the tokens",
             headline=True,
-            setting="texts of two to five steps, 2 and 4 particles, and a verifier no larger than the model",
+            setting="texts of three to five steps, 2 and 4 particles, and a verifier no larger than the model",
         ),
         Claim(
             "accuracy[particle_filtering_its,128..512] > accuracy[particle_subtrees,128..512] "
@@ -84,6 +85,19 @@ class ParticleFilteringIts(Method):
         Claim(
             "accuracy[particle_filtering_its,128..512] > accuracy[particle_coin,128..512]",
             says="it is the verifier that does it",
+        ),
+        Claim(
+            "accuracy[particle_filtering_its,64] >= accuracy[particle_subtrees,256] "
+            "and accuracy[particle_filtering_its,128] >= accuracy[particle_subtrees,512]",
+            says="the headline with a verifier that hardly tells right from wrong steps of one question",
+            task="solve/problems",
+            setting="the verifier is worse than the likelihood of a text",
+        ),
+        Claim(
+            "deep[particle_filtering_its,256..512] > deep[particle_subtrees,256..512] "
+            "and deep[particle_filtering_its,256..512] > deep[self_consistency,256..512]",
+            says="with such a verifier, on the deepest problems",
+            task="solve/problems",
         ),
     )
 
