@@ -26,6 +26,7 @@ from stepmark.backbones import (
     deducers,
     demonstrators,
     graders,
+    knowers,
     navigators,
     scenes,
     scenes_judges,
@@ -444,5 +445,6 @@ RECIPES |= (
     | demonstrators.RECIPES
     | wishers.RECIPES
     | graders.RECIPES
+    | knowers.RECIPES
 )
 # Here, for all records of image networks hang on the list of families

@@ -31,6 +31,13 @@ class ChainOfThought(Method):
         "shown/told",
         "shown/deep",
         "shown/wishes",
+        "know/hops",
+        "know/could",
+        "know/years",
+        "know/claims",
+        "know/odd",
+        "know/options",
+        "know/make",
     )
     form = ""  # what the task has for steps
     variants = (
@@ -38,7 +45,20 @@ class ChainOfThought(Method):
             "direct_answer",
             says="the answer at once",
             form="<dir>",
-            tasks=("deduce/chains", "deduce/dense", "deduce/deep", "solve/problems", "solve/judged"),
+            tasks=(
+                "deduce/chains",
+                "deduce/dense",
+                "deduce/deep",
+                "solve/problems",
+                "solve/judged",
+                "know/hops",
+                "know/could",
+                "know/years",
+                "know/claims",
+                "know/odd",
+                "know/options",
+                "know/make",
+            ),
         ),
     )
 
