@@ -23,9 +23,11 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from stepmark.backbones import (
     Progress,
     Recipe,
+    analogists,
     deducers,
     demonstrators,
     navigators,
+    proceduralists,
     scenes,
     scenes_judges,
     solvers,
@@ -442,5 +444,7 @@ RECIPES |= (
     | navigators.RECIPES
     | demonstrators.RECIPES
     | wishers.RECIPES
+    | analogists.RECIPES
+    | proceduralists.RECIPES
 )
 # Here, for all records of image networks hang on the list of families
