@@ -14,21 +14,39 @@ from stepmark.backbones.lessons import Part, Row, row, stream
 from stepmark.backbones.reasoners import Reasoner, built, decode, encode
 
 
-def example(rng: random.Random, programs: bool) -> tuple[str, str]:
+LEVELS = (0.08, 0.16, 0.24)  # shares of the training from which on texts are as long as half, three quarters and all of them
+AGAIN = 0.12  # share of it in which words are said again, from somewhere on, until looking back is learnt
+
+
+def longest(most: int, done: float) -> int:
+    """Steps or lines of the texts that are drawn when a share of the training is done."""
+    return max(2, most * (1 + sum(done >= share for share in LEVELS)) // (1 + len(LEVELS)))
+
+
+def again(rng: random.Random) -> Row:
+    """Letters, then the same from one of them on, in a circle: each is told by the two before it, but for a few."""
+    words = [rng.choice("abcdefghij0123456789") for _ in range(rng.randint(5, 14))]
+    start = rng.randrange(len(words))
+    turned = words[start:] + words[:start]
+    return row([(" ".join([*words, ";", *turned[:2]]), False), (" ".join([*turned[2:], "<eos>"]), True)])
+
+
+def example(rng: random.Random, programs: bool, done: float) -> tuple[str, str]:
     """A prompt and its completion. What belongs to the splits that test is drawn again."""
     from stepmark.datasets import procedures, traces
 
     at_once = rng.random() < 0.15
     while True:
         if programs:
-            source, form = traces.program(rng, rng.choice(traces.TRAINED)), "<last>" if at_once else "<trace>"
+            source, form = traces.program(rng, rng.randint(traces.TRAINED[0], longest(traces.TRAINED[-1], done))), "<last>" if at_once else "<trace>"
             if zlib.crc32(source.encode()) % 10:
                 name = rng.choice(sorted(traces.run(source)[1]))
                 return f"{source} ? {name} {form}", traces.solution(source, name, form)
         else:
             kind, form = rng.choice(procedures.KINDS), "<last>" if at_once else "<states>"
-            asked = begun(rng, kind) if kind != "count" and rng.random() < 0.2 else None
-            asked = asked or procedures.prompt(rng, kind, rng.choice(procedures.TRAINED))
+            most = longest(procedures.TRAINED[-1], done)
+            asked = begun(rng, kind) if most == procedures.TRAINED[-1] and kind != "count" and rng.random() < 0.2 else None
+            asked = asked or procedures.prompt(rng, kind, rng.randint(1, most))
             if zlib.crc32(asked.encode()) % 10:
                 return f"{asked} {form}", procedures.solution(asked, form)
 
@@ -50,10 +68,12 @@ def begun(rng: random.Random, kind: str) -> str:
 
 def drawn(rng: random.Random, done: float) -> Row:
     """One to three problems of a kind with their answers, each a target, and the end behind the last."""
+    if done < AGAIN and rng.random() < 0.5:
+        return again(rng)
     programs, count = rng.random() < 0.45, rng.choices((1, 2, 3), (0.6, 0.25, 0.15))[0]
     parts: list[Part] = []
     for number in range(count):
-        asked, text = example(rng, programs)
+        asked, text = example(rng, programs, done)
         parts += [(asked, False), (text, True), ("<eos>", True) if number == count - 1 else ("|", False)]
     return row(parts)
 
