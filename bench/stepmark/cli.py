@@ -171,7 +171,8 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         "With --backbone FOLDER the methods run on a checkpoint of yours instead:\n"
         "  stepmark run --backbone FOLDER                    every method that applies\n"
         "  stepmark run --backbone FOLDER --tier smoke       the same on two items, to see whether it works\n"
-        "  stepmark run --backbone FOLDER --method unipc --rung 10 --rung 20 --guidance 4",
+        "  stepmark run --backbone FOLDER --method unipc --rung 10 --rung 20 --guidance 4\n"
+        "  stepmark run --backbone FOLDER --reasoning problems    word problems, by the methods that reason in words",
     )
     add_selection(found)
     add_checkpoint(found)

@@ -15,6 +15,12 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NoReturn
 
+_RIGHT = {"accuracy": "higher", "answered": "higher"}
+REASONED: dict[str, dict[str, str]] = {  # metrics by language of the reasoning track
+    "problems": {**_RIGHT, "valid": "higher", "written": "lower"},
+    "countdown": {**_RIGHT, "written": "lower"},
+    "deduction": {"valid": "higher", **_RIGHT, "steps": "higher", "straight": "higher", "written": "lower"},
+}
 # By track, how tasks are scored that somebody brings: a board shows their records without what was brought.
 SCORED: dict[str, dict[str, Any]] = {
     "image": {"unit": "NFE", "metrics": {"endpoint_error": "lower", "reference_error": "lower"}},
@@ -22,13 +28,17 @@ SCORED: dict[str, dict[str, Any]] = {
         "unit": "target forwards",
         "metrics": {"first_divergence": "higher", "exact_match": "higher", "tokens": "higher", "tie": "lower"},
     },
+    "reasoning": {"unit": "generated tokens", "metrics": REASONED["problems"]},
 }
 DRAWN: dict[str, Any] = {"unit": "target forwards", "metrics": {"tokens": "higher", "token_bias": "lower"}}
 DRAWN_ID = re.compile(r"_at[0-9]+(p[0-9]+)?(_|$)")  # in the id of a checkpoint's task: texts drawn at a temperature
+REASONED_ID = re.compile(rf"_({'|'.join(REASONED)})(?=_|$)")  # and which questions it asks
 
 
 def scored_as(track: str, task: str) -> dict[str, Any]:
     """Unit and metrics of a checkpoint's task, by its track and id."""
+    if track == "reasoning" and (found := REASONED_ID.search(task)):
+        return SCORED[track] | {"metrics": REASONED[found[1]]}
     return DRAWN if track == "decoding" and DRAWN_ID.search(task) else SCORED[track]
 
 

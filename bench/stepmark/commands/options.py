@@ -95,6 +95,13 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         help="texts: draw them at this temperature; tokens is how many a budget buys, token_bias whether they are drawn "
         "from the model's own distributions (about 1 where they are). Default 0, greedy",
     )
+    group.add_argument(
+        "--reasoning",
+        choices=("problems", "countdown", "deduction"),
+        help="texts: ask the questions of the reasoning track in English, with worked examples, and run its methods: word "
+        "problems, countdown and the Game of 24, or deduction from rules. Methods that need a trained head, a verifier or a "
+        "second size are skipped",
+    )
     group.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of the weights and of what is computed")
     group.add_argument("--draft", metavar="FOLDER", help="texts: a small model of the same vocabulary, for speculative")
     group.add_argument(
@@ -144,7 +151,7 @@ def choice_of(arguments: argparse.Namespace) -> Choice | None:
     from stepmark.hub import Choice
 
     if arguments.backbone is None:
-        names = ("prompts", "draft", "items", "new_tokens")
+        names = ("prompts", "draft", "items", "new_tokens", "reasoning")
         said = ["--" + name.replace("_", "-") for name in names if getattr(arguments, name) is not None]
         said += ["--guidance"] if arguments.guidance != 1 else []
         said += ["--chat"] if arguments.chat else []
@@ -173,6 +180,7 @@ def choice_of(arguments: argparse.Namespace) -> Choice | None:
         dtype=arguments.dtype,
         chat=arguments.chat,
         temperature=arguments.temperature,
+        reasoning=arguments.reasoning,
     )
 
 

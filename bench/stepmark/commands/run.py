@@ -145,6 +145,8 @@ def _run_lm_eval_own(arguments: argparse.Namespace, made: Made) -> int:
     from stepmark.hub.prompts import has_tokenizer
     from stepmark.method import Skip
 
+    if made.track == "reasoning":
+        raise ValueError("--via lm-eval has tasks of its own; leave out --reasoning")
     if made.track != "decoding":
         raise ValueError(f"lm-eval is for texts, and {made.folder} makes images")
     if not has_tokenizer(made.parts["target"].folder):

@@ -14,7 +14,10 @@ about it stands in the fields of `Task`: its module, its words on the command li
     image_kinds.py, image_prompts.py      what each class of image networks is called with; its conditions
     image_networks.py, text_networks.py, pretrained.py       the networks
     presented.py, stage.py, layers.py, whole.py              a language model as the track drives one
-    image.py, decoding.py      inputs, check and score of the tasks, as a track has them
+    english.py, spoken.py      reasoning in English; its words and a checkpoint's tokens
+    side_by_side.py, reasoning_networks.py      many texts on one model, as that track drives one
+    reasoning_tasks.py         the task of that track
+    image.py, decoding.py, reasoning.py      inputs, check and score of the tasks, as a track has them
     source.py                  the one that is open
 """
 
@@ -26,7 +29,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 
-from stepmark.hub import source, tasks, text_tasks
+from stepmark.hub import reasoning_tasks, source, tasks, text_tasks
 from stepmark.hub.choice import Choice, Made
 
 __all__ = ["VARIABLE", "Choice", "Made", "restore", "using"]
@@ -56,6 +59,11 @@ def using(choice: Choice) -> Iterator[Made]:
             for part in made.parts.values():
                 text_networks.decided(part)
             text_tasks.fit(made)
+        if made.track == "reasoning":
+            from stepmark.hub import text_networks
+
+            text_networks.decided(made.parts["target"])
+            reasoning_tasks.fit(made, source.speech())
         for backbone in made.task.backbones.values():
             source.load(backbone)
         yield made

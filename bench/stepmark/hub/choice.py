@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stepmark.hub import prompts
-from stepmark.task import DRAWN_ID, DTYPES, Task
+from stepmark.task import DRAWN_ID, DTYPES, REASONED_ID, Task
 
 PREFIX = "checkpoint/"  # begins the ids of tasks that are made from a folder, and of their backbones
 NEW_TOKENS = 64  # written to a prompt at most, where nothing else is said
@@ -27,6 +27,7 @@ class Choice:
         items, new_tokens: items scored; tokens written to a prompt at most.
         rungs: the ladder.
         dtype: what weights are loaded as and computed in, as torch calls it.
+        reasoning: questions of the reasoning track are asked, of this language (`english.LANGUAGES`).
     """
 
     folder: str
@@ -39,6 +40,7 @@ class Choice:
     dtype: str = "float32"
     chat: bool = False
     temperature: float = 0.0
+    reasoning: str | None = None
 
     @property
     def words(self) -> str:
@@ -46,6 +48,7 @@ class Choice:
         named = {"backbone": self.folder, "prompts": self.prompts, "draft": self.draft}
         said = [f"--{option} {Path(path).name}" for option, path in named.items() if path]
         said += [f"--guidance {self.guidance:g}"] if self.guidance != 1 else []
+        said += [f"--reasoning {self.reasoning}"] if self.reasoning else []
         said += ["--chat"] if self.chat else []
         said += [f"--temperature {self.temperature:g}"] if self.temperature else []
         said += [f"--dtype {self.dtype}"] if self.dtype != DTYPES[0] else []
@@ -57,14 +60,17 @@ class Choice:
         """Of the task: readable, unique only together with its checkpoint. Names in other scripts end in a digest."""
         said = Path(self.folder).name
         name = re.sub(r"[^a-z0-9]+", "_", said.lower()).strip("_")[:48]
-        if not name or not said.isascii() or DRAWN_ID.search(name):  # nothing in a name is to look like an option
-            name = f"{DRAWN_ID.sub('_', name)[:39]}_{hashlib.sha256(said.encode()).hexdigest()[:8]}".strip("_")
+        taken = DRAWN_ID.search(name) or REASONED_ID.search(name)  # nothing in a name is to look like an option
+        if not name or not said.isascii() or taken:
+            name = REASONED_ID.sub("_", DRAWN_ID.sub("_", name))[:39]
+            name = f"{name}_{hashlib.sha256(said.encode()).hexdigest()[:8]}".strip("_")
         scale = f"{self.guidance:g}".replace(".", "p").replace("-", "m").replace("+", "")
         guided = f"_w{scale}" if self.guidance != 1 else ""
         long = f"_t{self.new_tokens}" if self.new_tokens not in (None, NEW_TOKENS) else ""
         short = f"_{self.dtype}" if self.dtype != DTYPES[0] else ""
         drawn = "_at" + f"{self.temperature:g}".replace(".", "p") if self.temperature else ""
-        return f"{PREFIX}{name}{guided}{long}{'_chat' if self.chat else ''}{drawn}{short}"
+        reasoned = f"_{self.reasoning}" if self.reasoning else ""
+        return f"{PREFIX}{name}{guided}{reasoned}{long}{'_chat' if self.chat else ''}{drawn}{short}"
 
     def lines(self) -> list[str]:
         """The prompts of the file; [] where none was given.

@@ -11,6 +11,7 @@ from stepmark import plugins
 from stepmark.hub.choice import Made
 from stepmark.hub.prompts import OWN
 from stepmark.hub.text_tasks import prompts_of
+from stepmark.places import PACKAGE, checkout
 from stepmark.task import DTYPES
 
 TOKENIZER = ("tokenizer*.json", "tokenizer.model", "chat_template*")
@@ -37,7 +38,8 @@ def _said(made: Made) -> list[str]:
 def of_prompts(made: Made) -> str:
     """sha256 over the prompts and what encodes them, how many tokens are written to each, and how they are chosen."""
     drawn = f" at {made.choice.temperature:g}" if made.choice.temperature else ""
-    sha = hashlib.sha256(f"{made.new_tokens}{' chat' if made.choice.chat else ''}{drawn}".encode())
+    reasoned = f" {made.choice.reasoning}" if made.choice.reasoning else ""
+    sha = hashlib.sha256(f"{made.new_tokens}{' chat' if made.choice.chat else ''}{drawn}{reasoned}".encode())
     file = prompts_of(made.choice)
     if file is not None:
         sha.update(_of_file(file).encode() + _of_file(OWN).encode())  # of our own some are looked at beforehand
@@ -48,8 +50,11 @@ def of_prompts(made: Made) -> str:
 
 
 def of_inputs(made: Made) -> str:
-    """sha256 over what the items are made from: the code of this package and the prompts."""
+    """sha256 over what the items are made from: the code of this package, and of the questions, and the prompts."""
     code = plugins.code_digest(Path(__file__).with_name("__init__.py"))  # of a package: all of its files
+    if made.choice.reasoning:
+        questions = (checkout() or PACKAGE) / "datasets" / f"{made.choice.reasoning}.py"
+        code += plugins.code_digest(questions)
     return hashlib.sha256(f"{code} {of_prompts(made)}".encode()).hexdigest()
 
 

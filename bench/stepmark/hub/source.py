@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from stepmark import backbones, plugins
+from stepmark.backbones import words
 from stepmark.hub import digests, prompts, text_tasks
 from stepmark.hub.choice import PREFIX, Made
 from stepmark.plugins import MethodInfo
@@ -22,6 +23,8 @@ from stepmark.task import Task
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from stepmark.hub.spoken import Speech
 
 
 LM = "stepmark.backbones.lm"
@@ -77,10 +80,14 @@ def switch(made: Made | None) -> None:
         plugins.remove_source(_open)
         backbones.remove_source(PREFIX)
         _whole.cache_clear()
+        speech.cache_clear()
+        words.lend(None)
     _open = None if made is None else Checkpoint(made)
     if _open is not None:
         plugins.add_source(_open)
         backbones.add_source(PREFIX, load, digest)
+    if made is not None and made.track == "reasoning":
+        words.lend(lambda ids: speech().say(ids))
     if made is not None and made.track == "decoding" and text_tasks.scored(made.choice):
         lm: Any = importlib.import_module(LM)
         _words, lm.tokenizer = lm.tokenizer, Words(made)
@@ -102,6 +109,18 @@ def current() -> Made:
     return _open.made
 
 
+@lru_cache(maxsize=1)
+def speech() -> Speech:
+    """How the tokenizer of what is open speaks its language of the reasoning track.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    from stepmark.hub.spoken import Speech
+
+    return Speech(current(), str(current().choice.reasoning))
+
+
 def load(backbone: str, device: torch.device | str = "cpu") -> nn.Module:
     """The network behind `checkpoint/<role>`: a new module each time, with the same tensors, which are loaded once."""
     whole = _whole(backbone.removeprefix(PREFIX), str(device))
@@ -115,6 +134,10 @@ def _whole(role: str, device: str) -> nn.Module:
         from stepmark.hub import image_networks
 
         return image_networks.build(made, device)
+    if made.track == "reasoning":
+        from stepmark.hub import reasoning_networks
+
+        return reasoning_networks.build(made, speech(), device)
     from stepmark.hub import text_networks
 
     return text_networks.build(made, role, device)

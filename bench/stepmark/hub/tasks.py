@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from stepmark.hub import digests, image_tasks, text_tasks
+from stepmark.hub import digests, image_tasks, reasoning_tasks, text_tasks
 from stepmark.hub.choice import Choice, Made
 from stepmark.hub.folders import IMAGE_CLASSES, network_in
 
@@ -28,13 +28,16 @@ def made_from(choice: Choice) -> Made:
             f"--backbone {folder} is no folder; download the checkpoint first, Stepmark itself asks no network"
         )
     part = network_in(folder)
-    made = (image_tasks if part.kind in IMAGE_CLASSES else text_tasks).made_from(choice, part)
+    if choice.reasoning and part.kind in IMAGE_CLASSES:
+        raise ValueError(f"--reasoning is for language models; {part.kind} makes images")
+    texts = reasoning_tasks if choice.reasoning else text_tasks
+    made = (image_tasks if part.kind in IMAGE_CLASSES else texts).made_from(choice, part)
     task = replace(
         made.task,
         words=choice.words,
         checkpoint=digests.of_checkpoint(made),
         origin=made.task.summary,
-        absent=ABSENT,
+        absent=ABSENT | made.task.absent,
         untrained=UNTRAINED,
         shown=made.track == "decoding",  # latents are not to look at
     )

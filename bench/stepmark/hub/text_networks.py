@@ -29,6 +29,20 @@ def build(made: Made, role: str, device: str) -> nn.Module:
     Raises:
         ValueError: it cannot be driven, or not so that it gives its own logits. One line.
     """
+    part, own = made.parts[role], loaded(made, role, device)
+    stops = [token for token in ends(made.parts["target"]) if token < vocabulary(made)]
+    try:
+        return presented(own, vocabulary(made), end(made.parts["target"]), stops)
+    except Unfit as reason:
+        raise ValueError(f"{part}: {part.kind} cannot be measured: {reason}") from None
+
+
+def loaded(made: Made, role: str, device: str) -> Any:
+    """A language model as transformers has it, in eval mode without gradients.
+
+    Raises:
+        ValueError: it cannot be loaded, or is none that can be driven. One line.
+    """
     import transformers
 
     part = made.parts[role]
@@ -46,12 +60,7 @@ def build(made: Made, role: str, device: str) -> nn.Module:
         **({"variant": part.variant} if part.variant else {}),
     )
     whole(part.folder, info)
-    stops = [token for token in ends(made.parts["target"]) if token < vocabulary(made)]
-    own = own.to(device).eval().requires_grad_(False)
-    try:
-        return presented(own, vocabulary(made), end(made.parts["target"]), stops)
-    except Unfit as reason:
-        raise ValueError(f"{part}: {part.kind} cannot be measured: {reason}") from None
+    return own.to(device).eval().requires_grad_(False)
 
 
 def decided(part: Part) -> Any:
